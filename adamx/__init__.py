@@ -1,0 +1,81 @@
+"""The Adam family for JAX, rebuilt from its concepts.
+
+Every concept is a pure `init`/`update` gradient transformation, written for one array; `chain`
+puts one behind the other, and a fan-out such as `rms_scaling` lets several read the same gradient.
+
+    method     =  pieces
+    sgd           scale_by_learning_rate
+    heavy ball    trace -> scale_by_learning_rate
+    momentum      ema -> scale_by_learning_rate
+    adagrad       g / root(sum_of_squares) -> scale_by_learning_rate
+    rmsprop       g / root(ema_of_squares) -> scale_by_learning_rate
+    adam          (ema -> bias_correction) / root(ema_of_squares -> bias_correction)
+                  -> scale_by_learning_rate
+    adamw         adam with add_decayed_weights before the learning rate
+
+Everything is an `optax.GradientTransformationExtraArgs`, and `chain` takes any Optax
+transformation as a stage.
+"""
+
+from adamx.core.arithmetic import zeros
+from adamx.core.chain import chain
+from adamx.core.combine import combine
+from adamx.core.foreign import named
+from adamx.core.step import Step
+from adamx.core.transformation import Transformation
+from adamx.inspect.compare import Comparison, compare
+from adamx.optimizers.adagrad import adagrad
+from adamx.optimizers.adam import adam, scale_by_adam
+from adamx.optimizers.adamw import adamw
+from adamx.optimizers.momentum import momentum
+from adamx.optimizers.rmsprop import rmsprop, scale_by_rms
+from adamx.optimizers.sgd import sgd
+from adamx.state import Adaptation, adapt_state
+from adamx.training import apply_updates, make_step
+from adamx.transforms.add_decayed_weights import add_decayed_weights
+from adamx.transforms.bias_correction import bias_correction
+from adamx.transforms.ema import ema
+from adamx.transforms.ema_of_squares import ema_of_squares
+from adamx.transforms.identity import identity
+from adamx.transforms.nesterov_ema import nesterov_ema
+from adamx.transforms.rms_scaling import rms_scaling
+from adamx.transforms.scale import scale
+from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
+from adamx.transforms.sum_of_squares import sum_of_squares
+from adamx.transforms.trace import trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adaptation",
+    "Comparison",
+    "Step",
+    "Transformation",
+    "adagrad",
+    "adam",
+    "adamw",
+    "adapt_state",
+    "add_decayed_weights",
+    "apply_updates",
+    "bias_correction",
+    "chain",
+    "combine",
+    "compare",
+    "ema",
+    "ema_of_squares",
+    "identity",
+    "make_step",
+    "momentum",
+    "named",
+    "nesterov_ema",
+    "rms_scaling",
+    "rmsprop",
+    "scale",
+    "scale_by_adam",
+    "scale_by_learning_rate",
+    "scale_by_rms",
+    "sgd",
+    "sum_of_squares",
+    "trace",
+    "zeros",
+]

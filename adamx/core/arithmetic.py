@@ -1,0 +1,132 @@
+"""The arithmetic that several concepts share: which dtype to compute in, and a square root.
+
+Three dtypes, named: *compute* is float32, or wider where a leaf is; *store* is what a slot keeps;
+*emit* is the incoming gradient's. Widening happens here, narrowing at one line of `lifting`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+
+def compute_dtype(*dtypes: DTypeLike) -> np.dtype:
+    """Return the dtype to compute in: float32 or wider, complex where one of the dtypes is.
+
+    Example:
+        >>> [str(compute_dtype(d)) for d in ("bfloat16", "float16", "float64", "complex64")]
+        ['float32', 'float32', 'float64', 'complex64']
+    """
+    double = any(jnp.finfo(dtype).bits > 32 for dtype in dtypes)
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        return np.dtype(np.complex128 if double else np.complex64)
+    return np.dtype(np.float64 if double else np.float32)
+
+
+def real_dtype(dtype: DTypeLike) -> np.dtype:
+    """Return the dtype of |x| for x of the given dtype.
+
+    Example:
+        >>> str(real_dtype("complex64")), str(real_dtype("bfloat16"))
+        ('float32', 'bfloat16')
+    """
+    return np.dtype(jnp.finfo(dtype).dtype)
+
+
+def is_inexact(x: Any) -> bool:
+    """Say whether x is, or is an array of, real or complex floating-point numbers."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def widen(x: Any, compute: DTypeLike) -> Any:
+    """Cast a floating array to the compute dtype, a real one to its real part; leave the rest."""
+    if not is_inexact(x):
+        return x
+    real = not jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
+    return jnp.asarray(x).astype(real_dtype(compute) if real else compute)
+
+
+def zeros(param: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    """Return zeros shaped (and sharded) like a parameter: the usual start of a slot.
+
+    Args:
+        param: the parameter, of any floating or complex dtype.
+        dtype: the slot's dtype; None means the parameter's compute dtype: float32 or wider.
+
+    Example:
+        >>> zeros(jnp.ones(2, jnp.bfloat16))
+        Array([0., 0.], dtype=float32)
+    """
+    return jnp.zeros_like(param, compute_dtype(param.dtype) if dtype is None else dtype)
+
+
+def squared_magnitude(x: jax.Array) -> jax.Array:
+    """Return |x|^2, real also where x is complex.
+
+    Example:
+        >>> squared_magnitude(jnp.array([3 + 4j, 2j]))
+        Array([25.,  4.], dtype=float32)
+    """
+    if jnp.iscomplexobj(x):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
+
+
+@jax.custom_jvp
+def root(x: jax.Array) -> jax.Array:
+    """Return sqrt(x), with the derivative 0 at x = 0 where the true one is infinite.
+
+    The chain rule multiplies that infinity by d(g^2)/dg = 0: NaN at g = 0, where the derivative
+    of g / (sqrt(g^2) + eps) is 1 / eps. With 0 the product is right. Forward values are sqrt's.
+
+    Example:
+        >>> print(jax.grad(lambda g: g / (root(g * g) + 0.5))(0.0))
+        2.0
+    """
+    return jnp.sqrt(x)
+
+
+@root.defjvp
+def _root_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Any:
+    (x,), (dx,) = primals, tangents
+    zero = x == 0
+    slope = jnp.where(zero, 0, 0.5 / jnp.sqrt(jnp.where(zero, 1, x)))
+    return root(x), slope * dx
+
+
+def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """Return numerator / denominator, and 0 where the denominator is 0.
+
+    Example:
+        >>> divide(jnp.array([1.0, 0.0]), jnp.array([4.0, 0.0]))
+        Array([0.25, 0.  ], dtype=float32)
+    """
+    zero = denominator == 0
+    return jnp.where(zero, 0, numerator / jnp.where(zero, 1, denominator))
+
+
+def limit_for_squares(u: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Limit a gradient that came as bfloat16 to |u| <= 2^60, so that its square is a float32.
+
+    bfloat16 reaches 3.4e38, whose square no float32 holds: v would be inf and the update 0 for
+    ever. The bits below sqrt(max) leave room for the bias correction of the square. NaN and inf
+    stay. Other dtypes are left alone: float16 cannot
+    overflow, and in float32 the limit would cost 4 % of the step to mend gradients above 1.8e19.
+
+    Args:
+        u: the update in compute dtype.
+        dtype: the dtype in which it came.
+
+    Example:
+        >>> limit_for_squares(jnp.array([1e30, -2.0, jnp.inf]), jnp.bfloat16)
+        Array([ 1.1529215e+18, -2.0000000e+00,            inf], dtype=float32)
+        >>> limit_for_squares(jnp.array([1e30, -2.0]), jnp.float32)
+        Array([ 1.e+30, -2.e+00], dtype=float32)
+    """
+    if dtype != jnp.bfloat16 or jnp.finfo(u.dtype).bits > 32:
+        return u
+    return jnp.where(jnp.isinf(u), u, jnp.clip(u, -(2.0**60), 2.0**60))

@@ -1,0 +1,106 @@
+"""Clear errors for bad arguments, raised at construction.
+
+A hyperparameter may be a Python or NumPy number, an array or a tracer. Numbers are checked against
+their range; arrays and tracers pass, since looking at them would stop a trace or the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Scalar = float | np.ndarray | jax.Array
+"""A hyperparameter: a number, a scalar array, or a tracer."""
+
+ScalarOrSchedule = Scalar | Callable[[Any], Any]
+"""The same, or a function of the step's number, which is 0 in the first step."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values a hyperparameter may have: an interval, and whether None or a schedule may be."""
+
+    low: float
+    high: float
+    text: str
+    open_above: bool = False
+    schedule: bool = False
+    optional: bool = False
+
+    def check(self, function: str, argument: str, value: Any) -> None:
+        """Raise ValueError (TypeError for a wrong kind of value) unless value is in the range."""
+        if value is None and self.optional:
+            return
+        kinds = "a number or a scalar array" + (" or a schedule" if self.schedule else "")
+        where = f"{function}: {argument} must be"
+        if callable(value) and self.schedule:
+            return
+        if isinstance(value, jax.Array | np.ndarray):
+            if not jnp.issubdtype(value.dtype, jnp.number):
+                raise TypeError(f"{where} {kinds}, got an array of {value.dtype}")
+            if jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
+                raise ValueError(
+                    f"{where} {self.text} in float32 or wider, got an array of {value.dtype}, in "
+                    "which 0.999 is 1: optax.inject_hyperparams takes the parameters' dtype "
+                    "unless it is given hyperparam_dtype=jnp.float32"
+                )
+            return
+        if value is None:
+            raise ValueError(f"{where} {self.text}, got None")
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{where} {kinds} {self.text}, got {value!r}")
+        number = float(value)
+        inside = (
+            self.low <= number < self.high if self.open_above else (self.low <= number <= self.high)
+        )
+        if not (inside and math.isfinite(number)):
+            raise ValueError(f"{where} {self.text}, got {value!r}")
+
+
+DECAY = Range(0.0, 1.0, "in [0, 1)", open_above=True)
+FRACTION = Range(0.0, 1.0, "in [0, 1]")
+NON_NEGATIVE = Range(0.0, math.inf, "finite and >= 0")
+FINITE = Range(-math.inf, math.inf, "finite")
+RATE = Range(0.0, math.inf, "finite and >= 0", schedule=True)
+
+
+def optional(range_: Range) -> Range:
+    """Return the range that also takes None."""
+    return dataclasses.replace(range_, optional=True)
+
+
+def check(concept: Any, **ranges: Range) -> None:
+    """Check the named fields of a concept; for its `__post_init__`."""
+    for argument, range_ in ranges.items():
+        range_.check(type(concept).__name__, argument, getattr(concept, argument))
+
+
+def checked(**ranges: Range) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Check the named arguments of a factory, so that its errors name what its caller wrote."""
+
+    def decorate(factory: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(factory)
+
+        @functools.wraps(factory)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            for argument, range_ in ranges.items():
+                range_.check(factory.__name__, argument, bound.arguments[argument])
+            return factory(*args, **kwargs)
+
+        return wrapper
+
+    return decorate

@@ -1,0 +1,63 @@
+"""Fan-out: every branch reads the same incoming update, a function joins what they emit.
+
+    u' = fn(branch_1(u), branch_2(u), ...)
+
+That Adam's two moments read the same gradient is what makes it a composition and no pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from adamx.core import lifting
+from adamx.core.lifting import Slots
+from adamx.core.step import Step
+from adamx.core.transformation import Transformation
+
+
+class combine(Transformation):
+    """Join what several branches make of the same update.
+
+    Attributes:
+        fn: takes one array a branch, all of the update's shape in compute dtype, and returns one.
+            A function defined at a module's top level keeps the transformation picklable.
+        branches: adamx concepts or chains of them that act on one array.
+
+    Raises:
+        TypeError: if a branch is not an adamx transformation, or `fn` cannot be called.
+        ValueError: if two branches keep the same slot, or one reads the whole tree.
+
+    Example:
+        The gradient minus its average:
+
+        >>> import jax.numpy as jnp
+        >>> from adamx import ema, identity
+        >>> tx = combine(jnp.subtract, identity(), ema(0.75))
+        >>> tx.update(jnp.array([4.0, -8.0]), tx.init(jnp.zeros(2)))[0]
+        Array([ 3., -6.], dtype=float32)
+    """
+
+    fn: Callable[..., jax.Array]
+    branches: tuple[Transformation, ...]
+
+    variadic = "branches"
+
+    def __init__(
+        self, fn: Callable[..., jax.Array], *branches: optax.GradientTransformation
+    ) -> None:
+        if not callable(fn) or isinstance(fn, Transformation):
+            raise TypeError(f"combine: fn must be a function of arrays, got {fn!r}")
+        for branch in branches:
+            if not isinstance(branch, Transformation):
+                raise TypeError(
+                    f"combine: a branch must be an adamx transformation, got {branch!r}"
+                )
+        object.__setattr__(self, "fn", fn)
+        object.__setattr__(self, "branches", branches)
+        lifting.disjoint(*(dict.fromkeys(branch.state_names()) for branch in self.children))
+
+    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+        return self.fn(*(b.emit(u, slots, step.child(i)) for i, b in enumerate(self.branches)))

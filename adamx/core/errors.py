@@ -1,0 +1,183 @@
+"""Clear errors for updates, parameters and states that do not fit each other.
+
+Every message names the leaf's path, what was expected, what was given, and the likely cause.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from adamx.core.transformation import Transformation
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
+
+
+def describe(x: Any) -> str:
+    """Return what a leaf is, for a message: dtype and shape of an array, else its type."""
+    if isinstance(x, _ARRAYS):
+        return f"{x.dtype}{list(x.shape)}"
+    return f"{type(x).__name__} {x!r}" if isinstance(x, numbers.Number) else type(x).__name__
+
+
+def floating(path: str, leaf: Any) -> jax.Array:
+    """Return the leaf as an array; raise TypeError unless it is of floating or complex numbers."""
+    where = f"adamx: leaf {path!r} must be a floating-point array"
+    if not isinstance(leaf, (*_ARRAYS, float, complex)):
+        if isinstance(leaf, numbers.Integral):
+            raise TypeError(
+                f"{where}, got the integer {leaf!r}: write it as a float, or set the leaf to None"
+            )
+        raise TypeError(
+            f"{where}, got {describe(leaf)}: for an Equinox module pass "
+            "eqx.filter(model, eqx.is_inexact_array), elsewhere set such leaves to None"
+        )
+    array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        raise TypeError(
+            f"{where}, got {describe(array)}: an optimizer cannot move integers or booleans; "
+            "partition them out (eqx.partition, nnx.split, or None in their place)"
+        )
+    return array
+
+
+def beside(treedef: Any, name: str, tree: Any, updates: Any) -> list[Any]:
+    """Return the leaves of a tree that has the updates' structure; raise ValueError otherwise."""
+    try:
+        return treedef.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        updates = treedef.unflatten(range(treedef.num_leaves)) if updates is None else updates
+        here, there = _paths(updates), _paths(tree)
+        only_here = [p for p in here if p not in there][:3]
+        only_there = [p for p in there if p not in here][:3]
+        raise ValueError(
+            f"adamx: the updates and {_what(name)} are different trees: "
+            f"only in the updates: {only_here}, only in {_what(name)}: {only_there} "
+            f"({error}). Is the state that of another model, or was update called with its "
+            "arguments swapped? It is update(updates, state, params)"
+        ) from None
+
+
+def _what(name: str) -> str:
+    return name if name == "params" else f"state[{name!r}]"
+
+
+def _paths(tree: Any) -> list[str]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+
+
+def fitting(path: str, update: jax.Array, param: Any) -> jax.Array:
+    """Return the parameter as an array; raise unless the update has its shape and kind."""
+    if param is None:
+        raise ValueError(
+            f"adamx: leaf {path!r} has an update, {describe(update)}, and params is None there: "
+            "take the gradient with respect to the same tree that is passed as params"
+        )
+    param = floating(path, param)
+    if update.shape != param.shape:
+        raise ValueError(
+            f"adamx: leaf {path!r} has an update of shape {list(update.shape)} for a parameter of "
+            f"shape {list(param.shape)}: adding them would change the parameter's shape. Is a "
+            "batch axis left in the gradient, or is it the gradient of another model?"
+        )
+    if jnp.iscomplexobj(update) != jnp.iscomplexobj(param):
+        raise TypeError(
+            f"adamx: leaf {path!r} has an update {describe(update)} for a parameter "
+            f"{describe(param)}: one is complex, the other real"
+        )
+    return param
+
+
+def check_state(state: Any) -> None:
+    """Raise unless the state looks like one of ours."""
+    if not isinstance(state, dict) or "count" not in state:
+        raise TypeError(
+            "adamx: update(updates, state, params) expects the state that init returned, a dict "
+            f"with 'count', got {describe(state)}: are the arguments swapped, or is it the state "
+            "of an Optax optimizer?"
+        )
+
+
+def entry(state: Mapping[str, Any], name: str) -> Any:
+    """Return a state's entry; raise ValueError where it has none of that name."""
+    if name not in state:
+        raise ValueError(
+            f"adamx: the state has no {name!r}, only {sorted(state)}: it was made by another "
+            "composition; adapt_state(tx, params, state) carries it over"
+        )
+    return state[name]
+
+
+def check_names(state: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise unless the state before and the state after a step have the same entries."""
+    for name in new:
+        entry(state, name)
+    if unknown := sorted(state.keys() - new.keys()):
+        raise ValueError(
+            f"adamx: the state holds {unknown}, which this transformation does not keep: it was "
+            "made by another composition; adapt_state(tx, params, state) carries it over"
+        )
+
+
+def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise unless a leaf's slots are those that its concept would start with."""
+    for name, start in expected.items():
+        if name not in slots:
+            raise ValueError(
+                f"adamx: leaf {path!r} has an update, and state[{name!r}] is None there: it was "
+                "None (or frozen) when init saw it; adapt_state(tx, params, state) fills it in"
+            )
+        if jnp.shape(slots[name]) != start.shape:
+            raise ValueError(
+                f"adamx: leaf {path!r}: state[{name!r}] has shape {list(jnp.shape(slots[name]))} "
+                f"where this gradient needs {list(start.shape)}: is it the state or the gradient "
+                "of another model?"
+            )
+    if unknown := sorted(slots.keys() - expected.keys()):
+        raise ValueError(
+            f"adamx: leaf {path!r} keeps {unknown} in the state, which this transformation does "
+            "not: it was made by another composition; adapt_state(tx, params, state) carries it"
+        )
+
+
+def check_disjoint(names: Mapping[str, Any], more: Mapping[str, Any]) -> None:
+    """Raise where two stages want one name in the state."""
+    if clash := sorted(names.keys() & more.keys()):
+        raise ValueError(
+            f"adamx: two stages keep {clash[0]!r} in the state: give one of them another name, "
+            "with name= for a concept and named(name, tx) for a foreign transformation"
+        )
+
+
+def narrow(
+    concept: Transformation, slots: Mapping[str, jax.Array], new: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Cast the new slots to the dtypes they are stored in; raise where they do not fit them."""
+    name_of = type(concept).__name__
+    for name, value in new.items():
+        if name not in slots:
+            raise ValueError(f"{name_of}: accumulate returned {name!r}, which slots did not start")
+        if value.shape != slots[name].shape:
+            raise ValueError(
+                f"{name_of}: accumulate returned {name!r} of shape {list(value.shape)}, slots "
+                f"started it with {list(slots[name].shape)}"
+            )
+        if jnp.iscomplexobj(value) and not jnp.iscomplexobj(slots[name]):
+            raise TypeError(f"{name_of}: accumulate returned a complex {name!r} for a real slot")
+    return {name: value.astype(slots[name].dtype) for name, value in new.items()}
+
+
+def check_emitted(concept: Transformation, u: jax.Array, out: jax.Array) -> None:
+    """Raise where a concept changed the shape of the update, or made a real one complex."""
+    if out.shape != u.shape or (jnp.iscomplexobj(out) and not jnp.iscomplexobj(u)):
+        raise ValueError(
+            f"{type(concept).__name__}: emit returned {describe(out)} for an update "
+            f"{describe(u)}: shape and kind have to stay"
+        )

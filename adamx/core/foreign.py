@@ -1,0 +1,96 @@
+"""Optax transformations from outside adamx, as stages of a chain.
+
+They act on whole trees, between the kernels; schedules, clips, partitions and every optimizer
+outside the Adam family stay Optax's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adamx.core import errors
+from adamx.core.lifting import Leaves, State
+from adamx.core.printing import factory_name
+from adamx.core.step import Step
+from adamx.core.transformation import Transformation
+
+
+class named(Transformation):
+    """Give an Optax transformation a name, under which the chain's state keeps its state.
+
+    A stage of `chain` that is not named stands under its factory's name, so that only two of one
+    kind need this. A transformation without memory has no entry.
+
+    Attributes:
+        name: the entry in the state.
+        tx: any `optax.GradientTransformation`.
+
+    Raises:
+        TypeError: if `tx` is not a transformation.
+
+    Example:
+        >>> import adamx, jax.numpy as jnp
+        >>> tx = adamx.chain(named("fast", optax.ema(0.5)), named("slow", optax.ema(0.9)))
+        >>> sorted(tx.init(jnp.zeros(2)))
+        ['count', 'fast', 'slow']
+    """
+
+    name: str
+    tx: optax.GradientTransformation
+
+    holds_trees = True
+    is_foreign = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tx, optax.GradientTransformation):
+            raise TypeError(f"named: tx must be an Optax or adamx transformation, got {self.tx!r}")
+
+    @property
+    def children(self) -> tuple[Transformation, ...]:
+        return ()
+
+    @property
+    def leafwise(self) -> bool:
+        return False
+
+    def init_tree(self, leaves: Leaves) -> State:
+        state = self.tx.init(leaves.tree(leaves.values))
+        return {self.name: state} if jax.tree.leaves(state) else {}
+
+    def update_tree(self, leaves: Leaves, step: Step, last: bool) -> tuple[Leaves, State]:
+        tx = optax.with_extra_args_support(self.tx)
+        params = leaves.params_tree()
+        updates = leaves.tree(leaves.values)
+        like = updates if params is None else params
+        empty = jax.eval_shape(tx.init, like)
+        state = errors.entry(step.state, self.name) if jax.tree.leaves(empty) else empty
+        updates, state = tx.update(updates, state, params, **step.extra)
+        values = errors.beside(leaves.treedef, self.name, updates, None)
+        if last:
+            pairs = zip(values, leaves.dtypes, strict=True)
+            values = [None if u is None else u.astype(dtype) for u, dtype in pairs]
+        entries = {self.name: state} if jax.tree.leaves(state) else {}
+        return dataclasses.replace(leaves, values=values), entries
+
+    def state_names(self) -> tuple[str, ...]:
+        """Return the entry's name, or nothing where the transformation has no memory."""
+        try:
+            state = jax.eval_shape(self.tx.init, jax.ShapeDtypeStruct((), jnp.float32))
+        except Exception:  # an init that needs another tree than one scalar: it may have memory
+            return (self.name,)
+        return (self.name,) if jax.tree.leaves(state) else ()
+
+
+def as_concept(stage: Any) -> Transformation:
+    """Return the stage itself, or the foreign transformation under its factory's name."""
+    if isinstance(stage, Transformation):
+        return stage
+    if isinstance(stage, optax.GradientTransformation):
+        return named(factory_name(stage), stage)
+    hint = ": write it as a call" if isinstance(stage, type) else ""
+    raise TypeError(f"chain: a stage must be an adamx or Optax transformation, got {stage!r}{hint}")

@@ -1,0 +1,287 @@
+"""From one array to any pytree: `init` and `update`, the state, the kernels.
+
+    state = {"count": t, <recorded scalar>: value, ..., <slot>: tree of that slot, ...}
+
+A transformation gives its `segments()`: runs of leafwise concepts, with foreign transformations
+between them. A run is one kernel: the function of one leaf, traced once for each (shape, dtype)
+whatever the number of leaves. What is the same for all leaves (1 - b^t, the learning rate) is
+computed once a step, outside the kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from adamx.core import errors
+from adamx.core.arithmetic import compute_dtype, is_inexact, widen
+from adamx.core.step import Step
+
+if TYPE_CHECKING:
+    from adamx.core.transformation import Transformation
+
+State = dict[str, Any]
+Slots = dict[str, jax.Array]
+Prepared = tuple[Any, tuple[Any, ...]]  # a concept's own scalars, and its children's
+
+_MAX_COUNT = np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    """A tree of updates taken apart; the lists are parallel and hold None where the tree does.
+
+    Attributes:
+        paths: each leaf's place in the tree, such as "dense/kernel".
+        values: the updates: in emit dtype at first, in compute dtype between segments.
+        params: the parameters, or None where `update` was called without.
+        dtypes: the emit dtypes.
+        treedef: what puts a list together again.
+    """
+
+    paths: list[str]
+    values: list[Any]
+    params: list[Any] | None
+    dtypes: list[Any]
+    treedef: Any
+
+    def tree(self, values: list[Any]) -> Any:
+        """Put a parallel list together again."""
+        return self.treedef.unflatten(values)
+
+    def params_tree(self) -> Any:
+        """Put the parameters together, with None where there is no update, if there are any."""
+        return None if self.params is None else self.tree(self.params)
+
+    def like(self) -> list[Any]:
+        """Return the parameters where there are any, the updates otherwise."""
+        return self.values if self.params is None else self.params
+
+
+def take_apart(updates: Any, params: Any) -> Leaves:
+    """Flatten the updates, and the parameters beside them; raise where they do not fit."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    values = [
+        None if u is None else errors.floating(path, u)
+        for path, (_, u) in zip(paths, flat, strict=True)
+    ]
+    beside = None
+    if params is not None:
+        beside = errors.beside(treedef, "params", params, updates)
+        beside = [
+            None if u is None else errors.fitting(path, u, p)
+            for path, u, p in zip(paths, values, beside, strict=True)
+        ]
+    dtypes = [None if u is None else u.dtype for u in values]
+    return Leaves(paths, values, beside, dtypes, treedef)
+
+
+def disjoint(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge dictionaries that must have no name in common."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        errors.check_disjoint(merged, part)
+        merged |= part
+    return merged
+
+
+# ------------------------------------------------------------------------------ the whole program
+
+
+def init(tx: Transformation, params: Any) -> State:
+    """Return the state before the first step; see `Transformation.init`."""
+    leaves = take_apart(params, None)
+    tx = tx.resolve(params)
+    entries = disjoint(*(segment.init_tree(leaves) for segment in tx.segments()))
+    return {"count": jnp.zeros([], jnp.int32)} | entries
+
+
+def update(
+    tx: Transformation, updates: Any, state: State, params: Any, extra: Mapping[str, Any]
+) -> tuple[Any, State]:
+    """Return (outgoing updates, new state); see `Transformation.update`."""
+    leaves = take_apart(updates, params)
+    errors.check_state(state)
+    tx = tx.resolve(updates if params is None else params)
+    count = jnp.minimum(state["count"], _MAX_COUNT - 1) + 1
+    new: State = {"count": count}
+    segments = tx.segments()
+    for number, segment in enumerate(segments):
+        last = number + 1 == len(segments) or segments[number + 1].is_foreign
+        step = Step(count=count, state=state | new, extra=extra)
+        leaves, entries = segment.update_tree(leaves, step, last)
+        new |= entries
+    errors.check_names(state, new)
+    return leaves.tree(leaves.values), {name: new[name] for name in state}
+
+
+# --------------------------------------------------------------- one segment of leafwise concepts
+
+
+def init_leaves(tx: Transformation, leaves: Leaves) -> State:
+    """Return the entries of a leafwise segment: a tree for each slot, and recorded scalars."""
+    columns: dict[str, list[Any]] = {name: [None] * len(leaves.paths) for name in slot_names(tx)}
+    for i, (path, param) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
+        if param is not None:
+            for name, start in tx.bind(path, param).slots(param).items():
+                columns[name][i] = start
+    present = [p for p in leaves.values if p is not None]
+    slots = {name: leaves.tree(column) for name, column in columns.items()}
+    return disjoint(slots, recorded(tx, _first_scalars(tx, present)))
+
+
+def update_leaves(
+    tx: Transformation, leaves: Leaves, step: Step, last: bool
+) -> tuple[Leaves, State]:
+    """Run one kernel over the leaves; narrow to the emit dtypes where it is the last of its kind.
+
+    Args:
+        tx: the segment: a concept, or a chain of them.
+        leaves: the updates; leaves that are None stay None, and their slots as they are.
+        step: the step, without what belongs to one concept or leaf.
+        last: whether the updates leave adamx here.
+
+    Returns:
+        The new leaves, and the entries of the state that this segment owns.
+    """
+    names = slot_names(tx)
+    columns = {
+        name: errors.beside(leaves.treedef, name, errors.entry(step.state, name), None)
+        for name in names
+    }
+    present = [u for u in leaves.values if u is not None]
+    variants = {tx: Variant(tx, step, present)}
+    variant, bound, out = variants[tx], tx, list(leaves.values)
+    for i, (path, like) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
+        if out[i] is None:
+            continue
+        wanted = tx.bind(path, like)
+        if wanted is not bound:
+            bound = wanted
+            variant = variants.get(bound) or variants.setdefault(
+                bound, Variant(bound, step, present)
+            )
+        slots = {name: columns[name][i] for name in names if columns[name][i] is not None}
+        errors.check_slots(path, slots, variant.slots_like(like))
+        param = None if leaves.params is None else leaves.params[i]
+        out[i], new = variant.kernel(
+            out[i], slots, param, step.count, variant.prepared, leaves.dtypes[i], last
+        )
+        for name, value in new.items():
+            columns[name][i] = value
+    entries = {name: leaves.tree(column) for name, column in columns.items()}
+    return dataclasses.replace(leaves, values=out), entries | recorded(tx, variants[tx].prepared)
+
+
+class Variant:
+    """What the leaves that a concept is bound to alike share in one step.
+
+    Attributes:
+        kernel: the function of one leaf.
+        prepared: the scalars of the step.
+    """
+
+    def __init__(self, tx: Transformation, step: Step, leaves: Sequence[jax.Array]) -> None:
+        """Make the kernel, and compute the scalars from the step and the leaves."""
+        self.kernel = leaf_kernel(tx)
+        self.prepared = prepare(tx, step, leaves)
+        self._slots = functools.cache(
+            lambda shape, dtype: jax.eval_shape(tx.slots, jax.ShapeDtypeStruct(shape, dtype))
+        )
+
+    def slots_like(self, param: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes of the slots that a parameter starts with."""
+        return self._slots(param.shape, param.dtype)
+
+
+def leaf_kernel(tx: Transformation) -> Callable[..., tuple[jax.Array, Slots]]:
+    """Return the function of one leaf: widen, accumulate, store, and emit from what was stored."""
+
+    @functools.partial(jax.jit, static_argnums=(5, 6))
+    def kernel(
+        u: jax.Array,
+        slots: Slots,
+        param: jax.Array | None,
+        count: jax.Array,
+        prepared: Prepared,
+        emit: Any,
+        last: bool,
+    ) -> tuple[jax.Array, Slots]:
+        floating = [x for x in (u, param, *slots.values()) if x is not None and is_inexact(x)]
+        compute = compute_dtype(*(x.dtype for x in floating))
+        wide = functools.partial(widen, compute=compute)
+        concept = jax.tree.map(wide, tx)
+        scalars, inner = jax.tree.map(wide, prepared)
+        u, param, old = jax.tree.map(wide, (u, param, slots))
+        step = Step(count=count, scalars=scalars, inner=inner, old=old, param=param, dtype=emit)
+        stored = slots | errors.narrow(concept, slots, concept.accumulate(u, old, step))
+        out = concept.emit(u, jax.tree.map(wide, stored), step)
+        errors.check_emitted(concept, u, out)
+        return out.astype(emit if last else compute), stored
+
+    return kernel
+
+
+def prepare(tx: Transformation, step: Step, leaves: Sequence[jax.Array] | None) -> Prepared:
+    """Return the scalars of a concept and its children; the first child may read the leaves too."""
+    if leaves is not None and tx.reads_tree:
+        wide = [widen(u, compute_dtype(u.dtype)) for u in leaves]
+        own = tx.measure(step, wide)
+    else:
+        own = tx.prepare(step)
+    children = tx.children
+    inner = [prepare(child, step, None if i else leaves) for i, child in enumerate(children)]
+    return own, tuple(inner)
+
+
+def recorded(tx: Transformation, prepared: Prepared) -> Slots:
+    """Return the scalars that a concept and its children keep in the state, floats as float32."""
+    own, inner = prepared
+    kept = {
+        name: jnp.asarray(x, jnp.float32 if is_inexact(x) else None)
+        for name, x in tx.record(own).items()
+    }
+    return disjoint(kept, *(recorded(c, p) for c, p in zip(tx.children, inner, strict=True)))
+
+
+def _first_scalars(tx: Transformation, params: list[jax.Array]) -> Prepared:
+    """Return the scalars of the first step; what reads the tree starts as zeros."""
+    step = Step(count=jnp.ones([], jnp.int32))
+    if not any_reads_tree(tx):
+        return prepare(tx, step, None)
+    shapes = jax.eval_shape(lambda leaves: prepare(tx, step, leaves), params)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def any_reads_tree(tx: Transformation) -> bool:
+    """Say whether a concept or one of its children reads the whole tree."""
+    return tx.reads_tree or any(any_reads_tree(child) for child in tx.children)
+
+
+def slot_names(tx: Transformation) -> tuple[str, ...]:
+    """Return the names of a concept's slots; they do not depend on the parameter."""
+    return tuple(jax.eval_shape(tx.slots, jax.ShapeDtypeStruct((), jnp.float32)))
+
+
+def recorded_names(tx: Transformation) -> tuple[str, ...]:
+    """Return the names of the scalars that a concept and its children keep in the state."""
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    return tuple(jax.eval_shape(lambda p: recorded(tx, _first_scalars(tx, [p])), scalar))
+
+
+def is_concrete(*trees: Any) -> bool:
+    """Say whether every leaf is an array or a number, so that jit can take the trees."""
+    return all(
+        isinstance(x, jax.Array | np.ndarray | np.generic | numbers.Number)
+        and not isinstance(x, Tracer)
+        for x in jax.tree.leaves(trees)
+    )

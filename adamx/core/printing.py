@@ -1,0 +1,87 @@
+"""How a transformation prints: the composition with its values, at a glance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+_WIDTH = 88
+
+
+def describe(tx: Any) -> str:
+    """Return the constructor call of a concept: on one line where it fits, else one line a part.
+
+    Example:
+        >>> import adamx
+        >>> adamx.ema(0.9)
+        ema(0.9)
+        >>> adamx.adam(1e-3)
+        chain(
+            rms_scaling(
+                chain(ema(0.9), bias_correction(0.9)),
+                second_moment=chain(ema_of_squares(0.999), bias_correction(0.999)),
+            ),
+            scale_by_learning_rate(0.001),
+        )
+    """
+    parts = [f"{name}={_value(v)}" if name else _value(v) for name, v in _arguments(tx)]
+    name = type(tx).__name__
+    line = f"{name}({', '.join(parts)})"
+    if len(line) <= _WIDTH and "\n" not in line:
+        return line
+    body = "".join(f"    {part},\n" for part in (p.replace("\n", "\n    ") for p in parts))
+    return f"{name}(\n{body})"
+
+
+def _arguments(tx: Any) -> Iterator[tuple[str, Any]]:
+    fields = dataclasses.fields(tx)
+    for number, field in enumerate(fields):
+        value = getattr(tx, field.name)
+        if field.name == getattr(tx, "variadic", None):
+            yield from (("", v) for v in value)
+        elif not _is_default(value, field):
+            yield ("" if number == 0 else field.name), value
+
+
+def _is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
+    plain = value is None or isinstance(value, str | int | float)
+    return value is field.default or (plain and value == field.default)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, optax.GradientTransformation):
+        return repr(value) if dataclasses.is_dataclass(value) else factory_name(value)
+    if isinstance(value, np.generic):
+        return repr(value.item())
+    if isinstance(value, type) or not callable(value) or dataclasses.is_dataclass(value):
+        return getattr(value, "__name__", None) or repr(value)
+    return factory(value)
+
+
+def factory(function: Any) -> str:
+    """Return the name of a function, or of the function that made it.
+
+    Example:
+        >>> factory(optax.cosine_decay_schedule(0.1, 10)), factory(lambda step: 0.1)
+        ('cosine_decay_schedule', '<lambda>')
+    """
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return name.split(".<locals>")[0] if not name.endswith("<lambda>") else "<lambda>"
+
+
+def factory_name(tx: optax.GradientTransformation) -> str:
+    """Return the name of the Optax function that made a transformation.
+
+    Example:
+        >>> factory_name(optax.scale_by_adam()), factory_name(optax.clip(1.0))
+        ('scale_by_adam', 'clip')
+    """
+    name = factory(tx.init)
+    return factory(tx.update) if name == "init_empty_state" else name

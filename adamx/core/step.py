@@ -1,0 +1,42 @@
+"""What a concept sees of the step it is in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step, as one concept sees it.
+
+    Attributes:
+        count: int32 scalar, t in the papers: 1 in the first step.
+        scalars: what this concept's own `prepare` or `measure` returned; floating scalars arrive
+            in the (real) compute dtype of the leaf.
+        inner: the same for its children; taken apart by `child`.
+        old: in `accumulate` and `emit`, the leaf's slots before this step.
+        param: in `accumulate` and `emit`, the parameter in compute dtype; None where `update` was
+            called without params.
+        dtype: in `accumulate` and `emit`, the emit dtype: that of the incoming gradient.
+        state: in `prepare` and `measure`, the whole state before this step, with what earlier
+            segments of the chain have already changed in it.
+        extra: in `prepare` and `measure`, the extra keyword arguments of `update`.
+    """
+
+    count: jax.Array
+    scalars: Any = None
+    inner: tuple[Any, ...] = ()
+    old: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    param: jax.Array | None = None
+    dtype: Any = None
+    state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def child(self, index: int) -> Step:
+        """Return the same step as the child concept number `index` sees it."""
+        scalars, inner = self.inner[index]
+        return dataclasses.replace(self, scalars=scalars, inner=inner)

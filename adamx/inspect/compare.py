@@ -1,0 +1,189 @@
+"""Two optimizers side by side, on the same gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The largest difference between two trees.
+
+    Attributes:
+        relative: max |a - b| / max(|a|, |b|) over all elements; 0 where both are 0, and inf where
+            only one is NaN or infinite.
+        ulps: the same in units in the last place of the narrower dtype of the two.
+        path: the leaf in which `ulps` is reached.
+    """
+
+    relative: float
+    ulps: float
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.relative:9.2e} {self.ulps:10.3g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What `compare` found; prints as a table.
+
+    Attributes:
+        updates: for each step the difference of the updates.
+        params: for each step the difference of the parameters after it.
+        slots: after the last step, for each entry that both states have at the same path: the
+            path in the first state and the difference.
+        unmatched: paths that only one of the states has.
+        names: what the two are called in the table.
+    """
+
+    updates: list[Difference]
+    params: list[Difference]
+    slots: dict[str, Difference]
+    unmatched: list[str]
+    names: tuple[str, str]
+
+    def first_beyond(self, *, relative: float = np.inf, ulps: float = np.inf) -> int | None:
+        """Return the first step (from 1) whose parameters differ by more than a bound, or None."""
+        for number, difference in enumerate(self.params, start=1):
+            if difference.relative > relative or difference.ulps > ulps:
+                return number
+        return None
+
+    def __str__(self) -> str:
+        rows = [f"{'':>12}  {'updates':^20}  {'params':^20}  in leaf"]
+        rows += [f"{'step':>12}  {'relative':>9} {'ULP':>10}  {'relative':>9} {'ULP':>10}"]
+        steps = len(self.params)
+        shown = sorted({1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, steps})
+        for number in (n for n in shown if n <= steps):
+            u, p = self.updates[number - 1], self.params[number - 1]
+            rows.append(f"{number:>12}  {u}  {p}  {p.path}")
+        rows.append(f"slots after step {steps}:")
+        rows += [f"{path:>12}  {difference}" for path, difference in self.slots.items()]
+        if self.unmatched:
+            rows.append(f"in one state only: {', '.join(self.unmatched)}")
+        return "\n".join([f"{self.names[0]} against {self.names[1]}", *rows])
+
+
+def compare(
+    tx_a: optax.GradientTransformation,
+    tx_b: optax.GradientTransformation,
+    params: Any,
+    gradients: Iterable[Any] | Callable[[int], Any],
+    *,
+    steps: int | None = None,
+    names: tuple[str, str] = ("a", "b"),
+) -> Comparison:
+    """Run two transformations on the same gradients and report where they part.
+
+    Each follows its own parameters from the same start; both steps are jitted.
+
+    Args:
+        tx_a: an adamx or Optax transformation.
+        tx_b: another.
+        params: the parameters to start from, as both `init` take them.
+        gradients: trees shaped like `params`, one a step; or a function of the step (from 0).
+        steps: how many; None means as many as `gradients` has, and must be given for a function.
+        names: what to call the two in the table.
+
+    Returns:
+        A `Comparison`: differences step by step, `first_beyond(...)`, and the slots side by side,
+        matched by path (Optax's `0/mu/w` is adamx's `mu/w`).
+
+    Raises:
+        ValueError: if there is no gradient, or `steps` is missing for a function.
+
+    Example:
+        >>> import adamx
+        >>> w = {"w": jnp.array([1.0, 2.0])}
+        >>> grads = [{"w": jnp.array([0.5, -4.0])}] * 3
+        >>> found = compare(adamx.sgd(0.5), optax.sgd(0.5), w, grads)
+        >>> found.params[-1].ulps, found.first_beyond(ulps=0)
+        (0.0, None)
+    """
+    if callable(gradients):
+        if steps is None:
+            raise ValueError("compare: steps must be given where gradients is a function, got None")
+        gradients = (gradients(number) for number in range(steps))
+    step_a, step_b = jax.jit(_step(tx_a)), jax.jit(_step(tx_b))
+    a, b = (params, tx_a.init(params)), (params, tx_b.init(params))
+    updates, followed = [], []
+    for number, grads in enumerate(gradients):
+        if steps is not None and number >= steps:
+            break
+        (u_a, *a), (u_b, *b) = step_a(*a, grads), step_b(*b, grads)
+        updates.append(_difference(u_a, u_b))
+        followed.append(_difference(a[0], b[0]))
+    if not followed:
+        raise ValueError("compare: gradients must hold at least one tree, got none")
+    slots, unmatched = _side_by_side(a[1], b[1])
+    return Comparison(updates, followed, slots, unmatched, names)
+
+
+def _step(tx: optax.GradientTransformation) -> Callable[..., Any]:
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return updates, optax.apply_updates(params, updates), state
+
+    return step
+
+
+def _difference(a: Any, b: Any) -> Difference:
+    worst = Difference(0.0, 0.0, "")
+    there = dict(_paths(b))
+    for path, x in _paths(a):
+        relative, ulps = _largest(np.asarray(x), np.asarray(there[path]))
+        if ulps >= worst.ulps:
+            worst = Difference(max(relative, worst.relative), ulps, path)
+        else:
+            worst = dataclasses.replace(worst, relative=max(relative, worst.relative))
+    return worst
+
+
+def _largest(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    if a.size == 0 or not jnp.issubdtype(a.dtype, jnp.inexact):
+        same = np.array_equal(a, b)
+        return (0.0, 0.0) if same else (np.inf, np.inf)
+    spacing = max(jnp.finfo(a.dtype).eps, jnp.finfo(b.dtype).eps)
+    smallest = max(jnp.finfo(a.dtype).tiny, jnp.finfo(b.dtype).tiny)
+    wide = np.complex128 if np.iscomplexobj(a) else np.float64
+    a, b = a.astype(wide), b.astype(wide)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore", over="ignore"):
+        gap = np.where(same, 0.0, np.abs(a - b))
+        scale = np.maximum(np.abs(a), np.abs(b))
+    bad = ~same & ~(np.isfinite(a) & np.isfinite(b))
+    relative = np.where(bad, np.inf, gap / np.where(scale > 0, scale, 1))
+    # one ULP of x is eps * 2^floor(log2 |x|); below the smallest normal number it stays put
+    exponent = np.floor(np.log2(np.maximum(np.where(bad, 1, scale), float(smallest))))
+    ulps = np.where(bad, np.inf, gap / (float(spacing) * np.exp2(exponent)))
+    return float(relative.max()), float(ulps.max())
+
+
+def _side_by_side(a: Any, b: Any) -> tuple[dict[str, Difference], list[str]]:
+    """Match entries whose path in one state ends with the path in the other."""
+    left, right = dict(_paths(a)), dict(_paths(b))
+    slots: dict[str, Difference] = {}
+    matched: set[str] = set()
+    for path, x in left.items():
+        for other, y in right.items():
+            ends = ("/" + path).endswith("/" + other) or ("/" + other).endswith("/" + path)
+            if ends and other not in matched and np.shape(x) == np.shape(y):
+                relative, ulps = _largest(np.asarray(x), np.asarray(y))
+                slots[path] = Difference(relative, ulps, path)
+                matched.add(other)
+                break
+    unmatched = [p for p in left if p not in slots] + [p for p in right if p not in matched]
+    return slots, unmatched
+
+
+def _paths(tree: Any) -> list[tuple[str, Any]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in flat]

@@ -1,0 +1,49 @@
+"""AdaGrad: divide by the root of the sum of all squared gradients.
+
+    s_t = s_{t-1} + g_t^2                                      w <- w - lr * g_t / (sqrt(s_t) + eps)
+
+    adagrad = chain(rms_scaling(second_moment=sum_of_squares()), scale_by_learning_rate(lr))
+
+Source: Duchi, Hazan & Singer (2011), Figure 1, https://jmlr.org/papers/v12/duchi11a.html
+"""
+
+from __future__ import annotations
+
+from adamx.core.chain import chain
+from adamx.core.checks import NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.transforms.rms_scaling import rms_scaling
+from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
+from adamx.transforms.sum_of_squares import sum_of_squares
+
+
+@checked(learning_rate=RATE, initial_accumulator_value=NON_NEGATIVE, eps=NON_NEGATIVE)
+def adagrad(
+    learning_rate: ScalarOrSchedule,
+    initial_accumulator_value: Scalar = 0.1,
+    eps: Scalar = 1e-7,
+    eps_in_sqrt: bool = False,
+) -> chain:
+    """Return AdaGrad; arguments as `optax.adagrad`'s, but for where eps stands.
+
+    Args:
+        learning_rate: >= 0: a number, array or schedule.
+        initial_accumulator_value: the sum before the first step, >= 0.
+        eps: >= 0, added to the root as in the paper and PyTorch.
+        eps_in_sqrt: True adds it under the root, as Optax does.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = adagrad(1.0, initial_accumulator_value=16.0, eps=1.0)
+        >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0]
+        Array([-0.5], dtype=float32)
+    """
+    inside, outside = (eps, 0.0) if eps_in_sqrt else (0.0, eps)
+    return chain(
+        rms_scaling(
+            second_moment=sum_of_squares(initial_accumulator_value), eps=outside, eps_root=inside
+        ),
+        scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,105 @@
+"""Adam: Momentum's average over RMSprop's root, both corrected for their start at zero.
+
+    m_t = b1 m_{t-1} + (1 - b1) g_t            m^_t = m_t / (1 - b1^t)
+    v_t = b2 v_{t-1} + (1 - b2) g_t^2          v^_t = v_t / (1 - b2^t)
+    w <- w - lr * m^_t / (sqrt(v^_t) + eps)
+
+    adam = chain(rms_scaling(chain(ema(b1), bias_correction(b1)),
+                             second_moment=chain(ema_of_squares(b2), bias_correction(b2))),
+                 scale_by_learning_rate(lr))
+
+Source: Kingma & Ba (2015), Algorithm 1, https://arxiv.org/abs/1412.6980
+"""
+
+from __future__ import annotations
+
+from jax.typing import DTypeLike
+
+from adamx.core.chain import chain
+from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.transforms.bias_correction import bias_correction
+from adamx.transforms.ema import ema
+from adamx.transforms.ema_of_squares import ema_of_squares
+from adamx.transforms.nesterov_ema import nesterov_ema
+from adamx.transforms.rms_scaling import rms_scaling
+from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
+
+
+@checked(b1=DECAY, b2=DECAY, eps=NON_NEGATIVE, eps_root=NON_NEGATIVE)
+def scale_by_adam(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+) -> rms_scaling:
+    """Return Adam without its learning rate; arguments as `optax.scale_by_adam`'s.
+
+    Args:
+        b1: weight of the past in the average of gradients, in [0, 1).
+        b2: weight of the past in the average of squares, in [0, 1).
+        eps: >= 0, added to the root, in the unit of the gradients.
+        eps_root: >= 0, added under the root, in the squared unit of the gradients.
+        mu_dtype: dtype of the slot `mu`; None means float32, or wider where the parameter is.
+        nesterov: whether the average looks one step ahead (NAdam).
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> scale_by_adam(b1=0.5, b2=0.75)
+        rms_scaling(
+            chain(ema(0.5), bias_correction(0.5)),
+            second_moment=chain(ema_of_squares(0.75), bias_correction(0.75)),
+        )
+    """
+    average = (
+        nesterov_ema(b1, mu_dtype) if nesterov else chain(ema(b1, mu_dtype), bias_correction(b1))
+    )
+    return rms_scaling(
+        average,
+        second_moment=chain(ema_of_squares(b2), bias_correction(b2)),
+        eps=eps,
+        eps_root=eps_root,
+    )
+
+
+@checked(learning_rate=RATE, b1=DECAY, b2=DECAY, eps=NON_NEGATIVE, eps_root=NON_NEGATIVE)
+def adam(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+) -> chain:
+    """Return Adam; arguments as `optax.adam`'s.
+
+    Args:
+        learning_rate: >= 0: a number, array or schedule.
+        b1: weight of the past in the average of gradients, in [0, 1).
+        b2: weight of the past in the average of squares, in [0, 1).
+        eps: >= 0, added to the root, in the unit of the gradients.
+        eps_root: >= 0, added under the root; for differentiating through the second moment.
+        mu_dtype: dtype of the slot `mu`; None means float32, or wider where the parameter is.
+        nesterov: whether the average looks one step ahead (NAdam).
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        In the first step each element moves by the learning rate, whatever its gradient:
+
+        >>> import jax.numpy as jnp
+        >>> tx = adam(0.5, eps=0.0)
+        >>> tx.update(jnp.array([4.0, -0.001]), tx.init(jnp.zeros(2)))[0]
+        Array([-0.5,  0.5], dtype=float32)
+    """
+    return chain(
+        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
+        scale_by_learning_rate(learning_rate),
+    )

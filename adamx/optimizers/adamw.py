@@ -1,0 +1,75 @@
+"""AdamW: Adam with decoupled weight decay.
+
+    w <- (1 - lr * weight_decay) w - lr * m^_t / (sqrt(v^_t) + eps)
+
+    adamw = adam with add_decayed_weights(weight_decay) before the learning rate
+
+Source: Loshchilov & Hutter (2019), Algorithm 2, https://arxiv.org/abs/1711.05101; as in PyTorch and
+Optax the decay is multiplied by the learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jax.typing import DTypeLike
+
+from adamx.core.chain import chain
+from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.optimizers.adam import scale_by_adam
+from adamx.transforms.add_decayed_weights import add_decayed_weights
+from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
+
+
+@checked(
+    learning_rate=RATE,
+    b1=DECAY,
+    b2=DECAY,
+    eps=NON_NEGATIVE,
+    eps_root=NON_NEGATIVE,
+    weight_decay=RATE,
+)
+def adamw(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[Any], Any] = None,
+    *,
+    nesterov: bool = False,
+) -> chain:
+    """Return AdamW; arguments as `optax.adamw`'s.
+
+    Args:
+        learning_rate: >= 0: a number, array or schedule.
+        b1: weight of the past in the average of gradients, in [0, 1).
+        b2: weight of the past in the average of squares, in [0, 1).
+        eps: >= 0, added to the root, in the unit of the gradients.
+        eps_root: >= 0, added under the root.
+        mu_dtype: dtype of the slot `mu`; None means float32, or wider where the parameter is.
+        weight_decay: >= 0: a number, array or schedule; the weights shrink by
+            `learning_rate * weight_decay` a step.
+        mask: which leaves decay: a tree of bools, or a function that makes one from the
+            parameters; None means all.
+        nesterov: whether the average looks one step ahead (NAdamW).
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        The first step moves by lr * (sign(g) + weight_decay * w):
+
+        >>> import jax.numpy as jnp
+        >>> tx, w = adamw(0.5, eps=0.0, weight_decay=0.25), jnp.array([2.0])
+        >>> tx.update(jnp.array([4.0]), tx.init(w), w)[0]
+        Array([-0.75], dtype=float32)
+    """
+    return chain(
+        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,34 @@
+"""Momentum as the notes have it: a step along the average of the gradients.
+
+m_t = b m_{t-1} + (1 - b) g_t                                             w <- w - lr * m_t
+
+momentum = chain(ema(b), scale_by_learning_rate(lr))
+"""
+
+from __future__ import annotations
+
+from adamx.core.chain import chain
+from adamx.core.checks import DECAY, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.transforms.ema import ema
+from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
+
+
+@checked(learning_rate=RATE, decay=DECAY)
+def momentum(learning_rate: ScalarOrSchedule, decay: Scalar = 0.9) -> chain:
+    """Return gradient descent along the exponential moving average of the gradients.
+
+    Args:
+        learning_rate: >= 0: a number, array or schedule.
+        decay: weight of the past, in [0, 1). The heavy ball, `sgd(lr, momentum=decay)`, takes
+            steps 1 / (1 - decay) times as large.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = momentum(0.5, decay=0.75)
+        >>> tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)))[0]
+        Array([-0.5], dtype=float32)
+    """
+    return chain(ema(decay), scale_by_learning_rate(learning_rate))

@@ -1,0 +1,132 @@
+"""RMSprop: divide by the root of the average of the squared gradients.
+
+    v_t = b v_{t-1} + (1 - b) g_t^2                            w <- w - lr * g_t / (sqrt(v_t) + eps)
+
+    rmsprop = chain(rms_scaling(second_moment=ema_of_squares(b)), scale_by_learning_rate(lr))
+
+Source: Tieleman & Hinton (2012), Lecture 6.5; centred: Graves (2013), section 4.2,
+https://arxiv.org/abs/1308.0850
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from adamx.core.arithmetic import squared_magnitude
+from adamx.core.chain import chain
+from adamx.core.checks import (
+    DECAY,
+    FRACTION,
+    NON_NEGATIVE,
+    RATE,
+    Scalar,
+    ScalarOrSchedule,
+    checked,
+    optional,
+)
+from adamx.core.combine import combine
+from adamx.core.transformation import Transformation
+from adamx.transforms.bias_correction import bias_correction as corrected
+from adamx.transforms.ema import ema
+from adamx.transforms.ema_of_squares import ema_of_squares
+from adamx.transforms.rms_scaling import rms_scaling
+from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
+from adamx.transforms.trace import trace
+
+
+@checked(decay=DECAY, eps=NON_NEGATIVE, initial_scale=NON_NEGATIVE)
+def scale_by_rms(
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
+    initial_scale: Scalar = 0.0,
+    eps_in_sqrt: bool = False,
+    bias_correction: bool = False,
+) -> rms_scaling:
+    """Return RMSprop without its learning rate; arguments as `optax.scale_by_rms`'s.
+
+    Args:
+        decay: weight of the past in the average of squares, in [0, 1).
+        eps: >= 0, added to the root.
+        initial_scale: the average before the first step, >= 0.
+        eps_in_sqrt: True adds eps under the root, which is Optax's default.
+        bias_correction: whether to divide the average by 1 - decay^t.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> scale_by_rms(0.9)
+        rms_scaling(second_moment=ema_of_squares(0.9))
+    """
+    average = ema_of_squares(decay, initial_scale)
+    return _scaling(
+        chain(average, corrected(decay)) if bias_correction else average, eps, eps_in_sqrt
+    )
+
+
+def variance(mean_of_squares: jax.Array, mean: jax.Array) -> jax.Array:
+    """Return E[g^2] - |E[g]|^2, kept from falling below 0 by rounding.
+
+    Example:
+        >>> print(variance(jnp.array(5.0), jnp.array(2.0)))
+        1.0
+    """
+    return jnp.maximum(mean_of_squares - squared_magnitude(mean), 0)
+
+
+@checked(
+    learning_rate=RATE,
+    decay=DECAY,
+    eps=NON_NEGATIVE,
+    initial_scale=NON_NEGATIVE,
+    momentum=optional(FRACTION),
+)
+def rmsprop(
+    learning_rate: ScalarOrSchedule,
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
+    initial_scale: Scalar = 0.0,
+    eps_in_sqrt: bool = False,
+    centered: bool = False,
+    momentum: Scalar | None = None,
+    nesterov: bool = False,
+    bias_correction: bool = False,
+) -> chain:
+    """Return RMSprop; arguments as `optax.rmsprop`'s, but for the default of `eps_in_sqrt`.
+
+    Args:
+        learning_rate: >= 0: a number, array or schedule.
+        decay: weight of the past in the average of squares, in [0, 1).
+        eps: >= 0, added to the root, as in the notes and in PyTorch.
+        initial_scale: the average before the first step, >= 0.
+        eps_in_sqrt: True adds eps under the root, which is Optax's default.
+        centered: whether to scale by the standard deviation of the gradients: one slot more, `mu`.
+        momentum: decay of a heavy ball over the steps, in [0, 1]; None keeps none.
+        nesterov: whether that heavy ball looks one step ahead.
+        bias_correction: whether to divide the averages by 1 - decay^t.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = rmsprop(0.5, decay=0.75, eps=0.0)
+        >>> tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)))[0]
+        Array([-1.], dtype=float32)
+    """
+    squares: Transformation = ema_of_squares(decay, initial_scale)
+    mean: Transformation = ema(decay)
+    if bias_correction:
+        squares, mean = chain(squares, corrected(decay)), chain(mean, corrected(decay))
+    second_moment = combine(variance, squares, mean) if centered else squares
+    return chain(
+        _scaling(second_moment, eps, eps_in_sqrt),
+        scale_by_learning_rate(learning_rate),
+        *([] if momentum is None else [trace(momentum, nesterov)]),
+    )
+
+
+def _scaling(second_moment: Transformation, eps: Scalar, eps_in_sqrt: bool) -> rms_scaling:
+    inside, outside = (eps, 0.0) if eps_in_sqrt else (0.0, eps)
+    return rms_scaling(second_moment=second_moment, eps=outside, eps_root=inside)

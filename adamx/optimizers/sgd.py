@@ -1,0 +1,42 @@
+"""Stochastic gradient descent, plain or with heavy-ball or Nesterov momentum.
+
+sgd = chain(trace(momentum, nesterov), scale_by_learning_rate(lr))        w <- w - lr * trace
+"""
+
+from __future__ import annotations
+
+from jax.typing import DTypeLike
+
+from adamx.core.chain import chain
+from adamx.core.checks import FRACTION, RATE, Scalar, ScalarOrSchedule, checked, optional
+from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
+from adamx.transforms.trace import trace
+
+
+@checked(learning_rate=RATE, momentum=optional(FRACTION))
+def sgd(
+    learning_rate: ScalarOrSchedule,
+    momentum: Scalar | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: DTypeLike | None = None,
+) -> chain:
+    """Return stochastic gradient descent; arguments as `optax.sgd`'s.
+
+    Args:
+        learning_rate: >= 0: a number, array or schedule.
+        momentum: decay of the heavy ball's `trace`, in [0, 1]; None keeps no memory. For the
+            notes' Momentum, an average and not a sum, see `adamx.momentum`.
+        nesterov: whether to look one step ahead.
+        accumulator_dtype: dtype of the trace; None means float32 or wider.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = sgd(0.5)
+        >>> tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)))[0]
+        Array([-1.], dtype=float32)
+    """
+    stages = [] if momentum is None else [trace(momentum, nesterov, accumulator_dtype)]
+    return chain(*stages, scale_by_learning_rate(learning_rate))

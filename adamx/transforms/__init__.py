@@ -1,0 +1,1 @@
+"""One concept a file: each opens with its formula and its source."""

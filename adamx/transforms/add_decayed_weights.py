@@ -1,0 +1,90 @@
+"""Weight decay: add a multiple of the weights to the updates.
+
+    u' = u + weight_decay * w
+
+After the scaling and before the learning rate this is AdamW's decoupled decay,
+w <- (1 - lr * wd) w - lr u. In front of the scaling it is L2 regularisation, the gradient of
+wd/2 |w|^2. For SGD the two are the same; for Adam they are not, since the scaling divides the
+regularisation by sqrt(v) too.
+
+Source: Loshchilov & Hutter (2019), Algorithms 1 and 2, https://arxiv.org/abs/1711.05101
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from adamx.core.checks import RATE, ScalarOrSchedule, check
+from adamx.core.lifting import Slots
+from adamx.core.step import Step
+from adamx.core.transformation import Transformation
+from adamx.transforms.identity import identity
+from adamx.transforms.scale_by_learning_rate import scheduled
+
+
+class add_decayed_weights(Transformation):
+    """Add `weight_decay` times the parameters to the updates; keep nothing.
+
+    Attributes:
+        weight_decay: >= 0: a number, a scalar array, or a schedule of the step (0 at the first).
+        mask: which leaves decay: a tree of bools, shaped like the parameters or a prefix of them,
+            or a function that makes one from the parameters; None means all.
+
+    Raises:
+        ValueError: if `weight_decay` is negative or not finite; at `update`, if it is called
+            without params or the mask does not fit them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = add_decayed_weights(0.5, mask={"w": True, "b": False})
+        >>> params = {"w": jnp.array([2.0]), "b": jnp.array([2.0])}
+        >>> grads = {"w": jnp.array([1.0]), "b": jnp.array([1.0])}
+        >>> tx.update(grads, tx.init(params), params)[0]
+        {'b': Array([1.], dtype=float32), 'w': Array([2.], dtype=float32)}
+    """
+
+    weight_decay: ScalarOrSchedule = 0.0
+    mask: Any = None
+
+    def __post_init__(self) -> None:
+        check(self, weight_decay=RATE)
+
+    def resolve(self, tree: Any) -> Transformation:
+        mask = self.mask(tree) if callable(self.mask) else self.mask
+        if mask is None:
+            return self
+        try:
+            full = jax.tree.broadcast(mask, tree, is_leaf=lambda x: x is None)
+        except ValueError as error:
+            raise ValueError(
+                f"add_decayed_weights: mask must be a tree of bools that is a prefix of the "
+                f"parameters' tree: {error}"
+            ) from None
+        flat, _ = jax.tree_util.tree_flatten_with_path(full, is_leaf=lambda x: x is None)
+        decaying = (jax.tree_util.keystr(path, simple=True, separator="/") for path, m in flat if m)
+        return dataclasses.replace(self, mask=frozenset(decaying))
+
+    def bind(self, path: str, leaf: jax.Array) -> Transformation:
+        if self.mask is None:
+            return self
+        return _everywhere(self) if path in self.mask else _NOWHERE
+
+    def prepare(self, step: Step) -> Any:
+        return scheduled(self.weight_decay, step.count)
+
+    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+        if step.param is None:
+            raise ValueError(
+                "add_decayed_weights: needs the parameters: update(updates, state, params)"
+            )
+        return u + step.scalars * step.param
+
+
+def _everywhere(decay: add_decayed_weights) -> add_decayed_weights:
+    return dataclasses.replace(decay, mask=None)
+
+
+_NOWHERE = identity()

@@ -1,0 +1,70 @@
+"""Exponential moving average of the squared updates: RMSprop's v, Adam's second moment.
+
+    nu_t = decay * nu_{t-1} + (1 - decay) * |u_t|^2,    nu_0 = initial
+
+Computed in the form explained in `adamx.transforms.ema`. For complex updates |u|^2 is real, and so
+is nu. Squares above 3e38 are infinite in float32; `rms_scaling` keeps them from that.
+
+Source: Tieleman & Hinton (2012), Lecture 6.5; Kingma & Ba (2015), Algorithm 1,
+https://arxiv.org/abs/1412.6980
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from adamx.core.arithmetic import compute_dtype, real_dtype, squared_magnitude
+from adamx.core.checks import DECAY, NON_NEGATIVE, Scalar, check
+from adamx.core.lifting import Slots
+from adamx.core.step import Step
+from adamx.core.transformation import Transformation
+
+
+class ema_of_squares(Transformation):
+    """Replace the updates by the exponential moving average of their squares.
+
+    Attributes:
+        decay: weight of the past, in [0, 1).
+        initial: the average before the first step, >= 0.
+        dtype: what the average is kept in, rounded to nearest; None means float32, or wider where
+            the parameter is. With a 16-bit dtype and decay near 1 the average stands still.
+        name: the slot that keeps the average: real, shaped like the parameter, in the squared unit
+            of the incoming updates.
+
+    Raises:
+        ValueError: if `decay` is a number outside [0, 1), `initial` is negative, or one of them
+            is a 16-bit array.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = ema_of_squares(0.75)
+        >>> updates, state = tx.update(jnp.array([4.0, -8.0]), tx.init(jnp.zeros(2)))
+        >>> updates, state["nu"]
+        (Array([ 4., 16.], dtype=float32), Array([ 4., 16.], dtype=float32))
+    """
+
+    decay: Scalar
+    initial: Scalar = 0.0
+    dtype: DTypeLike | None = None
+    name: str = "nu"
+
+    def __post_init__(self) -> None:
+        check(self, decay=DECAY, initial=NON_NEGATIVE)
+
+    def slots(self, param: jax.Array) -> Slots:
+        dtype = real_dtype(compute_dtype(param.dtype)) if self.dtype is None else self.dtype
+        return {self.name: jnp.full_like(param, self.initial, dtype)}
+
+    def prepare(self, step: Step) -> Any:
+        return 1 - self.decay  # in the precision in which decay was given
+
+    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+        nu, weight = slots[self.name], step.scalars
+        return {self.name: nu + weight * (squared_magnitude(u) - nu)}
+
+    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+        return slots[self.name]

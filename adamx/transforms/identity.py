@@ -1,0 +1,20 @@
+"""Leave the updates as they are.
+
+    u' = u
+
+The neutral element of `chain`, and the branch that passes the gradient itself on.
+"""
+
+from __future__ import annotations
+
+from adamx.core.transformation import Transformation
+
+
+class identity(Transformation):
+    """Leave the updates as they are; keep nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> identity().update(jnp.array([4.0, -8.0]), identity().init(jnp.zeros(2)))[0]
+        Array([ 4., -8.], dtype=float32)
+    """

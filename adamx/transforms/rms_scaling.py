@@ -1,0 +1,72 @@
+"""Divide one filter of the gradient by the root of another: RMSprop's and Adam's scaling.
+
+    u' = numerator(u) / (sqrt(second_moment(u) + eps_root) + eps)
+
+Both branches read the same incoming update. eps stands outside the square root, as in the papers
+and in PyTorch; `eps_root` inside it. 0 / 0, possible with eps = 0, is 0. The derivative at u = 0
+is the true 1 / eps, where the plain square root gives NaN (`adamx.core.arithmetic.root`).
+
+Source: Kingma & Ba (2015), Algorithm 1, https://arxiv.org/abs/1412.6980
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from adamx.core import lifting
+from adamx.core.arithmetic import divide, limit_for_squares, root
+from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.lifting import Slots
+from adamx.core.step import Step
+from adamx.core.transformation import Transformation
+from adamx.transforms.identity import identity
+
+
+class rms_scaling(Transformation):
+    """Divide a filter of the updates by the root of a second moment of the same updates.
+
+    Attributes:
+        numerator: what is scaled, such as `chain(ema(b1), bias_correction(b1))`; by default the
+            update itself.
+        second_moment: what gives the scale, >= 0, such as `ema_of_squares(decay)`.
+        eps: added to the root, >= 0, in the unit of the updates. It decides how far an element
+            whose gradients are small may still move.
+        eps_root: added under the root, >= 0, in the squared unit of the updates.
+
+    Raises:
+        TypeError: if a branch is not an adamx transformation.
+        ValueError: if eps or eps_root is a negative number, or the branches keep the same slot.
+
+    Example:
+        >>> import adamx, jax.numpy as jnp
+        >>> tx = rms_scaling(second_moment=adamx.ema_of_squares(0.75), eps=0.0)
+        >>> tx.update(jnp.array([4.0, -8.0, 0.0]), tx.init(jnp.zeros(3)))[0]
+        Array([ 2., -2.,  0.], dtype=float32)
+    """
+
+    numerator: Transformation = identity()
+    _: dataclasses.KW_ONLY
+    second_moment: Transformation
+    eps: Scalar = 1e-8
+    eps_root: Scalar = 0.0
+
+    def __post_init__(self) -> None:
+        check(self, eps=NON_NEGATIVE, eps_root=NON_NEGATIVE)
+        for field in ("numerator", "second_moment"):
+            if not isinstance(getattr(self, field), Transformation):
+                raise TypeError(
+                    f"rms_scaling: {field} must be an adamx transformation, "
+                    f"got {getattr(self, field)!r}"
+                )
+        lifting.disjoint(*(dict.fromkeys(child.state_names()) for child in self.children))
+
+    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+        return super().accumulate(limit_for_squares(u, step.dtype), slots, step)
+
+    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+        u = limit_for_squares(u, step.dtype)
+        numerator = self.numerator.emit(u, slots, step.child(0))
+        second_moment = self.second_moment.emit(u, slots, step.child(1))
+        return divide(numerator, root(second_moment + self.eps_root) + self.eps)

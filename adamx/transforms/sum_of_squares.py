@@ -1,0 +1,58 @@
+"""Sum of the squared updates: AdaGrad's second moment.
+
+    s_t = s_{t-1} + |u_t|^2,    s_0 = initial
+
+The sum stops at the largest finite number, where it would otherwise be infinite for ever.
+
+Source: Duchi, Hazan & Singer (2011), Figure 1, https://jmlr.org/papers/v12/duchi11a.html
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from adamx.core.arithmetic import compute_dtype, real_dtype, squared_magnitude
+from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.lifting import Slots
+from adamx.core.step import Step
+from adamx.core.transformation import Transformation
+
+
+class sum_of_squares(Transformation):
+    """Replace the updates by the sum of the squares of all updates so far.
+
+    Attributes:
+        initial: the sum before the first step, >= 0.
+        name: the slot that keeps the sum: real, float32 or wider, shaped like the parameter, in
+            the squared unit of the incoming updates.
+
+    Raises:
+        ValueError: if `initial` is a negative number, or a 16-bit array.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = sum_of_squares(1.0)
+        >>> updates, state = tx.update(jnp.array([2.0, -3.0]), tx.init(jnp.zeros(2)))
+        >>> updates, state["sum_of_squares"]
+        (Array([ 5., 10.], dtype=float32), Array([ 5., 10.], dtype=float32))
+    """
+
+    initial: Scalar = 0.0
+    name: str = "sum_of_squares"
+
+    def __post_init__(self) -> None:
+        check(self, initial=NON_NEGATIVE)
+
+    def slots(self, param: jax.Array) -> Slots:
+        return {
+            self.name: jnp.full_like(param, self.initial, real_dtype(compute_dtype(param.dtype)))
+        }
+
+    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+        total = slots[self.name]
+        room = jnp.finfo(total.dtype).max - total
+        return {self.name: total + jnp.minimum(squared_magnitude(u), room)}
+
+    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+        return slots[self.name]

@@ -1,0 +1,59 @@
+"""Heavy-ball momentum, and Nesterov's: a decaying sum of the updates.
+
+    trace_t = u_t + decay * trace_{t-1},    trace_0 = 0
+    heavy ball: u'_t = trace_t              Nesterov: u'_t = u_t + decay * trace_t
+
+It is 1 / (1 - decay) times as large as `ema`'s average, which is the notes' Momentum.
+
+Source: Polyak (1964); Sutskever et al. (2013), https://proceedings.mlr.press/v28/sutskever13.html
+"""
+
+from __future__ import annotations
+
+import jax
+from jax.typing import DTypeLike
+
+from adamx.core.arithmetic import zeros
+from adamx.core.checks import FRACTION, Scalar, check
+from adamx.core.lifting import Slots
+from adamx.core.step import Step
+from adamx.core.transformation import Transformation
+
+
+class trace(Transformation):
+    """Replace the updates by their decaying sum.
+
+    Attributes:
+        decay: weight of the past, in [0, 1].
+        nesterov: whether to look one step ahead, as Nesterov's method does.
+        accumulator_dtype: what the sum is kept in, rounded to nearest; None means float32, or
+            wider where the parameter is.
+        name: the slot that keeps the sum: shaped like the parameter, in the unit of the updates.
+
+    Raises:
+        ValueError: if `decay` is a number outside [0, 1], or a 16-bit array.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = trace(0.5)
+        >>> _, state = tx.update(jnp.array([4.0, -8.0]), tx.init(jnp.zeros(2)))
+        >>> tx.update(jnp.array([1.0, 1.0]), state)[0]
+        Array([ 3., -3.], dtype=float32)
+    """
+
+    decay: Scalar
+    nesterov: bool = False
+    accumulator_dtype: DTypeLike | None = None
+    name: str = "trace"
+
+    def __post_init__(self) -> None:
+        check(self, decay=FRACTION)
+
+    def slots(self, param: jax.Array) -> Slots:
+        return {self.name: zeros(param, self.accumulator_dtype)}
+
+    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+        return {self.name: u + self.decay * slots[self.name]}
+
+    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+        return u + self.decay * slots[self.name] if self.nesterov else slots[self.name]
