@@ -6,6 +6,7 @@ Three dtypes, named: *compute* is float32, or wider where a leaf is; *store* is 
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import jax
@@ -43,8 +44,11 @@ def is_inexact(x: Any) -> bool:
 
 
 def widen(x: Any, compute: DTypeLike) -> Any:
-    """Cast a floating array to the compute dtype, a real one to its real part; leave the rest."""
-    if not is_inexact(x):
+    """Cast a floating array to the compute dtype, a real one to its real part; leave the rest.
+
+    Python numbers stay what they are, in double precision, until they meet an array.
+    """
+    if isinstance(x, numbers.Number) or not is_inexact(x):
         return x
     real = not jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
     return jnp.asarray(x).astype(real_dtype(compute) if real else compute)

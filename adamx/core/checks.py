@@ -82,9 +82,16 @@ def optional(range_: Range) -> Range:
 
 
 def check(concept: Any, **ranges: Range) -> None:
-    """Check the named fields of a concept; for its `__post_init__`."""
+    """Check the named fields of a concept, and make NumPy's numbers Python's.
+
+    For a concept's `__post_init__`. A Python number takes the dtype of the array it meets, and
+    keeps its own precision until then; a NumPy scalar would impose its dtype.
+    """
     for argument, range_ in ranges.items():
-        range_.check(type(concept).__name__, argument, getattr(concept, argument))
+        value = getattr(concept, argument)
+        range_.check(type(concept).__name__, argument, value)
+        if isinstance(value, np.generic):
+            object.__setattr__(concept, argument, value.item())
 
 
 def checked(**ranges: Range) -> Callable[[Callable[P, R]], Callable[P, R]]:

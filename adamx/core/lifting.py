@@ -159,12 +159,13 @@ def update_leaves(
         for name in names
     }
     present = [u for u in leaves.values if u is not None]
+    binds = any_of(tx, lambda concept: concept.overrides("bind"))
     variants = {tx: Variant(tx, step, present)}
     variant, bound, out = variants[tx], tx, list(leaves.values)
     for i, (path, like) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
         if out[i] is None:
             continue
-        wanted = tx.bind(path, like)
+        wanted = tx.bind(path, like) if binds else tx
         if wanted is not bound:
             bound = wanted
             variant = variants.get(bound) or variants.setdefault(
@@ -173,9 +174,7 @@ def update_leaves(
         slots = {name: columns[name][i] for name in names if columns[name][i] is not None}
         errors.check_slots(path, slots, variant.slots_like(like))
         param = None if leaves.params is None else leaves.params[i]
-        out[i], new = variant.kernel(
-            out[i], slots, param, step.count, variant.prepared, leaves.dtypes[i], last
-        )
+        out[i], new = variant.kernel(out[i], slots, param, leaves.dtypes[i], last)
         for name, value in new.items():
             columns[name][i] = value
     entries = {name: leaves.tree(column) for name, column in columns.items()}
@@ -192,8 +191,8 @@ class Variant:
 
     def __init__(self, tx: Transformation, step: Step, leaves: Sequence[jax.Array]) -> None:
         """Make the kernel, and compute the scalars from the step and the leaves."""
-        self.kernel = leaf_kernel(tx)
         self.prepared = prepare(tx, step, leaves)
+        self.kernel = leaf_kernel(tx, step.count, self.prepared)
         self._slots = functools.cache(
             lambda shape, dtype: jax.eval_shape(tx.slots, jax.ShapeDtypeStruct(shape, dtype))
         )
@@ -203,16 +202,16 @@ class Variant:
         return self._slots(param.shape, param.dtype)
 
 
-def leaf_kernel(tx: Transformation) -> Callable[..., tuple[jax.Array, Slots]]:
+def leaf_kernel(
+    tx: Transformation, count: jax.Array, prepared: Prepared
+) -> Callable[..., tuple[jax.Array, Slots]]:
     """Return the function of one leaf: widen, accumulate, store, and emit from what was stored."""
 
-    @functools.partial(jax.jit, static_argnums=(5, 6))
+    @functools.partial(jax.jit, static_argnums=(3, 4))
     def kernel(
         u: jax.Array,
         slots: Slots,
         param: jax.Array | None,
-        count: jax.Array,
-        prepared: Prepared,
         emit: Any,
         last: bool,
     ) -> tuple[jax.Array, Slots]:
@@ -233,7 +232,7 @@ def leaf_kernel(tx: Transformation) -> Callable[..., tuple[jax.Array, Slots]]:
 
 def prepare(tx: Transformation, step: Step, leaves: Sequence[jax.Array] | None) -> Prepared:
     """Return the scalars of a concept and its children; the first child may read the leaves too."""
-    if leaves is not None and tx.reads_tree:
+    if leaves is not None and tx.overrides("measure"):
         wide = [widen(u, compute_dtype(u.dtype)) for u in leaves]
         own = tx.measure(step, wide)
     else:
@@ -256,15 +255,15 @@ def recorded(tx: Transformation, prepared: Prepared) -> Slots:
 def _first_scalars(tx: Transformation, params: list[jax.Array]) -> Prepared:
     """Return the scalars of the first step; what reads the tree starts as zeros."""
     step = Step(count=jnp.ones([], jnp.int32))
-    if not any_reads_tree(tx):
+    if not any_of(tx, lambda concept: concept.overrides("measure")):
         return prepare(tx, step, None)
     shapes = jax.eval_shape(lambda leaves: prepare(tx, step, leaves), params)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
-def any_reads_tree(tx: Transformation) -> bool:
-    """Say whether a concept or one of its children reads the whole tree."""
-    return tx.reads_tree or any(any_reads_tree(child) for child in tx.children)
+def any_of(tx: Transformation, holds: Callable[[Transformation], bool]) -> bool:
+    """Say whether something holds for a concept or for one of its children."""
+    return holds(tx) or any(any_of(child, holds) for child in tx.children)
 
 
 def slot_names(tx: Transformation) -> tuple[str, ...]:

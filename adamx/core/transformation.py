@@ -172,15 +172,14 @@ class Transformation(optax.GradientTransformationExtraArgs):
             found += [v for v in many if isinstance(v, Transformation)]
         return tuple(found)
 
-    @property
-    def reads_tree(self) -> bool:
-        """Whether this concept itself reads the whole tree."""
-        return type(self).measure is not Transformation.measure
+    def overrides(self, method: str) -> bool:
+        """Say whether this concept itself defines an optional method, such as `measure`."""
+        return getattr(type(self), method) is not getattr(Transformation, method)
 
     @property
     def leafwise(self) -> bool:
         """Whether one leaf's update depends on that leaf alone, so that it may stand anywhere."""
-        return not self.reads_tree and all(child.leafwise for child in self.children)
+        return not self.overrides("measure") and all(child.leafwise for child in self.children)
 
     def _with_children(self, children: list[Transformation]) -> Any:
         new = iter(children)

@@ -1,0 +1,19 @@
+"""Strictness for every test: no silent widening, no silent broadcasting, no warnings.
+
+Dtype promotion has to be written out and arrays of different rank may not meet, which is stricter
+than what users run: what passes here passes there. Warnings are errors (see pyproject.toml).
+"""
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 2)
+
+
+@pytest.fixture
+def x64():
+    """Run the test with float64 enabled."""
+    with jax.enable_x64(True):
+        yield
