@@ -6,6 +6,7 @@ Three dtypes, named: *compute* is float32, or wider where a leaf is; *store* is 
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 from typing import Any
 
@@ -54,18 +55,31 @@ def widen(x: Any, compute: DTypeLike) -> Any:
     return jnp.asarray(x).astype(real_dtype(compute) if real else compute)
 
 
+def real_times_complex(compute: DTypeLike) -> contextlib.AbstractContextManager[Any]:
+    """Let real scalars meet complex arrays where the user has set strict dtype promotion.
+
+    Nothing else can be mixed in a kernel: all of it was widened to one compute dtype.
+    """
+    if jnp.issubdtype(compute, jnp.complexfloating):
+        return jax.numpy_dtype_promotion("standard")
+    return contextlib.nullcontext()
+
+
 def zeros(param: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """Return zeros shaped (and sharded) like a parameter: the usual start of a slot.
 
     Args:
         param: the parameter, of any floating or complex dtype.
-        dtype: the slot's dtype; None means the parameter's compute dtype: float32 or wider.
+        dtype: the slot's dtype; None means the parameter's compute dtype: float32 or wider. A
+            complex parameter's slot is complex64 or wider: there are no narrower ones.
 
     Example:
         >>> zeros(jnp.ones(2, jnp.bfloat16))
         Array([0., 0.], dtype=float32)
     """
-    return jnp.zeros_like(param, compute_dtype(param.dtype) if dtype is None else dtype)
+    compute = compute_dtype(param.dtype)
+    narrow = dtype is not None and not jnp.issubdtype(compute, jnp.complexfloating)
+    return jnp.zeros_like(param, dtype if narrow else compute)
 
 
 def squared_magnitude(x: jax.Array) -> jax.Array:

@@ -39,6 +39,8 @@ def floating(path: str, leaf: Any) -> jax.Array:
             "eqx.filter(model, eqx.is_inexact_array), elsewhere set such leaves to None"
         )
     array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+    if array.weak_type:  # a Python number: as an array it has a dtype of its own
+        array = jax.lax.convert_element_type(array, array.dtype)
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise TypeError(
             f"{where}, got {describe(array)}: an optimizer cannot move integers or booleans; "

@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from adamx.core import errors
-from adamx.core.arithmetic import compute_dtype, is_inexact, widen
+from adamx.core.arithmetic import compute_dtype, is_inexact, real_times_complex, widen
 from adamx.core.step import Step
 
 if TYPE_CHECKING:
@@ -222,8 +222,9 @@ def leaf_kernel(
         scalars, inner = jax.tree.map(wide, prepared)
         u, param, old = jax.tree.map(wide, (u, param, slots))
         step = Step(count=count, scalars=scalars, inner=inner, old=old, param=param, dtype=emit)
-        stored = slots | errors.narrow(concept, slots, concept.accumulate(u, old, step))
-        out = concept.emit(u, jax.tree.map(wide, stored), step)
+        with real_times_complex(compute):
+            stored = slots | errors.narrow(concept, slots, concept.accumulate(u, old, step))
+            out = concept.emit(u, jax.tree.map(wide, stored), step)
         errors.check_emitted(concept, u, out)
         return out.astype(emit if last else compute), stored
 

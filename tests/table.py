@@ -1,0 +1,61 @@
+"""Every transformation, once: the contracts in test_contracts.py hold for each line.
+
+A new transformation is tested by adding a line here.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import adamx
+
+
+def _schedule(step):
+    return 0.1 / (1.0 + 0.5 * jnp.asarray(step, jnp.float32))
+
+
+def _all_but_vectors(params):
+    return jax.tree.map(lambda p: jnp.ndim(p) != 1, params)
+
+
+TRANSFORMATIONS: dict[str, Callable[[], adamx.Transformation]] = {
+    # concepts
+    "identity": adamx.identity,
+    "scale": lambda: adamx.scale(-0.5),
+    "ema": lambda: adamx.ema(0.9),
+    "ema_of_squares": lambda: adamx.ema_of_squares(0.99),
+    "sum_of_squares": lambda: adamx.sum_of_squares(0.1),
+    "bias_correction": lambda: adamx.bias_correction(0.9),
+    "rms_scaling": lambda: adamx.rms_scaling(second_moment=adamx.ema_of_squares(0.9)),
+    "trace": lambda: adamx.trace(0.9),
+    "trace_nesterov": lambda: adamx.trace(0.9, nesterov=True),
+    "nesterov_ema": lambda: adamx.nesterov_ema(0.9),
+    "add_decayed_weights": lambda: adamx.add_decayed_weights(0.1),
+    "scale_by_learning_rate": lambda: adamx.scale_by_learning_rate(_schedule),
+    # compositions
+    "chain_empty": adamx.chain,
+    "combine": lambda: adamx.combine(jnp.subtract, adamx.identity(), adamx.ema(0.5)),
+    "chain_foreign": lambda: adamx.chain(
+        optax.scale(2.0), adamx.trace(0.9), optax.ema(0.5), adamx.scale(-0.1)
+    ),
+    "named": lambda: adamx.chain(adamx.named("inner", adamx.ema(0.9)), adamx.trace(0.5)),
+    "scale_by_adam": adamx.scale_by_adam,
+    "scale_by_rms": adamx.scale_by_rms,
+    # optimizers
+    "sgd": lambda: adamx.sgd(0.1),
+    "sgd_momentum": lambda: adamx.sgd(0.1, momentum=0.9),
+    "sgd_nesterov": lambda: adamx.sgd(0.1, momentum=0.9, nesterov=True),
+    "momentum": lambda: adamx.momentum(0.1),
+    "adagrad": lambda: adamx.adagrad(0.1),
+    "rmsprop": lambda: adamx.rmsprop(0.1),
+    "rmsprop_corrected": lambda: adamx.rmsprop(0.1, bias_correction=True, eps_in_sqrt=True),
+    "rmsprop_centered": lambda: adamx.rmsprop(0.1, centered=True, momentum=0.9, nesterov=True),
+    "adam": lambda: adamx.adam(0.1),
+    "adam_scheduled": lambda: adamx.adam(_schedule),
+    "adam_nesterov": lambda: adamx.adam(0.1, nesterov=True),
+    "adam_mu_dtype": lambda: adamx.adam(0.1, mu_dtype=jnp.bfloat16),
+    "adamw": lambda: adamx.adamw(0.1),
+    "adamw_masked": lambda: adamx.adamw(0.1, weight_decay=_schedule, mask=_all_but_vectors),
+}

@@ -1,0 +1,380 @@
+"""What every transformation keeps, whatever it computes: one table, one test for each promise."""
+
+import collections
+import dataclasses
+import functools
+import operator
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from table import TRANSFORMATIONS
+
+import adamx
+
+every = pytest.mark.parametrize("name", TRANSFORMATIONS)
+FLOATING = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64]
+
+Point = collections.namedtuple("Point", "x y")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+def draw(tree, seed=0):
+    """Fill a tree with normal numbers of its own shapes and dtypes."""
+    leaves, treedef = jax.tree.flatten(tree)
+    generator = np.random.default_rng(seed)
+
+    def numbers(leaf):
+        values = generator.normal(size=leaf.shape)
+        if jnp.iscomplexobj(leaf):
+            values = values + 1j * generator.normal(size=leaf.shape)
+        return jnp.asarray(values.astype(leaf.dtype) if leaf.shape else leaf.dtype.type(values))
+
+    return treedef.unflatten([numbers(leaf) for leaf in leaves])
+
+
+def example(dtype=jnp.float32):
+    return draw(
+        {"w": jnp.zeros((3, 4), dtype), "b": jnp.zeros(4, dtype), "s": jnp.zeros((), dtype)}
+    )
+
+
+def run(tx, params, steps=3, update=None, seed=1):
+    """Take a few steps; return (updates of the last, state)."""
+    update = update or tx.update
+    state = tx.init(params)
+    updates = params
+    for step in range(steps):
+        updates, state = update(draw(params, seed + step), state, params)
+    return updates, state
+
+
+def run_abstractly(tx, params):
+    """Return the shapes of (state, updates, state after a step) without running any of it."""
+
+    def program(params):
+        state = tx.init(params)
+        return state, *tx.update(params, state, params)
+
+    return jax.eval_shape(program, params)
+
+
+def assert_close(a, b, ulps=32):
+    """Compare trees leaf by leaf, in ULPs of the leaf's largest element.
+
+    Two compilations of one formula differ where the compiler contracts a * b + c into a single
+    rounding: half a ULP of the largest operand for each of the handful of operations in a formula,
+    over the few steps of these tests. An element that cancels to near zero keeps that error.
+    """
+    assert spec(a) == spec(b)
+
+    def check(x, y):
+        eps = 0.0 if x.dtype == jnp.int32 else float(jnp.finfo(x.dtype).eps)
+        wide = np.complex128 if jnp.iscomplexobj(x) else np.float64
+        x, y = np.asarray(x).astype(wide), np.asarray(y).astype(wide)
+        largest = max(np.abs(x).max(initial=0), np.abs(y).max(initial=0))
+        np.testing.assert_allclose(x, y, rtol=0, atol=ulps * eps * largest)
+
+    jax.tree.map(check, a, b)
+
+
+def spec(tree):
+    """Tree, shapes and dtypes; weak types count, since scan would refuse a change of them."""
+    return jax.tree.map(lambda x: (jnp.shape(x), x.dtype, x.weak_type), tree)
+
+
+@pytest.fixture(autouse=True)
+def promotion_of_foreign_stages(request):
+    """Optax itself does not run under strict promotion; adamx does."""
+    foreign = "foreign" in request.node.name or "multi_steps" in request.node.name
+    with jax.numpy_dtype_promotion("standard" if foreign else "strict"):
+        yield
+
+
+@every
+def test_is_an_optax_transformation_and_unpacks_like_one(name):
+    tx = TRANSFORMATIONS[name]()
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    init, update = tx
+    state = init(example())
+    updates, state = update(example(), state, example(), value=1.0, unknown_extra="ignored")
+    assert spec(updates) == spec(example())
+
+
+@every
+@pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: d.__name__)
+def test_keeps_structure_shape_and_dtype(name, dtype):
+    tx, params = TRANSFORMATIONS[name](), example(dtype)
+    before, updates, after = run_abstractly(tx, params)
+    assert spec(updates) == spec(params)
+    assert spec(after) == spec(before)
+
+
+@every
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+def test_keeps_wide_slots_for_16_bit_parameters(name, dtype):
+    tx = TRANSFORMATIONS[name]()
+    ours = {k: v for k, v in tx.init(example(dtype)).items() if k not in ("ema", "inner")}
+    narrow = {"mu"} if name == "adam_mu_dtype" else set()
+    for slot, tree in ours.items():
+        for leaf in jax.tree.leaves(tree):
+            wide = leaf.dtype in (jnp.float32, jnp.int32)
+            assert wide or slot in narrow, (slot, leaf.dtype)
+
+
+@every
+@pytest.mark.usefixtures("x64")
+def test_float64_stays_float64(name):
+    tx, params = TRANSFORMATIONS[name](), example(jnp.float64)
+    before, updates, after = run_abstractly(tx, params)
+    assert spec(updates) == spec(params)
+    assert spec(after) == spec(before)
+    scalars = {"count", "learning_rate"}
+    kept = {k: v for k, v in after.items() if k not in (*scalars, "ema", "inner")}
+    for slot, tree in kept.items():
+        wanted = jnp.bfloat16 if (name, slot) == ("adam_mu_dtype", "mu") else jnp.float64
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(wanted)}
+
+
+@every
+@pytest.mark.usefixtures("x64")
+def test_float32_parameters_stay_float32_with_x64(name):
+    tx, params = TRANSFORMATIONS[name](), example(jnp.float32)
+    before, updates, after = run_abstractly(tx, params)
+    assert spec(updates) == spec(params)
+    assert spec(after) == spec(before)
+
+
+@every
+def test_eager_jitted_and_inline_agree(name):
+    tx, params = TRANSFORMATIONS[name](), example()
+    eager, jitted = run(tx, params), run(tx, params, update=jax.jit(tx.update))
+    with jax.disable_jit():
+        inline = run(tx, params)
+    for other in (jitted, inline):
+        assert_close(eager, other)
+
+
+@every
+def test_second_call_does_not_compile(name, monkeypatch):
+    tx, params = TRANSFORMATIONS[name](), example()
+    traces = []
+    original = type(tx).resolve
+    monkeypatch.setattr(
+        type(tx), "resolve", lambda self, tree: (traces.append(1), original(self, tree))[1]
+    )
+    state = tx.init(params)
+    traces.clear()
+    _, state = tx.update(params, state, params)
+    first = len(traces)
+    _, state = tx.update(params, state, params)
+    if name != "chain_foreign":  # Optax makes new closures each time
+        # built anew but alike: the compiled program serves for it as well
+        TRANSFORMATIONS[name]().update(params, state, params)
+    assert len(traces) == first
+
+
+@every
+def test_carries_through_scan_and_cond(name):
+    tx, params = TRANSFORMATIONS[name](), example()
+
+    def body(carry, grads):
+        updates, state = tx.update(grads, carry, params)
+        return state, updates
+
+    grads = [draw(params, 1 + step) for step in range(3)]
+    stacked = jax.tree.map(lambda *g: jnp.stack(g), *grads)
+    state, updates = jax.lax.scan(body, tx.init(params), stacked)
+    last, plain = run(tx, params)
+    last_of_scan = jax.tree.map(lambda u: u[-1], updates)
+    assert_close((last_of_scan, state), (last, plain))
+    kept = jax.lax.cond(True, lambda s: tx.update(grads[0], s, params)[1], lambda s: s, state)
+    assert spec(kept) == spec(state)
+
+
+@every
+def test_vmap_over_models_is_a_loop_over_them(name):
+    tx = TRANSFORMATIONS[name]()
+    many = [draw(example(), seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *many)
+
+    def two_steps(params):
+        updates, state = tx.update(params, tx.init(params), params)
+        return tx.update(updates, state, params)
+
+    together = jax.jit(jax.vmap(two_steps))(stacked)
+    one = jax.jit(two_steps)
+    for i, params in enumerate(many):
+        alone = one(params)
+        assert_close(jax.tree.map(operator.itemgetter(i), together), alone)
+
+
+@every
+def test_derivative_is_finite_everywhere_also_at_zero(name):
+    tx, params = TRANSFORMATIONS[name](), example()
+
+    def moved(grads):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return sum(jnp.sum(u) for u in jax.tree.leaves(updates))
+
+    grads = jax.tree.map(jnp.zeros_like, params)
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(moved))(grads)):
+        assert jnp.isfinite(leaf).all()
+
+
+@every
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {},
+        None,
+        [],
+        jnp.zeros(()),
+        [jnp.zeros(2), (jnp.zeros(3), None)],
+        Point(jnp.zeros(2), None),
+        Layer(jnp.zeros((2, 3)), None),
+        {
+            "layers": [
+                Layer(jnp.zeros((2, 3)), jnp.zeros(3)),
+                Point(jnp.zeros(0), jnp.zeros((1, 0))),
+            ]
+        },
+        eqx.filter(eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0)), eqx.is_inexact_array),
+    ],
+    ids=["dict", "None", "list", "scalar", "nested", "namedtuple", "dataclass", "mixed", "equinox"],
+)
+def test_takes_any_pytree(name, tree):
+    tx = TRANSFORMATIONS[name]()
+    params = draw(tree)
+    before, updates, after = run_abstractly(tx, params)
+    assert spec(updates) == spec(params)
+    assert spec(after) == spec(before)
+    assert set(after) == set(tx.init(example())), "slot names do not depend on the tree"
+    for slot in tx.state_names():
+        if slot not in ("learning_rate", "ema", "inner"):
+            assert jax.tree.structure(after[slot]) == jax.tree.structure(params)
+
+
+@every
+def test_takes_python_numbers_and_numpy_arrays(name):
+    tx = TRANSFORMATIONS[name]()
+    params = {"w": np.ones((2, 3), np.float32), "s": 0.5}
+    updates, state = tx.update(params, tx.init(params), params)
+    assert spec(updates) == {"w": ((2, 3), jnp.float32, False), "s": ((), jnp.float32, False)}
+    assert spec(state) == spec(tx.init(params))
+
+
+@every
+def test_a_leaf_without_update_keeps_its_slots(name):
+    if name == "chain_foreign":
+        return  # optax.ema refuses None where its state has an array
+    tx, params = TRANSFORMATIONS[name](), example()
+    _, state = tx.update(draw(params, 1), tx.init(params), params)
+    updates, after = tx.update(draw(params, 2) | {"w": None}, state, params)
+    assert updates["w"] is None
+    for slot in tx.state_names():
+        if slot not in ("learning_rate", "inner"):
+            np.testing.assert_array_equal(after[slot]["w"], state[slot]["w"])
+
+
+@every
+def test_stands_inside_optax(name):
+    tx, params = TRANSFORMATIONS[name](), example()
+    wanted, _ = tx.update(params, tx.init(params), params)
+    label = functools.partial(jax.tree.map, lambda _: "all")
+    outers = [
+        optax.chain(optax.identity(), tx),
+        optax.masked(tx, True),
+        optax.multi_transform({"all": tx}, label),
+        adamx.chain(tx),
+        adamx.chain(adamx.identity(), adamx.chain(tx)),
+        adamx.chain(adamx.named("all", tx)),
+    ]
+    together = jax.jit(lambda p: [outer.update(p, outer.init(p), p)[0] for outer in outers])
+    for got in together(params):
+        assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["adamw_masked", "rmsprop_centered", "sgd_momentum", "named"])
+def test_multi_steps_takes_the_mean_gradient(name):
+    tx, params = TRANSFORMATIONS[name](), example()
+    grads = [draw(params, seed) for seed in (1, 2)]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
+    wanted, _ = tx.update(mean, tx.init(params), params)
+    outer = optax.MultiSteps(tx, 2)
+    state = outer.init(params)
+    update = jax.jit(outer.update)
+    none, state = update(grads[0], state, params)
+    got, state = update(grads[1], state, params)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(none))
+    # the mean is accumulated in another order: a ULP of the gradient, at most 16 of the update
+    # where it is a difference such as u - ema
+    assert_close(got, wanted)
+
+
+@every
+def test_runs_under_shard_map(name):
+    tx = TRANSFORMATIONS[name]()
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = draw({"w": jnp.zeros((4, 3)), "v": jnp.zeros(2)})
+    state = tx.init(params)
+    split = PartitionSpec("data")
+    specs = jax.tree.map(lambda x: split if jnp.ndim(x) else PartitionSpec(), (params, state))
+
+    update = jax.shard_map(
+        lambda g, s, p: tx.update(g, s, p),
+        mesh=mesh,
+        in_specs=(specs[0], specs[1], specs[0]),
+        out_specs=specs,
+    )
+    got = jax.jit(update)(params, state, params)
+    wanted = tx.update(params, state, params)
+    assert_close(got, wanted)
+
+
+@every
+def test_slots_of_sharded_parameters_are_sharded_alike(name):
+    tx = TRANSFORMATIONS[name]()
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    params = jax.device_put(draw({"w": jnp.zeros((4, 3))}), sharding)
+    state = tx.init(params)
+    for slot in tx.state_names():
+        if slot not in ("learning_rate", "ema", "inner"):
+            assert state[slot]["w"].sharding == sharding
+    _, state = jax.jit(tx.update)(params, state, params)
+    for slot in tx.state_names():
+        if slot not in ("learning_rate", "ema", "inner"):
+            assert state[slot]["w"].sharding.is_equivalent_to(sharding, 2)
+
+
+@every
+def test_finite_in_finite_out_for_16_bit_gradients_of_any_value(name):
+    tx = TRANSFORMATIONS[name]()
+    for dtype in (jnp.bfloat16, jnp.float16):
+        info = jnp.finfo(dtype)
+        # 0.25 of the largest number: what is legitimately larger than its input (the sum of a
+        # trace, a square) may overflow the emitted dtype; the largest itself is in test_numerics
+        values = [0.0, float(info.smallest_subnormal), 1e-4, 300.0, 0.25 * float(info.max)]
+        if name in ("ema_of_squares", "sum_of_squares"):
+            values = values[:3]  # these emit squares
+        grads = jnp.asarray([s * v for v in values for s in (1, -1)], dtype)
+        if name in ("sgd_momentum", "sgd_nesterov", "trace", "trace_nesterov", "named"):
+            grads = grads / jnp.asarray(16, dtype)
+        if name == "bias_correction":
+            grads = grads / jnp.asarray(16, dtype)
+        state = tx.init(grads)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, grads)
+            for leaf in jax.tree.leaves((updates, state)):
+                assert jnp.isfinite(leaf).all(), (dtype, updates, state)
