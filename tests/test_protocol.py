@@ -268,7 +268,7 @@ def test_a_scalar_of_the_whole_tree_in_mid_chain(place):
 
 
 def test_a_concept_that_reads_the_tree_cannot_stand_in_a_branch():
-    with pytest.raises(ValueError, match="reads the whole tree.*top-level adamx.chain"):
+    with pytest.raises(ValueError, match=r"reads the whole tree.*top-level adamx\.chain"):
         rms_scaling(clip_by_global_norm(1.0), second_moment=squares())
 
 

@@ -96,7 +96,7 @@ def adam(
 
         >>> import jax.numpy as jnp
         >>> tx = adam(0.5, eps=0.0)
-        >>> tx.update(jnp.array([4.0, -0.001]), tx.init(jnp.zeros(2)))[0]
+        >>> tx.update(jnp.array([4.0, -0.001]), tx.init(jnp.zeros(2)))[0].round(3)
         Array([-0.5,  0.5], dtype=float32)
     """
     return chain(

@@ -1,6 +1,8 @@
 """Multiply the updates by a number.
 
-u' = step_size * u
+    u' = step_size * u
+
+It keeps nothing, and may stand anywhere in a chain.
 """
 
 from __future__ import annotations

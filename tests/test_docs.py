@@ -1,0 +1,75 @@
+"""The blocks of README and docs run; what they name is there; every public name is documented."""
+
+import doctest
+import inspect
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+import adamx
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(python|pycon|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, kind):
+    return [text for found, text in BLOCK.findall(page.read_text()) if found == kind]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_block_of_a_page_runs(page):
+    # as users run: the blocks use Optax, Flax and Equinox, which do not run under strict promotion
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        namespace: dict[str, object] = {}
+        for text in blocks(page, "python"):
+            exec(compile(text, page.name, "exec"), namespace)
+        for text in blocks(page, "pycon"):
+            test = doctest.DocTestParser().get_doctest(text, namespace, page.name, None, 0)
+            assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_the_readme_has_the_two_commands():
+    assert len(blocks(ROOT / "README.md", "sh")) == 2
+
+
+def test_files_and_tests_that_the_pages_name_exist():
+    elsewhere = (ROOT / "tests" / "test_elsewhere.py").read_text()
+    for page in PAGES:
+        text = page.read_text()
+        for link in re.findall(r"\]\(((?!https?:)[^)#]+)\)", text):
+            assert (page.parent / link).exists(), (page.name, link)
+        for name in re.findall(r"`((?:tests|examples|benchmarks|adamx|docs)/[\w/.-]+)`", text):
+            assert (ROOT / name).exists(), (page.name, name)
+        for test in re.findall(r"`(test_\w+)`", text):
+            assert f"def {test}(" in elsewhere, (page.name, test)
+
+
+def test_every_test_of_elsewhere_is_a_line_of_the_readme():
+    tests = re.findall(r"^def (test_\w+)", (ROOT / "tests/test_elsewhere.py").read_text(), re.M)
+    lines = re.findall(r"`(test_\w+)` \|", (ROOT / "README.md").read_text())
+    assert sorted(tests) == sorted(lines)
+
+
+def test_public_names_are_sorted_unique_and_there():
+    assert adamx.__all__ == sorted(set(adamx.__all__))
+    modules = {name for name, value in vars(adamx).items() if inspect.ismodule(value)}
+    public = {name for name in vars(adamx) if not name.startswith("_")} - modules
+    assert public == set(adamx.__all__)
+
+
+@pytest.mark.parametrize("name", adamx.__all__)
+def test_every_public_name_is_documented_with_an_example(name):
+    documentation = inspect.getdoc(getattr(adamx, name)) or ""
+    assert len(documentation.splitlines()[0]) > 20
+    if name not in ("apply_updates", "Adaptation", "Comparison", "Step"):
+        # these are Optax's, or what a documented function returns or hands in
+        assert ">>> " in documentation, name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "adamx/transforms").glob("[a-z]*.py")))
+def test_every_concept_opens_with_its_formula(path):
+    opening = path.read_text().split('"""')[1]
+    assert re.search(r"^    \S.* = ", opening, re.MULTILINE), path.name
