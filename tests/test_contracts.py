@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import operator
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -105,7 +106,7 @@ def promotion_of_foreign_stages(request):
 def test_is_an_optax_transformation_and_unpacks_like_one(name):
     tx = TRANSFORMATIONS[name]()
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
-    init, update = tx
+    init, update = list[Any](tx)
     state = init(example())
     updates, state = update(example(), state, example(), value=1.0, unknown_extra="ignored")
     assert spec(updates) == spec(example())

@@ -95,7 +95,7 @@ def test_gradient_of_another_shape_is_refused():
     params, grads = jnp.zeros(3), jnp.ones((5, 3))
     tx = optax.adam(1e-3)
     theirs, _ = tx.update(grads, tx.init(params), params)
-    assert optax.apply_updates(params, theirs).shape == (5, 3)
+    assert jnp.shape(optax.apply_updates(params, theirs)) == (5, 3)
     tx = adamx.adam(1e-3)
     with pytest.raises(ValueError, match=r"\[5, 3\] for a parameter of shape \[3\]"):
         tx.update(grads, tx.init(params), params)

@@ -75,7 +75,7 @@ def test_a_storage_wraps_a_formula_it_does_not_know():
         assert not np.array_equal(a["w"], b["w"]), "what is emitted comes from what was stored"
 
 
-# -------------------------------------------------------------------- a guard: a bad step is no step
+# ------------------------------------------------------------------- a guard: a bad step is no step
 
 
 class guarded(Transformation):

@@ -23,6 +23,8 @@ def describe(x: Any) -> str:
     """Return what a leaf is, for a message: dtype and shape of an array, else its type."""
     if isinstance(x, _ARRAYS):
         return f"{x.dtype}{list(x.shape)}"
+    if isinstance(x, dict):
+        return f"a dict with {sorted(x)[:4]}"
     return f"{type(x).__name__} {x!r}" if isinstance(x, numbers.Number) else type(x).__name__
 
 

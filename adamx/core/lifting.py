@@ -109,8 +109,8 @@ def update(
     tx: Transformation, updates: Any, state: State, params: Any, extra: Mapping[str, Any]
 ) -> tuple[Any, State]:
     """Return (outgoing updates, new state); see `Transformation.update`."""
-    leaves = take_apart(updates, params)
     errors.check_state(state)
+    leaves = take_apart(updates, params)
     tx = tx.resolve(updates if params is None else params)
     count = jnp.minimum(state["count"], _MAX_COUNT - 1) + 1
     new: State = {"count": count}
@@ -136,7 +136,7 @@ def init_leaves(tx: Transformation, leaves: Leaves) -> State:
                 columns[name][i] = start
     present = [p for p in leaves.values if p is not None]
     slots = {name: leaves.tree(column) for name, column in columns.items()}
-    return disjoint(slots, recorded(tx, _first_scalars(tx, present)))
+    return disjoint(slots, recorded_first(tx, present))
 
 
 def update_leaves(
@@ -244,22 +244,27 @@ def prepare(tx: Transformation, step: Step, leaves: Sequence[jax.Array] | None) 
 
 
 def recorded(tx: Transformation, prepared: Prepared) -> Slots:
-    """Return the scalars that a concept and its children keep in the state, floats as float32."""
+    """Return the scalars that a concept and its children keep in the state."""
     own, inner = prepared
-    kept = {
-        name: jnp.asarray(x, jnp.float32 if is_inexact(x) else None)
-        for name, x in tx.record(own).items()
-    }
-    return disjoint(kept, *(recorded(c, p) for c, p in zip(tx.children, inner, strict=True)))
+    children = zip(tx.children, inner, strict=True)
+    return disjoint(_kept(tx, own), *(recorded(child, part) for child, part in children))
 
 
-def _first_scalars(tx: Transformation, params: list[jax.Array]) -> Prepared:
-    """Return the scalars of the first step; what reads the tree starts as zeros."""
-    step = Step(count=jnp.ones([], jnp.int32))
-    if not any_of(tx, lambda concept: concept.overrides("measure")):
-        return prepare(tx, step, None)
-    shapes = jax.eval_shape(lambda leaves: prepare(tx, step, leaves), params)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+def recorded_first(tx: Transformation, leaves: Sequence[jax.Array]) -> Slots:
+    """Return the same before the first step: its scalars, and zeros for what reads the tree."""
+    step, kept = Step(count=jnp.ones([], jnp.int32)), {}
+    if tx.overrides("record") and tx.overrides("measure"):
+        kept = jax.eval_shape(lambda leaves: _kept(tx, tx.measure(step, leaves)), leaves)
+        kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)
+    elif tx.overrides("record"):
+        kept = _kept(tx, tx.prepare(step))
+    return disjoint(kept, *(recorded_first(child, leaves) for child in tx.children))
+
+
+def _kept(tx: Transformation, own: Any) -> Slots:
+    """Return what a concept records of its own scalars: floats as float32."""
+    scalars = tx.record(own).items()
+    return {name: jnp.asarray(x, jnp.float32 if is_inexact(x) else None) for name, x in scalars}
 
 
 def any_of(tx: Transformation, holds: Callable[[Transformation], bool]) -> bool:
@@ -275,7 +280,7 @@ def slot_names(tx: Transformation) -> tuple[str, ...]:
 def recorded_names(tx: Transformation) -> tuple[str, ...]:
     """Return the names of the scalars that a concept and its children keep in the state."""
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    return tuple(jax.eval_shape(lambda p: recorded(tx, _first_scalars(tx, [p])), scalar))
+    return tuple(jax.eval_shape(lambda leaf: recorded_first(tx, [leaf]), scalar))
 
 
 def is_concrete(*trees: Any) -> bool:

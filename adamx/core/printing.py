@@ -29,6 +29,8 @@ def describe(tx: Any) -> str:
             scale_by_learning_rate(0.001),
         )
     """
+    if tx.is_foreign and tx.name == factory_name(tx.tx):
+        return f"{tx.name}(...)"
     parts = [f"{name}={_value(v)}" if name else _value(v) for name, v in _arguments(tx)]
     name = type(tx).__name__
     line = f"{name}({', '.join(parts)})"
@@ -62,26 +64,31 @@ def _value(value: Any) -> str:
         return repr(value.item())
     if isinstance(value, type) or not callable(value) or dataclasses.is_dataclass(value):
         return getattr(value, "__name__", None) or repr(value)
-    return factory(value)
+    return function_name(value)
 
 
-def factory(function: Any) -> str:
-    """Return the name of a function, or of the function that made it.
+def function_name(function: Any) -> str:
+    """Return a function's name; for a schedule of Optax the name of what made it.
 
     Example:
-        >>> factory(optax.cosine_decay_schedule(0.1, 10)), factory(lambda step: 0.1)
+        >>> function_name(optax.cosine_decay_schedule(0.1, 10)), function_name(lambda step: 0.1)
         ('cosine_decay_schedule', '<lambda>')
     """
-    name = getattr(function, "__qualname__", type(function).__name__)
-    return name.split(".<locals>")[0] if not name.endswith("<lambda>") else "<lambda>"
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    from_optax = getattr(function, "__module__", "").startswith("optax.")
+    return _maker(function) if from_optax else name.split(".")[-1]
 
 
 def factory_name(tx: optax.GradientTransformation) -> str:
-    """Return the name of the Optax function that made a transformation.
+    """Return the name of the function that made a foreign transformation.
 
     Example:
         >>> factory_name(optax.scale_by_adam()), factory_name(optax.clip(1.0))
         ('scale_by_adam', 'clip')
     """
-    name = factory(tx.init)
-    return factory(tx.update) if name == "init_empty_state" else name
+    name = _maker(tx.init)
+    return _maker(tx.update) if name == "init_empty_state" else name
+
+
+def _maker(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__).split(".<locals>")[0]

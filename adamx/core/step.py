@@ -30,7 +30,7 @@ class Step:
     count: jax.Array
     scalars: Any = None
     inner: tuple[Any, ...] = ()
-    old: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    old: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     param: jax.Array | None = None
     dtype: Any = None
     state: Mapping[str, Any] = dataclasses.field(default_factory=dict)

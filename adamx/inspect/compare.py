@@ -20,15 +20,18 @@ class Difference:
         relative: max |a - b| / max(|a|, |b|) over all elements; 0 where both are 0, and inf where
             only one is NaN or infinite.
         ulps: the same in units in the last place of the narrower dtype of the two.
-        path: the leaf in which `ulps` is reached.
+        of_largest: max |a - b| over the largest |a| or |b| of the leaf: what says whether it
+            matters, where the other two are large because an element is next to zero.
+        path: the leaf in which `ulps` is reached; "" where there is no difference.
     """
 
-    relative: float
-    ulps: float
-    path: str
+    relative: float = 0.0
+    ulps: float = 0.0
+    of_largest: float = 0.0
+    path: str = ""
 
     def __str__(self) -> str:
-        return f"{self.relative:9.2e} {self.ulps:10.3g}"
+        return f"{self.relative:9.2e} {self.ulps:10.3g} {self.of_largest:10.2e}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +61,25 @@ class Comparison:
         return None
 
     def __str__(self) -> str:
-        rows = [f"{'':>12}  {'updates':^20}  {'params':^20}  in leaf"]
-        rows += [f"{'step':>12}  {'relative':>9} {'ULP':>10}  {'relative':>9} {'ULP':>10}"]
+        columns = f"{'relative':>9} {'ULP':>10} {'of largest':>10}"
+        width = max(len("step"), *(len(path) for path in self.slots), 1)
+        rows = [
+            f"{'':>{width}}  {'updates':^31}  {'params':^31}",
+            f"{'step':>{width}}  {columns}  {columns}  in leaf",
+        ]
         steps = len(self.params)
-        shown = sorted({1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, steps})
-        for number in (n for n in shown if n <= steps):
+        for number in sorted(n for n in {*_SHOWN, steps} if n <= steps):
             u, p = self.updates[number - 1], self.params[number - 1]
-            rows.append(f"{number:>12}  {u}  {p}  {p.path}")
-        rows.append(f"slots after step {steps}:")
-        rows += [f"{path:>12}  {difference}" for path, difference in self.slots.items()]
+            rows.append(f"{number:>{width}}  {u}  {p}  {p.path}".rstrip())
+        if self.slots:
+            rows.append(f"slots after step {steps}:")
+            rows += [f"{path:>{width}}  {difference}" for path, difference in self.slots.items()]
         if self.unmatched:
             rows.append(f"in one state only: {', '.join(self.unmatched)}")
         return "\n".join([f"{self.names[0]} against {self.names[1]}", *rows])
+
+
+_SHOWN = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def compare(
@@ -136,21 +146,19 @@ def _step(tx: optax.GradientTransformation) -> Callable[..., Any]:
 
 
 def _difference(a: Any, b: Any) -> Difference:
-    worst = Difference(0.0, 0.0, "")
     there = dict(_paths(b))
-    for path, x in _paths(a):
-        relative, ulps = _largest(np.asarray(x), np.asarray(there[path]))
-        if ulps >= worst.ulps:
-            worst = Difference(max(relative, worst.relative), ulps, path)
-        else:
-            worst = dataclasses.replace(worst, relative=max(relative, worst.relative))
-    return worst
+    leaves = [_largest(path, np.asarray(x), np.asarray(there[path])) for path, x in _paths(a)]
+    worst = max(leaves, key=lambda leaf: leaf.ulps, default=Difference())
+    return dataclasses.replace(
+        worst,
+        relative=max((leaf.relative for leaf in leaves), default=0.0),
+        of_largest=max((leaf.of_largest for leaf in leaves), default=0.0),
+    )
 
 
-def _largest(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+def _largest(path: str, a: np.ndarray, b: np.ndarray) -> Difference:
     if a.size == 0 or not jnp.issubdtype(a.dtype, jnp.inexact):
-        same = np.array_equal(a, b)
-        return (0.0, 0.0) if same else (np.inf, np.inf)
+        return Difference() if np.array_equal(a, b) else Difference(np.inf, np.inf, np.inf, path)
     spacing = max(jnp.finfo(a.dtype).eps, jnp.finfo(b.dtype).eps)
     smallest = max(jnp.finfo(a.dtype).tiny, jnp.finfo(b.dtype).tiny)
     wide = np.complex128 if np.iscomplexobj(a) else np.float64
@@ -164,7 +172,11 @@ def _largest(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     # one ULP of x is eps * 2^floor(log2 |x|); below the smallest normal number it stays put
     exponent = np.floor(np.log2(np.maximum(np.where(bad, 1, scale), float(smallest))))
     ulps = np.where(bad, np.inf, gap / (float(spacing) * np.exp2(exponent)))
-    return float(relative.max()), float(ulps.max())
+    if not ulps.any():
+        return Difference()
+    largest = np.where(np.isfinite(scale), scale, 0).max()
+    of_largest = np.inf if bad.any() else gap.max() / largest
+    return Difference(float(relative.max()), float(ulps.max()), float(of_largest), path)
 
 
 def _side_by_side(a: Any, b: Any) -> tuple[dict[str, Difference], list[str]]:
@@ -176,8 +188,7 @@ def _side_by_side(a: Any, b: Any) -> tuple[dict[str, Difference], list[str]]:
         for other, y in right.items():
             ends = ("/" + path).endswith("/" + other) or ("/" + other).endswith("/" + path)
             if ends and other not in matched and np.shape(x) == np.shape(y):
-                relative, ulps = _largest(np.asarray(x), np.asarray(y))
-                slots[path] = Difference(relative, ulps, path)
+                slots[path] = _largest(path, np.asarray(x), np.asarray(y))
                 matched.add(other)
                 break
     unmatched = [p for p in left if p not in slots] + [p for p in right if p not in matched]

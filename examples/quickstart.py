@@ -1,0 +1,476 @@
+"""Train a digit classifier with adamx and, side by side, with Optax.
+
+    python examples/quickstart.py
+    python examples/quickstart.py --optimizer rmsprop --epochs 10
+
+The two runs start from the same weights and see the same batches, so that whatever parts them is
+the optimizer's arithmetic: rounding and, for Adam and AdamW, the bias correction 1 - b2^t, which
+Optax computes in float32, up to 1.3e-5 off.
+
+The script prints the optimizer as a composition of its concepts, a table of both runs with the
+largest difference that any parameter has had so far, and what `adamx.compare` finds on the first
+gradients. It draws the curves and ends with both accuracies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+from flax import nnx
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import adamx
+
+# ------------------------------------------------------------------- the model and its train step
+
+
+class Classifier(nnx.Module):
+    """One hidden layer over the 8 x 8 pixels."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        """Draw the weights.
+
+        Args:
+            rngs: where they come from, and later the units that dropout leaves out.
+        """
+        self.hidden = nnx.Linear(64, 256, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.output = nnx.Linear(256, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Return a logit for each digit."""
+        return self.output(self.dropout(nnx.gelu(self.hidden(images))))
+
+
+@nnx.jit
+def train_step(
+    model: Classifier, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, nnx.State]:
+    """Update model and optimizer in place; return the loss and its gradient."""
+
+    def loss_function(model: Classifier) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
+
+    loss, gradient = nnx.value_and_grad(loss_function)(model)
+    optimizer.update(model, gradient)
+    return loss, gradient
+
+
+@nnx.jit
+def accuracy(model: Classifier, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the share of images whose largest logit is the label's."""
+    return (model(images).argmax(axis=-1) == labels).mean()
+
+
+@nnx.jit
+def largest_difference(model: Classifier, other: Classifier) -> jax.Array:
+    """Return the largest absolute difference of any parameter."""
+    pair = nnx.state(model, nnx.Param), nnx.state(other, nnx.Param)
+    gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), *pair)
+    return jax.tree.reduce(jnp.maximum, gaps)
+
+
+# ----------------------------------------------------------------- each optimizer beside its peer
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """An optimizer of adamx and the same one of Optax.
+
+    Attributes:
+        learning_rate: what to use unless the command line says otherwise.
+        ours: makes the adamx transformation from the learning rate.
+        peer: makes the Optax one.
+    """
+
+    learning_rate: float
+    ours: Callable[[float], optax.GradientTransformation]
+    peer: Callable[[float], optax.GradientTransformation]
+
+
+def optax_momentum(learning_rate: float, decay: float = 0.9) -> optax.GradientTransformation:
+    """Return a step along the average of the gradients, which Optax has only in pieces."""
+    average = optax.ema(decay, debias=False)
+    return optax.chain(average, optax.scale_by_learning_rate(learning_rate))
+
+
+# Two defaults differ: adamx adds eps to the root, as the papers do, and Optax under it.
+PAIRS = {
+    "adamw": Pair(3e-3, adamx.adamw, optax.adamw),
+    "adam": Pair(3e-3, adamx.adam, optax.adam),
+    "rmsprop": Pair(1e-3, adamx.rmsprop, functools.partial(optax.rmsprop, eps_in_sqrt=False)),
+    "momentum": Pair(0.5, adamx.momentum, optax_momentum),
+    "sgd": Pair(0.5, adamx.sgd, optax.sgd),
+    "adagrad": Pair(0.1, functools.partial(adamx.adagrad, eps_in_sqrt=True), optax.adagrad),
+}
+
+# ---------------------------------------------------------------------------- training, twice over
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """Scikit-learn's handwritten digits, pixels in [0, 1]: a fixed, stratified split."""
+
+    train_images: np.ndarray
+    test_images: np.ndarray
+    train_labels: np.ndarray
+    test_labels: np.ndarray
+
+
+def load() -> Digits:
+    """Load the 1797 images, which come with scikit-learn; a fifth of them is for testing."""
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(
+        (images / 16).astype(np.float32),
+        labels.astype(np.int32),
+        test_size=0.2,
+        stratify=labels,
+        random_state=42,
+    )
+    return Digits(*parts)
+
+
+class Run:
+    """One model on its way, with what was seen of it.
+
+    Attributes:
+        model: the classifier.
+        optimizer: holds the transformation's state, and updates the model.
+        losses: the mean training loss of each epoch.
+        accuracies: the test accuracy after each epoch.
+    """
+
+    def __init__(self, tx: optax.GradientTransformation, seed: int) -> None:
+        """Start from the weights that belong to the seed."""
+        self.model = Classifier(nnx.Rngs(seed))
+        self.optimizer = nnx.Optimizer(self.model, tx, wrt=nnx.Param)
+        self.losses: list[float] = []
+        self.accuracies: list[float] = []
+
+    def finish_epoch(self, losses: list[jax.Array], data: Digits) -> None:
+        """Note the mean loss and the test accuracy."""
+        self.losses.append(float(np.mean(losses)))
+        self.model.eval()  # no dropout
+        self.accuracies.append(float(accuracy(self.model, data.test_images, data.test_labels)))
+        self.model.train()
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out.
+
+    Attributes:
+        adamx: the run with adamx.
+        optax: the run with Optax.
+        differences: the largest difference of any parameter after each step.
+        steps_per_epoch: how many steps an epoch has.
+        comparison: what `adamx.compare` found on the first 50 gradients.
+        exit_status: 1 if the default settings missed the accuracy they promise, else 0.
+    """
+
+    adamx: Run
+    optax: Run
+    differences: list[float]
+    steps_per_epoch: int
+    comparison: adamx.Comparison
+    exit_status: int = 0
+
+    @property
+    def largest_difference(self) -> float:
+        """The largest difference that any parameter had after any step."""
+        return max(self.differences)
+
+    def difference_up_to(self, epoch: int) -> float:
+        """Return the largest difference up to the end of an epoch, counted from 1."""
+        return max(self.differences[: epoch * self.steps_per_epoch])
+
+
+def batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield the indices of one epoch's batches, in a new order; what does not fill one is left."""
+    yield from rng.permutation(count)[: count - count % size].reshape(-1, size)
+
+
+def train(pair: Pair, data: Digits, options: argparse.Namespace, progress: Progress) -> Result:
+    """Train one model with each of the pair, on the same batches."""
+    ours, peer = pair.ours(options.learning_rate), pair.peer(options.learning_rate)
+    runs = Run(ours, options.seed), Run(peer, options.seed)
+    start = nnx.to_pure_dict(nnx.state(runs[0].model, nnx.Param))
+    rng = np.random.default_rng(options.seed)
+    count = len(data.train_labels)
+    steps = count // options.batch_size
+    bar = progress.add_task("training both", total=options.epochs * steps)
+    gradients, differences = [], []
+    for _ in range(options.epochs):
+        losses: tuple[list[jax.Array], list[jax.Array]] = [], []
+        for index in batches(count, options.batch_size, rng):
+            images, labels = data.train_images[index], data.train_labels[index]
+            for run, seen in zip(runs, losses, strict=True):
+                loss, gradient = train_step(run.model, run.optimizer, images, labels)
+                seen.append(loss)
+                if run is runs[0] and len(gradients) < 50:
+                    gradients.append(nnx.to_pure_dict(gradient))
+            differences.append(largest_difference(runs[0].model, runs[1].model))
+            progress.advance(bar)
+        for run, seen in zip(runs, losses, strict=True):
+            run.finish_epoch(seen, data)
+        accuracies = " and ".join(f"{run.accuracies[-1]:.1%}" for run in runs)
+        progress.update(bar, description=f"training both, test accuracy {accuracies}")
+    comparison = adamx.compare(ours, peer, start, gradients, names=("adamx", "optax"))
+    return Result(*runs, [float(gap) for gap in differences], steps, comparison)
+
+
+# ------------------------------------------------------------------------------ telling about it
+
+
+def selected(epochs: int) -> list[int]:
+    """Return the epochs worth a row: the first few, some on the way, the last."""
+    return sorted(
+        {1, 2, 3, 5, *range(10, epochs, max(5, round(epochs / 40) * 5)), epochs}
+        & set(range(1, epochs + 1))
+    )
+
+
+def as_table(result: Result) -> Table:
+    """Return both runs side by side."""
+    table = Table(
+        title="Training loss and test accuracy: the same start, the same batches",
+        title_justify="left",
+    )
+    columns = ("epoch", "loss\nadamx", "loss\noptax", "accuracy\nadamx", "accuracy\noptax")
+    for column in (*columns, "largest difference of\na parameter so far"):
+        table.add_column(column, justify="right", vertical="bottom")
+    runs = (result.adamx, result.optax)
+    for epoch in selected(len(result.adamx.losses)):
+        table.add_row(
+            str(epoch),
+            *(f"{run.losses[epoch - 1]:.4f}" for run in runs),
+            *(f"{run.accuracies[epoch - 1]:.1%}" for run in runs),
+            f"{result.difference_up_to(epoch):.1e}",
+        )
+    return table
+
+
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#555555"
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+}
+
+
+def draw(result: Result, images: np.ndarray, name: str, path: Path) -> None:
+    """Draw some digits, the curves of both runs, and how far their parameters are apart."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(13, 4), layout="constrained")
+        digits, loss, share, difference = figure.subplots(1, 4, width_ratios=(0.62, 1, 1, 1))
+        figure.get_layout_engine().set(wspace=0.04)
+        title = f"{name} of adamx and of Optax, from the same start, on the same batches"
+        figure.suptitle(title + "\n", fontsize=15, x=0.008, ha="left")
+        tiles = np.pad(images[:24].reshape(6, 4, 8, 8), ((0, 0), (0, 0), (1, 1), (1, 1)))
+        digits.imshow(tiles.transpose(0, 2, 1, 3).reshape(60, 40), cmap="gray_r")
+        digits.set(title="Handwritten digits", xticks=[], yticks=[])
+        digits.spines[:].set_visible(False)
+        runs = (result.adamx, result.optax)
+        _draw_pair(loss, [run.losses for run in runs])
+        loss.set(title="Training loss", xlabel="epoch", yscale="log")
+        loss.legend(frameon=False)
+        _draw_pair(share, [[100 * a for a in run.accuracies] for run in runs])
+        shares = " and ".join(f"{run.accuracies[-1]:.1%}" for run in runs)
+        last = f"after the last epoch\n{shares}"
+        share.annotate(last, (0.97, 0.06), xycoords="axes fraction", ha="right", color=BLUE)
+        share.set(title="Test accuracy in %", xlabel="epoch")
+        _draw_difference(difference, result)
+        for axes in (loss, share, difference):
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        figure.savefig(path, dpi=100)
+
+
+def _draw_pair(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
+    ours, peer = curves
+    epochs = np.arange(1, len(ours) + 1)
+    axes.plot(epochs, ours, color=BLUE, lw=1.8, marker="o", ms=3.5, zorder=3, label="adamx")
+    axes.plot(epochs, peer, color=ORANGE, lw=7, alpha=0.55, label="Optax, underneath")
+
+
+def _draw_difference(axes: Axes, result: Result) -> None:
+    gaps = np.array(result.differences)
+    epochs = np.arange(1, len(gaps) + 1) / result.steps_per_epoch
+    weights = jax.tree.leaves(nnx.state(result.adamx.model, nnx.Param))
+    largest = max(float(np.abs(w).max()) for w in weights)
+    axes.axhline(largest, color=GREY, lw=1.5, ls="--")
+    axes.set(title=r"Largest |adamx $-$ Optax|", xlabel="epoch", yscale="log")
+    axes.set(xlim=(0, epochs[-1]), ylim=(1e-9, largest * 20))
+    note = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+    axes.annotate("the largest parameter", (0.03, largest), (0, 5), color=GREY, **note)
+    highest = gaps.max()
+    if highest == 0:
+        axes.annotate(
+            "none: the runs are equal bit for bit", (0.03, 1e-9), (0, 8), color=BLUE, **note
+        )
+        return
+    axes.plot(epochs, np.where(gaps > 0, gaps, np.nan), color=BLUE, lw=1.8)
+    mantissa, exponent = f"{highest:.1e}".split("e")
+    said = rf"at most ${mantissa} \cdot 10^{{{int(exponent)}}}$ in any parameter"
+    axes.annotate(said, (0.03, highest), (0, 6), color=BLUE, **note)
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def above(bound: int, kind: type) -> Callable[[str], float]:
+    """Return a parser of finite numbers above a bound, for argparse."""
+    noun = "a whole number" if kind is int else "a finite number"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value > bound):
+            raise argparse.ArgumentTypeError(f"must be {noun} > {bound}, got {text!r}")
+        return value
+
+    return parse
+
+
+def picture(text: str) -> Path:
+    """Return the path, if a picture can be written there."""
+    path = Path(text)
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise argparse.ArgumentTypeError(f"must end in one of {', '.join(known)}, got {text!r}")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)) or path.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot be written: {text!r}")
+    return path
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train a digit classifier with adamx and, side by side, with Optax: the same "
+        "start, the same batches. Prints the optimizer as a composition, a table of both runs, "
+        "adamx.compare on the first 50 gradients and, last, both test accuracies; draws the "
+        "curves.",
+        epilog="Exit status: 0, or 1 if the default settings end below 97 % test accuracy.",
+    )
+    rates = ", ".join(f"{name} {pair.learning_rate:g}" for name, pair in PAIRS.items())
+    parser.add_argument(
+        "--optimizer",
+        metavar="NAME",
+        choices=PAIRS,
+        default="adamw",
+        help=f"one of {', '.join(PAIRS)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        metavar="RATE",
+        type=above(0, float),
+        help=f"the same for both (default: one that suits the optimizer: {rates})",
+    )
+    parser.add_argument(
+        "--epochs",
+        metavar="N",
+        type=above(0, int),
+        default=30,
+        help="passes over the 1437 training images (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=above(0, int),
+        default=64,
+        help="images a step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=above(-1, int),
+        default=0,
+        help="of the first weights, the batches and dropout (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=picture,
+        default="quickstart.png",
+        help="the picture of the curves (default: %(default)s)",
+    )
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    """Run the example.
+
+    Args:
+        argv: the command line; None means the program's own.
+
+    Returns:
+        Losses, accuracies and differences of the two runs.
+    """
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    settings = ("optimizer", "learning_rate", "epochs", "batch_size", "seed")
+    promised = all(getattr(options, name) == parser.get_default(name) for name in settings)
+    pair = PAIRS[options.optimizer]
+    if options.learning_rate is None:
+        options.learning_rate = pair.learning_rate
+    data = load()
+    if options.batch_size > len(data.train_labels):
+        parser.error(
+            f"argument --batch-size: must be at most {len(data.train_labels)}, the number of "
+            f"training images, got {options.batch_size}"
+        )
+
+    console = Console()
+    print(f"adamx.{options.optimizer} is")
+    print(pair.ours(options.learning_rate), end="\n\n")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=options.no_progress
+    ) as progress:
+        result = train(pair, data, options, progress)
+    console.print(as_table(result))
+    print(
+        "\nadamx.compare on the first gradients of the run: the largest relative difference of any"
+    )
+    print("element, which is large where an element is next to zero.\n")
+    print(result.comparison, end="\n\n")
+    draw(result, data.test_images, options.optimizer, options.output)
+    print(f"Curves: {options.output}")
+    accuracies = result.adamx.accuracies[-1], result.optax.accuracies[-1]
+    print(f"Test accuracy: adamx {accuracies[0]:.1%}, optax {accuracies[1]:.1%}")
+    if promised and accuracies[0] < 0.97:
+        print("The default settings should reach 97 %: something is wrong.", file=sys.stderr)
+        result = dataclasses.replace(result, exit_status=1)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main().exit_status)
