@@ -160,17 +160,20 @@ def update_leaves(
     }
     present = [u for u in leaves.values if u is not None]
     binds = any_of(tx, lambda concept: concept.overrides("bind"))
-    variants = {tx: Variant(tx, step, present)}
-    variant, bound, out = variants[tx], tx, list(leaves.values)
+    whole = Variant(tx, step, present)
+    # equal variants share a kernel; most are the same object, which is found without comparing
+    variants, seen, alive = {tx: whole}, {id(tx): whole}, [tx]
+    out = list(leaves.values)
     for i, (path, like) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
         if out[i] is None:
             continue
-        wanted = tx.bind(path, like) if binds else tx
-        if wanted is not bound:
-            bound = wanted
-            variant = variants.get(bound) or variants.setdefault(
-                bound, Variant(bound, step, present)
-            )
+        bound = tx.bind(path, like) if binds else tx
+        if id(bound) not in seen:
+            if bound not in variants:
+                variants[bound] = Variant(bound, step, present)
+            seen[id(bound)] = variants[bound]
+            alive.append(bound)
+        variant = seen[id(bound)]
         slots = {name: columns[name][i] for name in names if columns[name][i] is not None}
         errors.check_slots(path, slots, variant.slots_like(like))
         param = None if leaves.params is None else leaves.params[i]
@@ -178,7 +181,7 @@ def update_leaves(
         for name, value in new.items():
             columns[name][i] = value
     entries = {name: leaves.tree(column) for name, column in columns.items()}
-    return dataclasses.replace(leaves, values=out), entries | recorded(tx, variants[tx].prepared)
+    return dataclasses.replace(leaves, values=out), entries | recorded(tx, whole.prepared)
 
 
 class Variant:

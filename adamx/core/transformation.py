@@ -182,20 +182,23 @@ class Transformation(optax.GradientTransformationExtraArgs):
         return not self.overrides("measure") and all(child.leafwise for child in self.children)
 
     def _with_children(self, children: list[Transformation]) -> Any:
-        new = iter(children)
+        """Return this concept with other children: the same object for the same children."""
         if all(a is b for a, b in zip(self.children, children, strict=True)):
             return self
-        return _build(
-            type(self),
-            {
-                name: next(new)
-                if isinstance(value, Transformation)
-                else tuple(next(new) if isinstance(v, Transformation) else v for v in value)
+        made = vars(self).setdefault(_MADE, {})
+        key = tuple(map(id, children))
+        if key not in made:
+            new = iter(children)
+            fields = {
+                name: tuple(next(new) if isinstance(v, Transformation) else v for v in value)
                 if type(value) is tuple
+                else next(new)
+                if isinstance(value, Transformation)
                 else value
                 for name, value in _fields(self).items()
-            },
-        )
+            }
+            made[key] = _build(type(self), fields)
+        return made[key]
 
     # --------------------------------------------------- what makes it a value: ==, pickle, pytree
 
@@ -307,5 +310,5 @@ def _is_dynamic(value: Any) -> bool:
     return bool(many) and all(isinstance(v, Transformation | jax.Array | np.ndarray) for v in many)
 
 
-_DYNAMIC = "__dynamic__"
+_DYNAMIC, _MADE = "__dynamic__", "__made__"
 _compiled_update = jax.jit(lifting.update)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -121,13 +122,11 @@ def compare(
     if callable(gradients):
         if steps is None:
             raise ValueError("compare: steps must be given where gradients is a function, got None")
-        gradients = (gradients(number) for number in range(steps))
+        gradients = map(gradients, range(steps))
     step_a, step_b = jax.jit(_step(tx_a)), jax.jit(_step(tx_b))
     a, b = (params, tx_a.init(params)), (params, tx_b.init(params))
     updates, followed = [], []
-    for number, grads in enumerate(gradients):
-        if steps is not None and number >= steps:
-            break
+    for grads in itertools.islice(gradients, steps):
         (u_a, *a), (u_b, *b) = step_a(*a, grads), step_b(*b, grads)
         updates.append(_difference(u_a, u_b))
         followed.append(_difference(a[0], b[0]))
@@ -147,7 +146,7 @@ def _step(tx: optax.GradientTransformation) -> Callable[..., Any]:
 
 def _difference(a: Any, b: Any) -> Difference:
     there = dict(_paths(b))
-    leaves = [_largest(path, np.asarray(x), np.asarray(there[path])) for path, x in _paths(a)]
+    leaves = [_largest(path, x, there[path]) for path, x in _paths(a)]
     worst = max(leaves, key=lambda leaf: leaf.ulps, default=Difference())
     return dataclasses.replace(
         worst,
@@ -166,35 +165,47 @@ def _largest(path: str, a: np.ndarray, b: np.ndarray) -> Difference:
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore", over="ignore"):
         gap = np.where(same, 0.0, np.abs(a - b))
-        scale = np.maximum(np.abs(a), np.abs(b))
-    bad = ~same & ~(np.isfinite(a) & np.isfinite(b))
-    relative = np.where(bad, np.inf, gap / np.where(scale > 0, scale, 1))
+        bad = ~same & ~(np.isfinite(a) & np.isfinite(b))
+        scale = np.where(same | bad, 1.0, np.maximum(np.abs(a), np.abs(b)))
+    relative = np.where(bad, np.inf, gap / scale)
     # one ULP of x is eps * 2^floor(log2 |x|); below the smallest normal number it stays put
-    exponent = np.floor(np.log2(np.maximum(np.where(bad, 1, scale), float(smallest))))
+    exponent = np.floor(np.log2(np.maximum(scale, float(smallest))))
     ulps = np.where(bad, np.inf, gap / (float(spacing) * np.exp2(exponent)))
     if not ulps.any():
         return Difference()
-    largest = np.where(np.isfinite(scale), scale, 0).max()
-    of_largest = np.inf if bad.any() else gap.max() / largest
+    of_largest = np.inf if bad.any() else gap.max() / np.maximum(np.abs(a), np.abs(b)).max()
     return Difference(float(relative.max()), float(ulps.max()), float(of_largest), path)
 
 
 def _side_by_side(a: Any, b: Any) -> tuple[dict[str, Difference], list[str]]:
-    """Match entries whose path in one state ends with the path in the other."""
+    """Match entries of the same path, and then those of which one's path ends with the other's."""
     left, right = dict(_paths(a)), dict(_paths(b))
-    slots: dict[str, Difference] = {}
-    matched: set[str] = set()
+    shapes = {path: np.shape(y) for path, y in right.items()}
+    pairs = {path: path for path, x in left.items() if shapes.get(path) == np.shape(x)}
     for path, x in left.items():
-        for other, y in right.items():
-            ends = ("/" + path).endswith("/" + other) or ("/" + other).endswith("/" + path)
-            if ends and other not in matched and np.shape(x) == np.shape(y):
-                slots[path] = _largest(path, np.asarray(x), np.asarray(y))
-                matched.add(other)
+        free = (other for other in right if path not in pairs and other not in pairs.values())
+        for other in free:
+            if _ends_alike(path, other) and shapes[other] == np.shape(x):
+                pairs[path] = other
                 break
-    unmatched = [p for p in left if p not in slots] + [p for p in right if p not in matched]
-    return slots, unmatched
+    slots = {
+        path: dataclasses.replace(_largest(path, left[path], right[pairs[path]]), path=path)
+        for path in left
+        if path in pairs
+    }
+    unmatched = [p for p in left if p not in slots]
+    return slots, unmatched + [p for p in right if p not in pairs.values()]
 
 
-def _paths(tree: Any) -> list[tuple[str, Any]]:
+def _ends_alike(path: str, other: str) -> bool:
+    return ("/" + path).endswith("/" + other) or ("/" + other).endswith("/" + path)
+
+
+def _paths(tree: Any) -> list[tuple[str, np.ndarray]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in flat]
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), _array(x)) for path, x in flat]
+
+
+def _array(x: Any) -> np.ndarray:
+    is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return np.asarray(jax.random.key_data(x) if is_key else x)

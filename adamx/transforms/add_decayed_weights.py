@@ -64,13 +64,8 @@ class add_decayed_weights(Transformation):
                 f"parameters' tree: {error}"
             ) from None
         flat, _ = jax.tree_util.tree_flatten_with_path(full, is_leaf=lambda x: x is None)
-        decaying = (jax.tree_util.keystr(path, simple=True, separator="/") for path, m in flat if m)
-        return dataclasses.replace(self, mask=frozenset(decaying))
-
-    def bind(self, path: str, leaf: jax.Array) -> Transformation:
-        if self.mask is None:
-            return self
-        return _everywhere(self) if path in self.mask else _NOWHERE
+        decaying = [jax.tree_util.keystr(path, simple=True, separator="/") for path, m in flat if m]
+        return _masked(dataclasses.replace(self, mask=None), frozenset(decaying))
 
     def prepare(self, step: Step) -> Any:
         return scheduled(self.weight_decay, step.count)
@@ -83,8 +78,12 @@ class add_decayed_weights(Transformation):
         return u + step.scalars * step.param
 
 
-def _everywhere(decay: add_decayed_weights) -> add_decayed_weights:
-    return dataclasses.replace(decay, mask=None)
+class _masked(Transformation):
+    """The decay with its mask resolved: on some paths it is, on the others nothing."""
 
+    decay: add_decayed_weights
+    paths: frozenset[str]
+    nothing: Transformation = identity()
 
-_NOWHERE = identity()
+    def bind(self, path: str, leaf: jax.Array) -> Transformation:
+        return self.decay if path in self.paths else self.nothing
