@@ -60,8 +60,8 @@ def adapt_state(tx: Transformation, params: Any, saved: Any) -> tuple[State, Ada
 
     Raises:
         TypeError: if `saved` has no `count`, so that it is no state of adamx.
-        ValueError: if a saved leaf has another shape than the parameter's slot, as that of
-            another model would.
+        ValueError: if a saved leaf has another shape than the parameter's slot, or is complex
+            where that is real, as those of another model would.
 
     Example:
         >>> import adamx
@@ -91,7 +91,13 @@ def adapt_state(tx: Transformation, params: Any, saved: Any) -> tuple[State, Ada
                 f"adapt_state: {name!r} was saved with shape {list(jnp.shape(value))} and has "
                 f"shape {list(start.shape)} here: is it the state of another model?"
             )
-        leaves.append(jnp.asarray(value).astype(start.dtype))
+        value = jnp.asarray(value)
+        if jnp.iscomplexobj(value) and not jnp.iscomplexobj(start):
+            raise ValueError(
+                f"adapt_state: {name!r} was saved as {value.dtype} and is {start.dtype} here: is "
+                "it the state of another model?"
+            )
+        leaves.append(value if value.dtype == start.dtype else value.astype(start.dtype))
     return treedef.unflatten(leaves), Adaptation(tuple(filled), tuple(sorted(old)))
 
 

@@ -33,7 +33,8 @@ def make_step(tx: optax.GradientTransformation) -> StepFunction:
     beyond them, and the arrays that were passed are gone. The order matters: JAX pairs donated
     arguments with outputs first come, first served, by shape and dtype; with the gradients in
     front, or the state before the params, every array would be copied, without a warning.
-    Arguments that do not fit raise before anything is donated.
+    Arguments that do not fit raise before anything is donated. A parameter whose gradient is None
+    stays as it is.
 
     Args:
         tx: any adamx or Optax transformation.
@@ -60,6 +61,9 @@ def make_step(tx: optax.GradientTransformation) -> StepFunction:
 
     def step(params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
         updates, state = update(grads, state, params, **extra)
-        return apply_updates(params, updates), state
+        return jax.tree.map(_apply, updates, params, is_leaf=lambda x: x is None), state
+
+    def _apply(update: Any, param: Any) -> Any:
+        return param if update is None else apply_updates(param, update)
 
     return jax.jit(step, donate_argnames=("params", "state"))

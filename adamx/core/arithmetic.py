@@ -82,6 +82,33 @@ def zeros(param: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     return jnp.zeros_like(param, dtype if narrow else compute)
 
 
+def average(old: jax.Array, new: jax.Array, decay: Any, weight: Any) -> jax.Array:
+    """Return decay * old + weight * new, where weight is 1 - decay: one step of an average.
+
+    In float32 the factors, each rounded, do not sum to one (0.999 and 0.001 are 1.3e-8 over), and
+    over a memory of 1000 steps that makes the average 1.3e-5 too large, for ever. So where the
+    memory is long it is computed as old + (weight * new - weight * old), whose gain is one. (With
+    two products, opposite numbers near the largest one do not overflow.) Where decay < 0.5, the
+    plain form is better: an old value far above the new one leaves nothing behind.
+
+    Args:
+        old: the average so far.
+        new: what comes in, of the same shape and dtype.
+        decay: in [0, 1), a float or a scalar array.
+        weight: 1 - decay, in the precision in which decay was given.
+
+    Example:
+        >>> average(jnp.array([8.0]), jnp.array([4.0]), 0.75, 0.25)
+        Array([7.], dtype=float32)
+        >>> average(jnp.array([1e30]), jnp.array([4.0]), 0.0, 1.0)
+        Array([4.], dtype=float32)
+    """
+    short, long = decay * old + weight * new, old + (weight * new - weight * old)
+    if isinstance(decay, float):
+        return short if decay < 0.5 else long
+    return jnp.where(decay < 0.5, short, long)
+
+
 def squared_magnitude(x: jax.Array) -> jax.Array:
     """Return |x|^2, real also where x is complex.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import optax
 
-from adamx.core import lifting
+from adamx.core import errors
 from adamx.core.foreign import as_concept
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
@@ -50,19 +50,19 @@ class chain(Transformation):
             concept = as_concept(stage)
             spliced += concept.stages if isinstance(concept, chain) else [concept]
         object.__setattr__(self, "stages", tuple(spliced))
-        lifting.disjoint(*(dict.fromkeys(stage.state_names()) for stage in spliced))
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
         new: Slots = {}
         for i, stage in enumerate(self.stages):
             changed = stage.accumulate(u, slots | new, step.child(i))
+            errors.check_accumulated(stage, slots, changed)
             new |= changed
-            u = stage.emit(u, slots | new, step.child(i))
+            u = _emitted(stage, u, slots | new, step.child(i))
         return new
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         for i, stage in enumerate(self.stages):
-            u = stage.emit(u, slots, step.child(i))
+            u = _emitted(stage, u, slots, step.child(i))
         return u
 
     def state_names(self) -> tuple[str, ...]:
@@ -76,3 +76,9 @@ class chain(Transformation):
             else:
                 runs.append([stage])
         return [run[0] if len(run) == 1 else chain(*run) for run in runs]
+
+
+def _emitted(stage: Transformation, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    out = stage.emit(u, slots, step)
+    errors.check_emitted(stage, u, out)
+    return out

@@ -61,7 +61,10 @@ class Range:
             raise ValueError(f"{where} {self.text}, got None")
         if not isinstance(value, numbers.Real):
             raise TypeError(f"{where} {kinds} {self.text}, got {value!r}")
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
         inside = (
             self.low <= number < self.high if self.open_above else (self.low <= number <= self.high)
         )
@@ -82,16 +85,19 @@ def optional(range_: Range) -> Range:
 
 
 def check(concept: Any, **ranges: Range) -> None:
-    """Check the named fields of a concept, and make NumPy's numbers Python's.
+    """Check the named fields of a concept, and make all kinds of numbers floats.
 
-    For a concept's `__post_init__`. A Python number takes the dtype of the array it meets, and
-    keeps its own precision until then; a NumPy scalar would impose its dtype.
+    For a concept's `__post_init__`. A float takes the dtype of the array it meets and keeps double
+    precision until then; a NumPy number would impose its dtype, an int might overflow int32.
     """
     for argument, range_ in ranges.items():
         value = getattr(concept, argument)
         range_.check(type(concept).__name__, argument, value)
-        if isinstance(value, np.generic):
-            object.__setattr__(concept, argument, value.item())
+        if isinstance(value, np.ndarray):
+            value = jnp.asarray(value) if value.ndim else value.item()
+        if isinstance(value, numbers.Real):
+            value = float(value)
+        object.__setattr__(concept, argument, value)
 
 
 def checked(**ranges: Range) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -102,7 +108,10 @@ def checked(**ranges: Range) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(factory)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            bound = signature.bind(*args, **kwargs)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{factory.__name__}: {error}") from None
             bound.apply_defaults()
             for argument, range_ in ranges.items():
                 range_.check(factory.__name__, argument, bound.arguments[argument])

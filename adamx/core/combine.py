@@ -12,7 +12,6 @@ from collections.abc import Callable
 import jax
 import optax
 
-from adamx.core import lifting
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -57,7 +56,6 @@ class combine(Transformation):
                 )
         object.__setattr__(self, "fn", fn)
         object.__setattr__(self, "branches", branches)
-        lifting.disjoint(*(dict.fromkeys(branch.state_names()) for branch in self.children))
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return self.fn(*(b.emit(u, slots, step.child(i)) for i, b in enumerate(self.branches)))

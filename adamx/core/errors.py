@@ -6,7 +6,7 @@ Every message names the leaf's path, what was expected, what was given, and the 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -41,7 +41,7 @@ def floating(path: str, leaf: Any) -> jax.Array:
             "eqx.filter(model, eqx.is_inexact_array), elsewhere set such leaves to None"
         )
     array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-    if array.weak_type:  # a Python number: as an array it has a dtype of its own
+    if getattr(array, "weak_type", False):  # a Python number: as an array it has a dtype of its own
         array = jax.lax.convert_element_type(array, array.dtype)
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise TypeError(
@@ -51,13 +51,19 @@ def floating(path: str, leaf: Any) -> jax.Array:
     return array
 
 
-def beside(treedef: Any, name: str, tree: Any, updates: Any) -> list[Any]:
-    """Return the leaves of a tree that has the updates' structure; raise ValueError otherwise."""
+def beside(treedef: Any, name: str, tree: Any, updates: list[Any]) -> list[Any]:
+    """Return the leaves of a tree that has the updates' structure; raise ValueError otherwise.
+
+    Beside an update that is None anything may stand.
+    """
     try:
-        return treedef.flatten_up_to(tree)
+        leaves = treedef.flatten_up_to(tree)
+        for u, leaf in zip(updates, leaves, strict=True):
+            if u is not None and not jax.tree_util.all_leaves([leaf]) and leaf is not None:
+                raise ValueError(f"a branch, {describe(leaf)}, stands beside a leaf")
+        return leaves
     except (ValueError, TypeError) as error:
-        updates = treedef.unflatten(range(treedef.num_leaves)) if updates is None else updates
-        here, there = _paths(updates), _paths(tree)
+        here, there = _paths(treedef.unflatten(range(treedef.num_leaves))), _paths(tree)
         only_here = [p for p in here if p not in there][:3]
         only_there = [p for p in there if p not in here][:3]
         raise ValueError(
@@ -72,9 +78,13 @@ def _what(name: str) -> str:
     return name if name == "params" else f"state[{name!r}]"
 
 
-def _paths(tree: Any) -> list[str]:
+def _flat(tree: Any) -> list[tuple[str, Any]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
+
+
+def _paths(tree: Any) -> list[str]:
+    return [path for path, _ in _flat(tree)]
 
 
 def fitting(path: str, update: jax.Array, param: Any) -> jax.Array:
@@ -138,6 +148,11 @@ def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]
                 f"adamx: leaf {path!r} has an update, and state[{name!r}] is None there: it was "
                 "None (or frozen) when init saw it; adapt_state(tx, params, state) fills it in"
             )
+        if _kind(slots[name]) is not _kind(start):
+            raise TypeError(
+                f"adamx: leaf {path!r}: state[{name!r}] is {slots[name].dtype} where this gradient "
+                f"needs {start.dtype}: is it the state or the gradient of another model?"
+            )
         if jnp.shape(slots[name]) != start.shape:
             raise ValueError(
                 f"adamx: leaf {path!r}: state[{name!r}] has shape {list(jnp.shape(slots[name]))} "
@@ -151,6 +166,43 @@ def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]
         )
 
 
+def check_foreign(name: str, state: Any, fresh: Any) -> None:
+    """Raise unless a foreign stage's state has the tree and the shapes that its init gives."""
+    kept, wanted = ({p: list(jnp.shape(x)) for p, x in _flat(t)} for t in (state, fresh))
+    for path in {**wanted, **kept}:
+        if kept.get(path) != wanted.get(path):
+            raise ValueError(
+                f"adamx: leaf {path!r} of state[{name!r}] has shape {kept.get(path, 'none')} where "
+                f"these parameters need {wanted.get(path, 'none')}: is it the state or the "
+                "gradient of another model?"
+            )
+
+
+_own_count = (
+    "adamx: 'count' is the state's own: give what you keep another name, with name= for a concept "
+    "and named(name, tx) for a foreign transformation"
+)
+
+
+def check_name(name: str) -> None:
+    """Raise where a foreign stage wants the name of the state's own counter."""
+    if name == "count":
+        raise ValueError(_own_count)
+
+
+def check_unique(slots: Sequence[str], names: Sequence[str]) -> None:
+    """Raise where a concept keeps two things under one name, or a slot under the state's own."""
+    if "count" in slots:
+        raise ValueError(_own_count)
+    if len(set(names)) < len(names):
+        check_disjoint(*({name: None} for name in names if names.count(name) > 1))
+
+
+def _kind(x: Any) -> Any:
+    kinds = (jnp.floating, jnp.complexfloating, jnp.integer)
+    return next((kind for kind in kinds if jnp.issubdtype(x.dtype, kind)), None)
+
+
 def check_disjoint(names: Mapping[str, Any], more: Mapping[str, Any]) -> None:
     """Raise where two stages want one name in the state."""
     if clash := sorted(names.keys() & more.keys()):
@@ -160,10 +212,10 @@ def check_disjoint(names: Mapping[str, Any], more: Mapping[str, Any]) -> None:
         )
 
 
-def narrow(
+def check_accumulated(
     concept: Transformation, slots: Mapping[str, jax.Array], new: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """Cast the new slots to the dtypes they are stored in; raise where they do not fit them."""
+) -> None:
+    """Raise where a concept returned a slot that was not started, or not like that."""
     name_of = type(concept).__name__
     for name, value in new.items():
         if name not in slots:
@@ -175,7 +227,6 @@ def narrow(
             )
         if jnp.iscomplexobj(value) and not jnp.iscomplexobj(slots[name]):
             raise TypeError(f"{name_of}: accumulate returned a complex {name!r} for a real slot")
-    return {name: value.astype(slots[name].dtype) for name, value in new.items()}
 
 
 def check_emitted(concept: Transformation, u: jax.Array, out: jax.Array) -> None:

@@ -49,6 +49,7 @@ class named(Transformation):
     def __post_init__(self) -> None:
         if not isinstance(self.tx, optax.GradientTransformation):
             raise TypeError(f"named: tx must be an Optax or adamx transformation, got {self.tx!r}")
+        errors.check_name(self.name)
 
     @property
     def children(self) -> tuple[Transformation, ...]:
@@ -60,21 +61,23 @@ class named(Transformation):
 
     def init_tree(self, leaves: Leaves) -> State:
         state = self.tx.init(leaves.tree(leaves.values))
-        return {self.name: state} if jax.tree.leaves(state) else {}
+        return {name: state for name in self.state_names()}
 
     def update_tree(self, leaves: Leaves, step: Step, last: bool) -> tuple[Leaves, State]:
         tx = optax.with_extra_args_support(self.tx)
         params = leaves.params_tree()
         updates = leaves.tree(leaves.values)
         like = updates if params is None else params
-        empty = jax.eval_shape(tx.init, like)
-        state = errors.entry(step.state, self.name) if jax.tree.leaves(empty) else empty
+        fresh = jax.eval_shape(tx.init, like)
+        state = errors.entry(step.state, self.name) if self.state_names() else fresh
+        if None not in leaves.values:
+            errors.check_foreign(self.name, state, fresh)
         updates, state = tx.update(updates, state, params, **step.extra)
-        values = errors.beside(leaves.treedef, self.name, updates, None)
+        values = errors.beside(leaves.treedef, self.name, updates, leaves.values)
         if last:
             pairs = zip(values, leaves.dtypes, strict=True)
             values = [None if u is None else u.astype(dtype) for u, dtype in pairs]
-        entries = {self.name: state} if jax.tree.leaves(state) else {}
+        entries = {name: state for name in self.state_names()}
         return dataclasses.replace(leaves, values=values), entries
 
     def state_names(self) -> tuple[str, ...]:
@@ -92,5 +95,5 @@ def as_concept(stage: Any) -> Transformation:
         return stage
     if isinstance(stage, optax.GradientTransformation):
         return named(factory_name(stage), stage)
-    hint = ": write it as a call" if isinstance(stage, type) else ""
+    hint = ": write it as a call" if callable(stage) else ""
     raise TypeError(f"chain: a stage must be an adamx or Optax transformation, got {stage!r}{hint}")

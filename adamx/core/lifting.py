@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from adamx.core.step import Step
 if TYPE_CHECKING:
     from adamx.core.transformation import Transformation
 
+Result = TypeVar("Result")
 State = dict[str, Any]
 Slots = dict[str, jax.Array]
 Prepared = tuple[Any, tuple[Any, ...]]  # a concept's own scalars, and its children's
@@ -76,7 +77,7 @@ def take_apart(updates: Any, params: Any) -> Leaves:
     ]
     beside = None
     if params is not None:
-        beside = errors.beside(treedef, "params", params, updates)
+        beside = errors.beside(treedef, "params", params, values)
         beside = [
             None if u is None else errors.fitting(path, u, p)
             for path, u, p in zip(paths, values, beside, strict=True)
@@ -111,7 +112,7 @@ def update(
     """Return (outgoing updates, new state); see `Transformation.update`."""
     errors.check_state(state)
     leaves = take_apart(updates, params)
-    tx = tx.resolve(updates if params is None else params)
+    tx = tx.resolve(leaves.tree(leaves.like()))
     count = jnp.minimum(state["count"], _MAX_COUNT - 1) + 1
     new: State = {"count": count}
     segments = tx.segments()
@@ -155,7 +156,7 @@ def update_leaves(
     """
     names = slot_names(tx)
     columns = {
-        name: errors.beside(leaves.treedef, name, errors.entry(step.state, name), None)
+        name: errors.beside(leaves.treedef, name, errors.entry(step.state, name), leaves.values)
         for name in names
     }
     present = [u for u in leaves.values if u is not None]
@@ -226,7 +227,9 @@ def leaf_kernel(
         u, param, old = jax.tree.map(wide, (u, param, slots))
         step = Step(count=count, scalars=scalars, inner=inner, old=old, param=param, dtype=emit)
         with real_times_complex(compute):
-            stored = slots | errors.narrow(concept, slots, concept.accumulate(u, old, step))
+            new = concept.accumulate(u, old, step)
+            errors.check_accumulated(concept, slots, new)
+            stored = slots | {name: x.astype(slots[name].dtype) for name, x in new.items()}
             out = concept.emit(u, jax.tree.map(wide, stored), step)
         errors.check_emitted(concept, u, out)
         return out.astype(emit if last else compute), stored
@@ -253,7 +256,7 @@ def recorded(tx: Transformation, prepared: Prepared) -> Slots:
     return disjoint(_kept(tx, own), *(recorded(child, part) for child, part in children))
 
 
-def recorded_first(tx: Transformation, leaves: Sequence[jax.Array]) -> Slots:
+def recorded_first(tx: Transformation, leaves: Sequence[jax.Array], inner: bool = True) -> Slots:
     """Return the same before the first step: its scalars, and zeros for what reads the tree."""
     step, kept = Step(count=jnp.ones([], jnp.int32)), {}
     if tx.overrides("record") and tx.overrides("measure"):
@@ -261,7 +264,8 @@ def recorded_first(tx: Transformation, leaves: Sequence[jax.Array]) -> Slots:
         kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)
     elif tx.overrides("record"):
         kept = _kept(tx, tx.prepare(step))
-    return disjoint(kept, *(recorded_first(child, leaves) for child in tx.children))
+    children = tx.children if inner else ()
+    return disjoint(kept, *(recorded_first(child, leaves) for child in children))
 
 
 def _kept(tx: Transformation, own: Any) -> Slots:
@@ -275,21 +279,41 @@ def any_of(tx: Transformation, holds: Callable[[Transformation], bool]) -> bool:
     return holds(tx) or any(any_of(child, holds) for child in tx.children)
 
 
+def remembered(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    """Keep what a function of a concept returns in the concept, which never changes."""
+    key = f"__{function.__name__}__"
+
+    @functools.wraps(function)
+    def once(tx: Any) -> Result:
+        if key not in vars(tx):
+            vars(tx)[key] = function(tx)
+        return vars(tx)[key]
+
+    return once
+
+
+@remembered
 def slot_names(tx: Transformation) -> tuple[str, ...]:
     """Return the names of a concept's slots; they do not depend on the parameter."""
+    if not tx.overrides("slots"):
+        return tuple(name for child in tx.children for name in slot_names(child))
     return tuple(jax.eval_shape(tx.slots, jax.ShapeDtypeStruct((), jnp.float32)))
 
 
+@remembered
 def recorded_names(tx: Transformation) -> tuple[str, ...]:
     """Return the names of the scalars that a concept and its children keep in the state."""
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    return tuple(jax.eval_shape(lambda leaf: recorded_first(tx, [leaf]), scalar))
+    names: list[str] = []
+    if tx.overrides("record"):
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        names += jax.eval_shape(lambda leaf: recorded_first(tx, [leaf], inner=False), scalar)
+    return (*names, *(name for child in tx.children for name in recorded_names(child)))
 
 
 def is_concrete(*trees: Any) -> bool:
     """Say whether every leaf is an array or a number, so that jit can take the trees."""
-    return all(
-        isinstance(x, jax.Array | np.ndarray | np.generic | numbers.Number)
-        and not isinstance(x, Tracer)
-        for x in jax.tree.leaves(trees)
-    )
+    kinds = set(map(type, jax.tree.leaves(trees)))
+    return all(issubclass(kind, _CONCRETE) and not issubclass(kind, Tracer) for kind in kinds)
+
+
+_CONCRETE = (jax.Array, np.ndarray, np.generic, numbers.Number)

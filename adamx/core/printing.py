@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+
+from adamx.core.static import Static
 
 _WIDTH = 88
 
@@ -51,8 +55,7 @@ def _arguments(tx: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
-    plain = value is None or isinstance(value, str | int | float)
-    return value is field.default or (plain and value == field.default)
+    return field.default is not dataclasses.MISSING and Static(value) == Static(field.default)
 
 
 def _value(value: Any) -> str:
@@ -63,7 +66,8 @@ def _value(value: Any) -> str:
     if isinstance(value, np.generic):
         return repr(value.item())
     if isinstance(value, type) or not callable(value) or dataclasses.is_dataclass(value):
-        return getattr(value, "__name__", None) or repr(value)
+        name = getattr(value, "__name__", None)
+        return name or re.sub(r" at 0x[0-9a-f]+", "", repr(value))
     return function_name(value)
 
 
@@ -74,7 +78,10 @@ def function_name(function: Any) -> str:
         >>> function_name(optax.cosine_decay_schedule(0.1, 10)), function_name(lambda step: 0.1)
         ('cosine_decay_schedule', '<lambda>')
     """
-    name = getattr(function, "__qualname__", type(function).__qualname__)
+    if isinstance(function, functools.partial):
+        return f"partial({function_name(function.func)})"
+    kind = type(function).__qualname__
+    name = getattr(function, "__qualname__", getattr(function, "__name__", kind))
     from_optax = getattr(function, "__module__", "").startswith("optax.")
     return _maker(function) if from_optax else name.split(".")[-1]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, dataclass_transform
@@ -24,9 +25,9 @@ import jax
 import numpy as np
 import optax
 
-from adamx.core import lifting
+from adamx.core import errors, lifting
 from adamx.core.lifting import Slots, State
-from adamx.core.printing import describe
+from adamx.core.printing import describe, function_name
 from adamx.core.static import Static
 from adamx.core.step import Step
 
@@ -86,7 +87,9 @@ class Transformation(optax.GradientTransformationExtraArgs):
         """Return the slots that change. `slots` holds all of the leaf's slots, in compute dtype."""
         new: Slots = {}
         for i, child in enumerate(self.children):
-            new |= child.accumulate(u, slots | new, step.child(i))
+            changed = child.accumulate(u, slots | new, step.child(i))
+            errors.check_accumulated(child, slots, changed)
+            new |= changed
         return new
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
@@ -208,6 +211,14 @@ class Transformation(optax.GradientTransformationExtraArgs):
             cls
         )
         jax.tree_util.register_pytree_node(cls, _flatten, _unflatten)
+        make = cls.__init__
+
+        @functools.wraps(make)
+        def init_and_check(self: Any, *args: Any, **kwargs: Any) -> None:
+            make(self, *args, **kwargs)
+            errors.check_unique(lifting.slot_names(self), self.state_names())
+
+        cls.__init__ = init_and_check
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # a named tuple by type only: what it unpacks to is __iter__'s
@@ -230,14 +241,13 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
-            return NotImplemented
+            return False
         mine, my_def = jax.tree.flatten(self)
         theirs, their_def = jax.tree.flatten(other)
         return my_def == their_def and all(a is b for a, b in zip(mine, theirs, strict=True))
 
     def __ne__(self, other: object) -> bool:
-        equal = self.__eq__(other)
-        return equal if equal is NotImplemented else not equal
+        return not self == other
 
     def __hash__(self) -> int:
         leaves, treedef = jax.tree.flatten(self)
@@ -248,12 +258,14 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
     def __reduce__(self) -> Any:
         for name, value in _fields(self).items():
-            for function in (value, *(value if isinstance(value, tuple) else ())):
-                if "<locals>" in getattr(function, "__qualname__", ""):
+            for held in value if isinstance(value, tuple) else (value,):
+                if callable(held) and not _can_be_pickled(held):
+                    function = held.func if isinstance(held, functools.partial) else held
                     raise pickle.PicklingError(
-                        f"{type(self).__name__}: {name} holds {function.__qualname__}, a function "
-                        "made inside another one, which pickle cannot store: keep the arguments "
-                        "it was made from, and build the transformation anew"
+                        f"{type(self).__name__}: {name} holds "
+                        f"{getattr(function, '__qualname__', function_name(function))}, which "
+                        "pickle cannot store: keep the arguments it was made from, and build the "
+                        "transformation anew"
                     )
         return _build, (type(self), _fields(self))
 
@@ -262,6 +274,14 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _build(type(self), copy.deepcopy(_fields(self), memo))
+
+
+def _can_be_pickled(function: Any) -> bool:
+    try:
+        pickle.dumps(function)
+    except Exception:  # pickle and the function's own __reduce__ may raise anything
+        return False
+    return True
 
 
 def _build(cls: type, fields: dict[str, Any]) -> Any:
@@ -286,6 +306,7 @@ def _check_child(cls: type, value: Any) -> None:
             )
 
 
+@lifting.remembered
 def _flatten(tx: Transformation) -> tuple[list[Any], Any]:
     fields = _fields(tx)
     dynamic = vars(tx).get(_DYNAMIC)  # known where jax has put other objects in the arrays' place

@@ -109,6 +109,7 @@ def compare(
         matched by path (Optax's `0/mu/w` is adamx's `mu/w`).
 
     Raises:
+        TypeError: if `tx_a` or `tx_b` is not a transformation.
         ValueError: if there is no gradient, or `steps` is missing for a function.
 
     Example:
@@ -119,6 +120,11 @@ def compare(
         >>> found.params[-1].ulps, found.first_beyond(ulps=0)
         (0.0, None)
     """
+    for argument, tx in (("tx_a", tx_a), ("tx_b", tx_b)):
+        if not isinstance(tx, optax.GradientTransformation):
+            raise TypeError(
+                f"compare: {argument} must be an adamx or Optax transformation, got {tx!r}"
+            )
     if callable(gradients):
         if steps is None:
             raise ValueError("compare: steps must be given where gradients is a function, got None")
@@ -173,7 +179,9 @@ def _largest(path: str, a: np.ndarray, b: np.ndarray) -> Difference:
     ulps = np.where(bad, np.inf, gap / (float(spacing) * np.exp2(exponent)))
     if not ulps.any():
         return Difference()
-    of_largest = np.inf if bad.any() else gap.max() / np.maximum(np.abs(a), np.abs(b)).max()
+    finite = np.isfinite(a) & np.isfinite(b)
+    largest = np.where(finite, np.maximum(np.abs(a), np.abs(b)), 0).max()
+    of_largest = np.inf if bad.any() else gap.max() / largest
     return Difference(float(relative.max()), float(ulps.max()), float(of_largest), path)
 
 

@@ -28,7 +28,7 @@ def one_minus_power(decay: Scalar, count: jax.Array) -> jax.Array:
 
     Args:
         decay: in [0, 1): a number, whose logarithm is taken in double precision, or an array.
-        count: integer array, >= 1.
+        count: array of whole numbers >= 1, integer or floating.
 
     Returns:
         An array of the default floating dtype (float64 where x64 is enabled), or decay's.
@@ -43,7 +43,7 @@ def one_minus_power(decay: Scalar, count: jax.Array) -> jax.Array:
         power = jnp.expm1(count.astype(decay.dtype) * jnp.log1p(positive - 1))
         return jnp.where(decay > 0, -power, 1)
     if decay == 0:
-        return jnp.ones_like(count, float)
+        return jnp.ones_like(count, dtype=float)
     return -jnp.expm1(count.astype(float) * math.log(float(decay)))
 
 

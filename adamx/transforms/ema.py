@@ -2,11 +2,10 @@
 
     mu_t = decay * mu_{t-1} + (1 - decay) * u_t,    mu_0 = 0
 
-It is computed as mu_{t-1} + (1 - decay) * (u_t - mu_{t-1}): in float32 the factors decay and
-1 - decay, each rounded, do not sum to one (0.999 and 0.001 are 1.3e-8 over), and an average whose
-gain is not one is off by 1.3e-5 for ever. With two products in place of (u - mu), opposite numbers
-near the largest one do not overflow. (A float32 that creeps up on a constant stops where its steps
-fall below half a ULP, 3e-5 short at 0.999, in any form; gradients that vary do not meet this.)
+It is computed in a form whose gain is one (`adamx.core.arithmetic.average`): with rounded factors
+the average of squares with decay 0.999 would be 1.3e-5 too large for ever. (A float32 that creeps
+up on a constant stops where its steps fall below half a ULP, 3e-5 short at 0.999, in any form;
+gradients that vary do not meet this.)
 
 For the first 1 / (1 - decay) steps the average leans towards zero; `bias_correction` undoes that.
 
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
-from adamx.core.arithmetic import zeros
+from adamx.core.arithmetic import average, zeros
 from adamx.core.checks import DECAY, Scalar, check
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
@@ -62,8 +61,7 @@ class ema(Transformation):
         return 1 - self.decay  # in the precision in which decay was given
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
-        mu, weight = slots[self.name], step.scalars
-        return {self.name: mu + (weight * u - weight * mu)}
+        return {self.name: average(slots[self.name], u, self.decay, step.scalars)}
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return slots[self.name]

@@ -2,8 +2,9 @@
 
     nu_t = decay * nu_{t-1} + (1 - decay) * |u_t|^2,    nu_0 = initial
 
-Computed in the form explained in `adamx.transforms.ema`. For complex updates |u|^2 is real, and so
-is nu. Squares above 3e38 are infinite in float32; `rms_scaling` keeps them from that.
+Computed as `adamx.transforms.ema` is. For complex updates |u|^2 is real, and so is nu. A square too
+large for its dtype counts as the largest number, so that nu comes down again; an infinite nu would
+stop its element for ever.
 
 Source: Tieleman & Hinton (2012), Lecture 6.5; Kingma & Ba (2015), Algorithm 1,
 https://arxiv.org/abs/1412.6980
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adamx.core.arithmetic import compute_dtype, real_dtype, squared_magnitude
+from adamx.core.arithmetic import average, compute_dtype, real_dtype, squared_magnitude
 from adamx.core.checks import DECAY, NON_NEGATIVE, Scalar, check
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
@@ -63,8 +64,9 @@ class ema_of_squares(Transformation):
         return 1 - self.decay  # in the precision in which decay was given
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
-        nu, weight = slots[self.name], step.scalars
-        return {self.name: nu + weight * (squared_magnitude(u) - nu)}
+        nu = slots[self.name]
+        square = jnp.minimum(squared_magnitude(u), jnp.finfo(nu.dtype).max)
+        return {self.name: average(nu, square, self.decay, step.scalars)}
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return slots[self.name]

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
-from adamx.core.arithmetic import zeros
+from adamx.core.arithmetic import average, zeros
 from adamx.core.checks import DECAY, Scalar, check
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
@@ -55,14 +55,13 @@ class nesterov_ema(Transformation):
         return {self.name: zeros(param, self.dtype)}
 
     def prepare(self, step: Step) -> Any:
-        ahead = self.decay / one_minus_power(self.decay, step.count + 1)
+        ahead = self.decay / one_minus_power(self.decay, step.count.astype(float) + 1)
         today = (1 - self.decay) / one_minus_power(self.decay, step.count)
         return 1 - self.decay, ahead, today
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
         weight, _, _ = step.scalars
-        mu = slots[self.name]
-        return {self.name: mu + (weight * u - weight * mu)}
+        return {self.name: average(slots[self.name], u, self.decay, weight)}
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         _, ahead, today = step.scalars

@@ -15,7 +15,6 @@ import dataclasses
 
 import jax
 
-from adamx.core import lifting
 from adamx.core.arithmetic import divide, limit_for_squares, root
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
 from adamx.core.lifting import Slots
@@ -60,7 +59,6 @@ class rms_scaling(Transformation):
                     f"rms_scaling: {field} must be an adamx transformation, "
                     f"got {getattr(self, field)!r}"
                 )
-        lifting.disjoint(*(dict.fromkeys(child.state_names()) for child in self.children))
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
         return super().accumulate(limit_for_squares(u, step.dtype), slots, step)

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from adamx.core.checks import RATE, ScalarOrSchedule, check
 from adamx.core.lifting import Slots
@@ -60,7 +61,7 @@ class scale_by_learning_rate(Transformation):
         return scheduled(self.learning_rate, step.count)
 
     def record(self, scalars: Any) -> Slots:
-        return {"learning_rate": scalars}
+        return {"learning_rate": jnp.asarray(scalars, jnp.float32)}
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return (-step.scalars if self.flip_sign else step.scalars) * u
