@@ -1,5 +1,7 @@
 """`make_step`: the update and the addition in one jitted program, in place."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +110,7 @@ def test_hyperparameters_can_be_differentiated():
         for grads in GRADS:
             grads = jax.tree.map(lambda g: g.astype(jnp.float64), grads)
             updates, state = tx.update(grads, state, params)
-            params = adamx.apply_updates(params, updates)
+            params: Any = adamx.apply_updates(params, updates)
         return jnp.sum(params["w"])
 
     rate, decay, h = jnp.float64(0.1), jnp.float64(0.9), 1e-6

@@ -175,3 +175,24 @@ def limit_for_squares(u: jax.Array, dtype: DTypeLike) -> jax.Array:
     if dtype != jnp.bfloat16 or jnp.finfo(u.dtype).bits > 32:
         return u
     return jnp.where(jnp.isinf(u), u, jnp.clip(u, -(2.0**60), 2.0**60))
+
+
+def limit_sum(total: jax.Array, u: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Bring a sum of bfloat16 gradients that has overflowed back to the largest number.
+
+    An infinite sum would stay infinite; this one comes down when the gradients do. Where the update
+    itself is infinite, and for other dtypes, the sum is left alone.
+
+    Args:
+        total: the sum in compute dtype.
+        u: the update that was added.
+        dtype: the dtype in which it came.
+
+    Example:
+        >>> limit_sum(jnp.array([jnp.inf, 2.0]), jnp.array([3e38, 1.0]), jnp.bfloat16)
+        Array([3.4028235e+38, 2.0000000e+00], dtype=float32)
+    """
+    if dtype != jnp.bfloat16 or jnp.finfo(u.dtype).bits > 32:
+        return total
+    largest = float(jnp.finfo(total.dtype).max)
+    return jnp.where(jnp.isinf(u), total, jnp.clip(total, -largest, largest))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 from jax.typing import DTypeLike
 
-from adamx.core.arithmetic import zeros
+from adamx.core.arithmetic import limit_sum, zeros
 from adamx.core.checks import FRACTION, Scalar, check
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
@@ -53,7 +53,9 @@ class trace(Transformation):
         return {self.name: zeros(param, self.accumulator_dtype)}
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
-        return {self.name: u + self.decay * slots[self.name]}
+        return {self.name: limit_sum(u + self.decay * slots[self.name], u, step.dtype)}
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
-        return u + self.decay * slots[self.name] if self.nesterov else slots[self.name]
+        if not self.nesterov:
+            return slots[self.name]
+        return limit_sum(u + self.decay * slots[self.name], u, step.dtype)

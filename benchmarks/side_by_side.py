@@ -1,0 +1,619 @@
+"""adamx beside Optax, and PyTorch where it is installed: one command, one report.
+
+    python benchmarks/side_by_side.py [--quick] [--markdown docs/benchmarks.md]
+
+Times are compared by ratio, interleaved in one process (see `measure`). Bytes, copies and temporary
+memory are read from the compiled programs. Beside a figure stands the bar that adamx has set for
+itself, and whether it is met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from measure import Loop, Program, Sample, interleave, ratio, read_program, stages
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table as RichTable
+
+import adamx
+
+Shapes = tuple[tuple[int, ...], ...]
+
+ADAMX, OPTAX, AGAIN, TORCH = "adamx", "optax", "optax again", "torch"
+
+BAR_STEP = 1.0  # of Optax's time, for arrays from BAR_STEP_FROM elements on
+BAR_STEP_FROM = 2**24
+BAR_TRACING = 0.4  # of Optax's time, from BAR_TRACING_FROM leaves on
+BAR_TRACING_FROM = 2000
+BAR_EAGER = 0.1  # of Optax's time, from BAR_EAGER_FROM leaves on
+BAR_EAGER_FROM = 150
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured, and for how long.
+
+    Attributes:
+        sizes: numbers of elements of the single array in the step.
+        leaves: how many arrays there are in a tree of many.
+        many: how many in the tree that is traced and lowered only.
+        small: shapes that the leaves have in turn, where the work outside the kernels counts.
+        large: shapes that the leaves have in turn, as in a network.
+        methods_size: number of elements of the single array for the other methods.
+        width: of the network in the train step.
+        rounds: for the steps.
+        slow_rounds: for tracing, for compiling, and for `update` outside jit.
+        seconds: how long a sample of a step lasts.
+        seed: of the data, and of the order within the rounds.
+    """
+
+    sizes: tuple[int, ...] = (2**20, 2**24, 2**26)
+    leaves: int = 150
+    many: int = 2000
+    small: Shapes = ((64,), (32, 16), (8, 8, 4), (128,))
+    large: Shapes = ((256,), (256, 256), (256, 1024), (1024,))
+    methods_size: int = 2**22
+    width: int = 512
+    rounds: int = 60
+    slow_rounds: int = 5
+    seconds: float = 0.03
+    seed: int = 0
+
+
+QUICK = Settings(
+    sizes=(2**20,),
+    leaves=20,
+    many=100,
+    methods_size=2**20,
+    rounds=5,
+    slow_rounds=1,
+    seconds=0.02,
+)
+
+
+# ------------------------------------------------------------------------------------- the report
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A section of the report.
+
+    Attributes:
+        title: what is measured.
+        note: how.
+        columns: the heads.
+        rows: the cells, as text.
+    """
+
+    title: str
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def rich(self) -> RichTable:
+        """Return it for the terminal."""
+        table = RichTable(title=self.title, caption=self.note, title_style="bold")
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if number else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """Return it as GitHub markdown."""
+        lines = [self.columns, [":--", *["--:"] * (len(self.columns) - 1)], *self.rows]
+        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"## {self.title}\n\n{body}\n\n{self.note}\n"
+
+
+class Meter:
+    """Takes samples for the sections and shows how far it is."""
+
+    def __init__(self, progress: Progress, seed: int) -> None:
+        """Show on a progress bar; shuffle with a seed."""
+        self.progress, self.seed = progress, seed
+
+    def __call__(
+        self, what: str, candidates: Mapping[str, Sample], rounds: int
+    ) -> dict[str, np.ndarray]:
+        """Return the samples of every candidate."""
+        task = self.progress.add_task(what, total=len(candidates) * (rounds + 1))
+        tick = lambda: self.progress.advance(task)  # noqa: E731
+        return interleave(candidates, rounds=rounds, seed=self.seed, tick=tick)
+
+
+def verdict(value: float, bar: float) -> str:
+    """Return a bar, and whether a value meets it.
+
+    Example:
+        >>> verdict(0.25, 0.4), verdict(2, 0)
+        ('<= 0.4: met', '<= 0: not met')
+    """
+    return f"<= {bar:g}: {'met' if value <= bar else 'not met'}"
+
+
+def against_optax(times: Mapping[str, np.ndarray], name: str, part: Any = ...) -> str:
+    """Return a candidate's ratio to Optax as a cell, or a dash where it was not measured."""
+    if name not in times:
+        return "-"
+    return str(ratio(times[name][part], times[OPTAX][part]))
+
+
+def median(times: np.ndarray, unit: float = 1.0) -> str:
+    """Return the median as a cell, in units of so many seconds."""
+    return f"{np.median(times) / unit:.3g}"
+
+
+def _pair(what: str) -> tuple[str, str]:
+    return f"{what}, {ADAMX}", f"{what}, {OPTAX}"
+
+
+_RATIOS = (f"{ADAMX} / {OPTAX}", f"{AGAIN} / {OPTAX}")
+_TIMES = (*_pair("ms"), *_RATIOS)
+
+
+# --------------------------------------------------------------------------------- what they share
+
+
+def single(size: int) -> Any:
+    """Return the shape of one float32 array."""
+    return jax.ShapeDtypeStruct((size,), jnp.float32)
+
+
+def tree(shapes: Shapes, leaves: int) -> dict[str, Any]:
+    """Return a tree of float32 leaves, without data, that have the shapes in turn."""
+    turns = (shapes[i % len(shapes)] for i in range(leaves))
+    return {f"leaf{i:04d}": jax.ShapeDtypeStruct(s, jnp.float32) for i, s in enumerate(turns)}
+
+
+def elements(like: Any) -> int:
+    """Return the number of elements of a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(like))
+
+
+def normal(like: Any, seed: int) -> Any:
+    """Return a tree of standard normal numbers."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), like)
+
+
+def compile_step(tx: optax.GradientTransformation, like: Any) -> jax.stages.Compiled:
+    """Return the in-place step, compiled anew at each call."""
+    return adamx.make_step(tx).lower(like, jax.eval_shape(tx.init, like), like).compile()
+
+
+def time_steps(
+    ours: optax.GradientTransformation,
+    theirs: optax.GradientTransformation,
+    like: Any,
+    settings: Settings,
+    meter: Meter,
+    what: str,
+    with_torch: bool = False,
+) -> tuple[dict[str, np.ndarray], dict[str, Program]]:
+    """Return the times of the in-place steps of adamx and Optax, and what their programs say."""
+    loops: dict[str, Sample] = {}
+    programs: dict[str, Program] = {}
+    grads = normal(like, settings.seed + 1)
+    for name, tx in {ADAMX: ours, OPTAX: theirs, AGAIN: theirs}.items():
+        compiled = compile_step(tx, like)
+        programs[name] = read_program(compiled, like)
+        params = normal(like, settings.seed)
+        loops[name] = Loop(compiled, (params, tx.init(params)), grads, seconds=settings.seconds)
+    if with_torch and importlib.util.find_spec("torch"):
+        loops[TORCH] = torch_loop(normal(like, settings.seed), grads, settings.seconds)
+    return meter(what, loops, settings.rounds), programs
+
+
+def torch_loop(params: Any, grads: Any, seconds: float) -> Loop:
+    """Return PyTorch's fused AdamW as a loop, with one thread a processor as XLA has."""
+    # its threads are not to spin on a core that the next candidate needs
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    torch.set_num_threads(processors())
+    tensors = [torch.from_numpy(np.array(x)) for x in jax.tree.leaves(params)]
+    for tensor, grad in zip(tensors, jax.tree.leaves(grads), strict=True):
+        tensor.grad = torch.from_numpy(np.array(grad))
+    optimizer = torch.optim.AdamW(tensors, lr=1e-3, weight_decay=1e-4, fused=True)
+
+    def step() -> tuple[()]:
+        optimizer.step()
+        return ()
+
+    return Loop(step, (), seconds=seconds)
+
+
+# ------------------------------------------------------------------------------------ the sections
+
+
+def in_place_step(settings: Settings, meter: Meter) -> list[Table]:
+    """Compare AdamW's in-place step: time, and what the compiled program says."""
+    cases = {f"1 array, {size / 2**20:g}M": single(size) for size in settings.sizes}
+    many = tree(settings.large, settings.leaves)
+    cases[f"{settings.leaves} arrays, {elements(many) / 2**20:.3g}M"] = many
+    rows, read = [], []
+    for what, like in cases.items():
+        times, programs = time_steps(
+            adamx.adamw(1e-3), optax.adamw(1e-3), like, settings, meter, f"step: {what}", True
+        )
+        ours, theirs = programs[ADAMX], programs[OPTAX]
+        reached = ratio(times[ADAMX], times[OPTAX]).median
+        barred = len(jax.tree.leaves(like)) == 1 and elements(like) >= BAR_STEP_FROM
+        rows.append(
+            [
+                what,
+                *(median(times[name], 1e-3) for name in (ADAMX, OPTAX)),
+                *(against_optax(times, name) for name in (ADAMX, AGAIN, TORCH)),
+                verdict(reached, BAR_STEP) if barred else "",
+            ]
+        )
+        read.append(
+            [
+                what,
+                *(f"{program.bytes_per_param:.5f}" for program in (ours, theirs)),
+                *(str(program.copies) for program in (ours, theirs)),
+                *(str(program.temp_bytes) for program in (ours, theirs)),
+                verdict(ours.copies, 0),
+            ]
+        )
+    return [
+        Table(
+            "AdamW's step: time",
+            f"Params and state donated; {settings.rounds} rounds. PyTorch is "
+            f"`torch.optim.AdamW(fused=True)` on {processors()} threads, which sleep when idle.",
+            ["float32", *_TIMES, "torch / optax", "bar"],
+            rows,
+        ),
+        Table(
+            "AdamW's step: the compiled program",
+            "Bytes that the kernels read and write, per parameter; `copy` instructions as large as "
+            "a parameter; bytes of temporary memory.",
+            ["float32", *_pair("bytes/param"), *_pair("copies"), *_pair("temp"), "bar on copies"],
+            read,
+        ),
+    ]
+
+
+def network(width: int) -> Any:
+    """Return the shapes of a network of three layers."""
+    widths = [width, 2 * width, 2 * width, 10]
+    return [
+        {"w": jax.ShapeDtypeStruct((n, m), jnp.float32), "b": single(m)}
+        for n, m in itertools.pairwise(widths)
+    ]
+
+
+def train_step(tx: optax.GradientTransformation, like: Any, batch: int = 96) -> jax.stages.Compiled:
+    """Return the compiled train step: loss, gradient, update and apply, in place."""
+
+    def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        for layer in params[:-1]:
+            x = jax.nn.relu(x @ layer["w"] + layer["b"][None])
+        return jnp.mean((x @ params[-1]["w"] + params[-1]["b"][None] - y) ** 2)
+
+    def train(params: Any, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any, jax.Array]:
+        value, grads = jax.value_and_grad(loss)(params, x, y)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    first, last = like[0]["w"].shape[0], like[-1]["w"].shape[1]
+    x, y = (jax.ShapeDtypeStruct((batch, n), jnp.float32) for n in (first, last))
+    jitted = jax.jit(train, donate_argnums=(0, 1))
+    return jitted.lower(like, jax.eval_shape(tx.init, like), x, y).compile()
+
+
+def inside_training(settings: Settings, meter: Meter) -> list[Table]:
+    """Compare AdamW inside a jitted train step: what the compiled program says."""
+    like = network(settings.width)
+    task = meter.progress.add_task("train step", total=2)
+    programs: dict[str, Program] = {}
+    for name, tx in {ADAMX: adamx.adamw(1e-3), OPTAX: optax.adamw(1e-3)}.items():
+        programs[name] = read_program(train_step(tx, like), like)
+        meter.progress.advance(task)
+    bars = {ADAMX: verdict(programs[ADAMX].copies, programs[OPTAX].copies), OPTAX: ""}
+    return [
+        Table(
+            "AdamW inside a jitted train step",
+            f"Loss, gradient, update and apply for three layers with {elements(like)} parameters, "
+            "in one program; params and state donated.",
+            ["float32", "copies", "bytes/param", "temp", "bar on copies"],
+            [
+                [name, str(p.copies), f"{p.bytes_per_param:.3f}", str(p.temp_bytes), bars[name]]
+                for name, p in programs.items()
+            ],
+        )
+    ]
+
+
+def matrices(params: Any) -> Any:
+    """Return the usual mask of weight decay: matrices decay, vectors do not."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def tracing(settings: Settings, meter: Meter) -> list[Table]:
+    """Compare how long the step takes to trace, lower and compile."""
+    few, many = f"{settings.leaves} leaves", f"{settings.many} leaves"
+    rows = []
+    for what, leaves, mask, compiling in (
+        (few, settings.leaves, None, True),
+        (many, settings.many, None, False),
+        (f"{many}, decay masked", settings.many, matrices, False),
+    ):
+        like = tree(settings.small, leaves)
+        ours, theirs = adamx.adamw(1e-3, mask=mask), optax.adamw(1e-3, mask=mask)
+        samples = {}
+        for name, tx in {ADAMX: ours, OPTAX: theirs, AGAIN: theirs}.items():
+            make = functools.partial(adamx.make_step, tx)
+            state = jax.eval_shape(tx.init, like)
+            samples[name] = stages(make, like, state, like, compiling=compiling)
+        times = meter(f"tracing: {what}", samples, settings.slow_rounds)
+        parts = {
+            "trace": {name: t[:, 0] for name, t in times.items()},
+            "lower": {name: t[:, 1] for name, t in times.items()},
+            "trace + lower": {name: t[:, 0] + t[:, 1] for name, t in times.items()},
+        }
+        if compiling:
+            parts["compile"] = {name: t[:, 2] for name, t in times.items()}
+        for part, of in parts.items():
+            barred = part == "trace + lower" and leaves >= BAR_TRACING_FROM
+            rows.append(
+                [
+                    f"{what}: {part}",
+                    *(median(of[name]) for name in (ADAMX, OPTAX)),
+                    *(against_optax(of, name) for name in (ADAMX, AGAIN)),
+                    verdict(ratio(of[ADAMX], of[OPTAX]).median, BAR_TRACING) if barred else "",
+                ]
+            )
+    return [
+        Table(
+            "Tracing, lowering and compiling AdamW's step",
+            f"Leaves of {len(settings.small)} shapes; each time a new jitted function; "
+            f"{settings.slow_rounds} rounds. Masked: vectors do not decay.",
+            ["float32", *_pair("s"), *_RATIOS, "bar"],
+            rows,
+        )
+    ]
+
+
+def outside_jit(settings: Settings, meter: Meter) -> list[Table]:
+    """Compare `update` called outside jit."""
+    rows = []
+    for shapes in (settings.small, settings.large):
+        like = tree(shapes, settings.leaves)
+        params, grads = normal(like, settings.seed), normal(like, settings.seed + 1)
+        loops: dict[str, Sample] = {}
+        first: dict[str, float] = {}
+        ours, theirs = adamx.adamw(1e-3), optax.adamw(1e-3)
+        for name, tx in {ADAMX: ours, OPTAX: theirs, AGAIN: theirs}.items():
+            update = eager_update(tx, params)
+            loop = Loop(update, (tx.init(params), None), grads, seconds=settings.seconds)
+            if name != AGAIN:
+                jax.clear_caches()
+            first[name] = loop.run(1)
+            loops[name] = loop
+        what = f"{settings.leaves} arrays, {elements(like) / 2**20:.3g}M"
+        times = meter(f"outside jit: {what}", loops, settings.slow_rounds)
+        reached = ratio(times[ADAMX], times[OPTAX]).median
+        rows.append(
+            [
+                what,
+                *(median(times[name], 1e-3) for name in (ADAMX, OPTAX)),
+                *(against_optax(times, name) for name in (ADAMX, AGAIN)),
+                *(f"{first[name]:.3g}" for name in (ADAMX, OPTAX)),
+                verdict(reached, BAR_EAGER) if settings.leaves >= BAR_EAGER_FROM else "",
+            ]
+        )
+    return [
+        Table(
+            "AdamW's update outside jit",
+            f"`tx.update(grads, state, params)` with arrays, nothing donated; "
+            f"{settings.slow_rounds} rounds. The first call compiles, with empty caches.",
+            ["float32", *_TIMES, *_pair("first call s"), "bar"],
+            rows,
+        )
+    ]
+
+
+def eager_update(tx: optax.GradientTransformation, params: Any) -> Callable[..., tuple[Any, Any]]:
+    """Return the update as a step of a `Loop`: (state, last updates, grads) -> (state, updates)."""
+
+    def update(state: Any, _: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return state, updates
+
+    return update
+
+
+Pair = tuple[optax.GradientTransformation, optax.GradientTransformation]
+
+
+def method_pairs() -> dict[str, Pair]:
+    """Return the same formula in adamx and in Optax, by the method's name."""
+    return {
+        "sgd": (adamx.sgd(1e-3), optax.sgd(1e-3)),
+        "heavy ball": (adamx.sgd(1e-3, momentum=0.9), optax.sgd(1e-3, momentum=0.9)),
+        "nesterov": (
+            adamx.sgd(1e-3, momentum=0.9, nesterov=True),
+            optax.sgd(1e-3, momentum=0.9, nesterov=True),
+        ),
+        "momentum": (
+            adamx.momentum(1e-3, decay=0.9),
+            optax.chain(optax.ema(0.9, debias=False), optax.scale_by_learning_rate(1e-3)),
+        ),
+        "rmsprop": (adamx.rmsprop(1e-3), optax.rmsprop(1e-3, eps_in_sqrt=False)),
+        "adagrad": (adamx.adagrad(1e-3, eps_in_sqrt=True), optax.adagrad(1e-3)),
+        "adam": (adamx.adam(1e-3), optax.adam(1e-3)),
+    }
+
+
+def methods(settings: Settings, meter: Meter) -> list[Table]:
+    """Compare the steps of the other methods, each against the same formula in Optax."""
+    rows = []
+    like = single(settings.methods_size)
+    for method, (ours, theirs) in method_pairs().items():
+        times, programs = time_steps(ours, theirs, like, settings, meter, f"step: {method}")
+        pair = programs[ADAMX], programs[OPTAX]
+        rows.append(
+            [
+                method,
+                *(median(times[name], 1e-3) for name in (ADAMX, OPTAX)),
+                *(against_optax(times, name) for name in (ADAMX, AGAIN)),
+                *(f"{program.bytes_per_param:.5f}" for program in pair),
+                *(str(program.copies) for program in pair),
+            ]
+        )
+    return [
+        Table(
+            f"The other methods, 1 array, {settings.methods_size / 2**20:g}M",
+            f"The same formula on both sides; params and state donated; {settings.rounds} rounds.",
+            ["float32", *_TIMES, *_pair("bytes/param"), *_pair("copies")],
+            rows,
+        )
+    ]
+
+
+SECTIONS = (in_place_step, inside_training, tracing, outside_jit, methods)
+
+
+def report(settings: Settings, progress: Progress) -> Iterator[Table]:
+    """Run the sections one after the other."""
+    meter = Meter(progress, settings.seed)
+    for section in SECTIONS:
+        yield from section(settings, meter)
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def environment() -> dict[str, str]:
+    """Return what the figures depend on."""
+    packages = [p for p in ("adamx", "jax", "jaxlib", "optax", "torch") if _version(p)]
+    load = {"load average": f"{os.getloadavg()[1]:.1f}"} if hasattr(os, "getloadavg") else {}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": f"{processor()}, {processors()} cores",
+        "device": f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
+        "python": platform.python_version(),
+        **load,
+    } | {package: _version(package) for package in packages}
+
+
+def _version(package: str) -> str:
+    if package == "adamx":
+        return adamx.__version__
+    return importlib.metadata.version(package) if importlib.util.find_spec(package) else ""
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    told = Path("/proc/cpuinfo")
+    if told.exists():
+        for line in told.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def processors() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+READING = """\
+`a / b` is the median over the rounds of a's time divided by b's in the same round, with the
+quartiles of these ratios in brackets. In each round every candidate is measured once, in shuffled
+order, in one process; all rounds count, and the garbage collector is off. *optax again* is Optax
+compiled a second time: how far its ratio is from 1 is the resolution of the row. A bar is what
+adamx has set for itself. 1M is 2^20.
+"""
+
+
+def markdown(tables: Sequence[Table], settings: Settings) -> str:
+    """Return the report as a page."""
+    facts = "\n".join(f"- {name}: {value}" for name, value in environment().items())
+    return "\n".join(
+        [
+            "# adamx side by side with Optax",
+            "",
+            "Written by `python benchmarks/side_by_side.py --markdown docs/benchmarks.md` "
+            f"(seed {settings.seed}), not by hand.",
+            "",
+            facts,
+            "",
+            READING,
+            *(table.markdown() for table in tables),
+        ]
+    )
+
+
+def size(text: str) -> int:
+    """Return a number of elements, from "4096", "64k" or "16M".
+
+    Example:
+        >>> size("64k"), size("1.5M")
+        (65536, 1572864)
+    """
+    unit = {"k": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:])
+    return int(float(text[:-1]) * unit) if unit else int(text)
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path | None]:
+    """Return the settings, and where to write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small and short, under a minute")
+    parser.add_argument("--sizes", nargs="+", type=size, help="sizes of the step, such as 1M 16M")
+    parser.add_argument("--rounds", type=int, help="of the steps; a twelfth for what is slow")
+    parser.add_argument("--seed", type=int, default=0, help="of the data and of the order")
+    parser.add_argument("--markdown", type=Path, help="write the report to this file too")
+    options = parser.parse_args(arguments)
+    settings = dataclasses.replace(QUICK if options.quick else Settings(), seed=options.seed)
+    if options.sizes:
+        settings = dataclasses.replace(settings, sizes=tuple(options.sizes))
+    if options.rounds:
+        slow = max(1, options.rounds // 12)
+        settings = dataclasses.replace(settings, rounds=options.rounds, slow_rounds=slow)
+    return settings, options.markdown
+
+
+def main() -> None:
+    """Run the command."""
+    settings, page = parse()
+    start = time.perf_counter()
+    console = Console()
+    console.width = max(console.width, 160)
+    console.print(*(f"{name}: {value}" for name, value in environment().items()), sep="\n")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    tables = []
+    with Progress(
+        *columns, TimeElapsedColumn(), console=Console(stderr=True), redirect_stdout=False
+    ) as progress:
+        for table in report(settings, progress):
+            tables.append(table)
+            console.print("", table.rich())
+    console.print(f"\n{READING}\n{time.perf_counter() - start:.0f} s in all")
+    if page:
+        page.write_text(markdown(tables, settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Judges the benchmarks by running them small, and the compiled programs by what they say."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.progress import Progress
+
+import adamx
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+measure: Any = importlib.import_module("measure")
+side_by_side: Any = importlib.import_module("side_by_side")
+
+TINY = side_by_side.Settings(
+    sizes=(256,),
+    leaves=2,
+    many=4,
+    small=((4,), (2, 3)),
+    large=((8,), (4, 8)),
+    methods_size=256,
+    width=8,
+    rounds=2,
+    slow_rounds=1,
+    seconds=0.0,
+)
+MILLION = 2**20
+
+
+@pytest.fixture(autouse=True)
+def plain_jax() -> Iterator[None]:
+    """What is measured is what users run: Optax mixes dtypes that strict promotion refuses."""
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
+
+
+# --- The measuring helpers -----------------------------------------------------------------------
+
+
+def test_a_ratio_is_the_median_over_the_rounds_not_the_ratio_of_medians() -> None:
+    times, baseline = np.array([1.0, 10.0, 100.0]), np.array([2.0, 10.0, 25.0])
+    found = measure.ratio(times, baseline)
+    assert (found.median, found.low, found.high) == (1.0, 0.75, 2.5)
+    assert found.rounds == 3
+
+
+def test_interleave_measures_every_candidate_once_a_round_and_keeps_every_sample() -> None:
+    calls: list[str] = []
+
+    def candidate(name: str) -> Any:
+        def sample() -> float:
+            calls.append(name)
+            return float(len(calls))
+
+        return sample
+
+    names = ["a", "b", "c"]
+    ticks: list[None] = []
+    times = measure.interleave(
+        {name: candidate(name) for name in names},
+        rounds=20,
+        seed=0,
+        tick=lambda: ticks.append(None),
+    )
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds[0] == ("a", "b", "c")  # the warm-up
+    assert all(sorted(order) == names for order in rounds)
+    assert len(set(rounds)) > 3  # shuffled
+    assert sorted(np.concatenate(list(times.values()))) == list(range(4, 64))
+    assert len(ticks) == 63
+
+
+def test_interleave_restores_the_garbage_collector_after_an_error() -> None:
+    seen: list[bool] = []
+
+    def sample() -> float:
+        seen.append(gc.isenabled())
+        if len(seen) == 2:
+            raise RuntimeError("stop")
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="stop"):
+        measure.interleave({"a": sample}, rounds=2, seed=0)
+    assert seen == [True, False]
+    assert gc.isenabled()
+
+
+def test_a_loop_threads_donated_buffers_through() -> None:
+    step = jax.jit(lambda x, by: (x + by,), donate_argnums=0)
+    loop = measure.Loop(step, (jnp.zeros(3),), jnp.ones(3), seconds=0.0)
+    assert loop() > 0 and loop() > 0
+    # one step untimed and one timed a sample, and one to settle how many
+    np.testing.assert_array_equal(loop.carry[0], np.full(3, 5.0))
+
+
+@pytest.mark.parametrize(
+    ("line", "copies"),
+    [
+        ("%copy.8 = f32[4,8]{1,0} copy(%a)", 1),
+        ("ROOT %copy.8 = f32[32]{0} copy(f32[32]{0} %a), metadata={op_name='x'}", 1),
+        ("%s = (f32[8,4]{1,0}, f32[8,4]{1,0}, u32[]) copy-start(%a)", 1),
+        ("%d = f32[8,4]{1,0} copy-done(%s)", 0),
+        ("%copy.8 = f32[31]{0} copy(%a)", 0),
+        ("%copy.8 = s32[] copy(%a)", 0),
+        ("%copy_fusion = f32[32]{0} fusion(%copy.8), kind=kLoop", 0),
+        ("%copy.8 = bf16[2,16]{1,0:T(8,128)} copy(%a)", 1),
+    ],
+)
+def test_copies_are_counted_by_the_size_of_their_result(line: str, copies: int) -> None:
+    assert measure.count_copies(f"ENTRY {{\n  {line}\n}}\n", {32}) == copies
+
+
+def test_a_step_in_the_wrong_order_is_seen_to_copy() -> None:
+    """The reading has to see the fault it is there for: state given back before params."""
+    tx, like = adamx.adamw(1e-3), side_by_side.single(MILLION)
+
+    def step(grads: Any, state: Any, params: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, like)
+    compiled = jax.jit(step, donate_argnums=(1, 2)).lower(like, state, like).compile()
+    assert measure.read_program(compiled, like).copies > 0
+
+
+# --- The report ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("section", side_by_side.SECTIONS, ids=lambda section: section.__name__)
+def test_every_section_runs_and_renders(section: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # the other tests' caches are there too
+    with Progress(disable=True) as progress:
+        tables = section(TINY, side_by_side.Meter(progress, TINY.seed))
+        assert progress.finished
+    assert tables
+    for table in tables:
+        assert all(len(row) == len(table.columns) for row in table.rows)
+        assert len(set(table.columns)) == len(table.columns)
+        assert table.rich().row_count == len(table.rows) > 0
+    page = side_by_side.markdown(tables, TINY)
+    assert all(table.title in page for table in tables)
+    widths = {line.count("|") for line in tables[0].markdown().splitlines() if "|" in line}
+    assert len(widths) == 1
+
+
+def test_the_options_reach_the_settings(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    arguments = ["--quick", "--sizes", "64k", "1M", "--rounds", "24", "--seed", "3"]
+    settings, written = side_by_side.parse([*arguments, "--markdown", str(page)])
+    assert (settings.sizes, settings.rounds, settings.slow_rounds) == ((2**16, 2**20), 24, 2)
+    assert (settings.seed, settings.many, written) == (3, side_by_side.QUICK.many, page)
+    assert side_by_side.parse([]) == (side_by_side.Settings(), None)
+
+
+def test_a_bar_is_met_at_equality_only_from_below() -> None:
+    assert side_by_side.verdict(0.4, 0.4) == "<= 0.4: met"
+    assert side_by_side.verdict(0.4001, 0.4) == "<= 0.4: not met"
+
+
+# --- What the compiled programs say --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, Any]:
+    """AdamW's compiled steps at a million elements, read."""
+    like = side_by_side.single(MILLION)
+    pair = {"adamx": adamx.adamw(1e-3), "optax": optax.adamw(1e-3)}
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        return {
+            name: measure.read_program(side_by_side.compile_step(tx, like), like)
+            for name, tx in pair.items()
+        }
+
+
+def test_the_step_copies_nothing(steps: dict[str, Any]) -> None:
+    assert steps["adamx"].copies == 0
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU's step is one kernel")
+def test_the_step_moves_40_bytes_a_parameter(steps: dict[str, Any]) -> None:
+    """On CPU a kernel has one output, so that there are three.
+
+    mu reads mu and g and writes mu: 12 bytes. nu does the same: 12. The parameter's kernel reads
+    the parameter, the new mu and the new nu, and writes the parameter: 16. The rest is scalars.
+    """
+    assert 12 + 12 + 16 <= steps["adamx"].bytes_per_param <= 40.01
+    scalars = 256 / MILLION
+    assert steps["adamx"].bytes_per_param <= steps["optax"].bytes_per_param + scalars
+
+
+def test_the_step_needs_no_memory_beyond_its_arguments(steps: dict[str, Any]) -> None:
+    assert steps["adamx"].temp_bytes < 1024
+
+
+def test_a_train_step_copies_no_more_than_with_optax() -> None:
+    like = side_by_side.network(64)
+    ours, theirs = (
+        measure.read_program(side_by_side.train_step(tx, like), like)
+        for tx in (adamx.adamw(1e-3), optax.adamw(1e-3))
+    )
+    assert ours.copies <= theirs.copies
+    assert ours.bytes_per_param <= theirs.bytes_per_param * 1.001
+
+
+class counted(adamx.Transformation):
+    """Passes the updates on, and counts how often it is traced."""
+
+    calls: Any
+
+    def accumulate(self, u: jax.Array, slots: Any, step: Any) -> Any:
+        self.calls.append((u.shape, str(u.dtype)))
+        return {}
+
+
+@pytest.mark.parametrize("leaves", [3, 30])
+def test_the_kernel_is_traced_once_for_each_shape_and_dtype(leaves: int) -> None:
+    kinds = [((8,), jnp.float32), ((2, 3), jnp.float32), ((8,), jnp.bfloat16)]
+    params = [jnp.ones(*kinds[i % len(kinds)]) for i in range(leaves)]
+    calls: list[Any] = []
+    tx = adamx.chain(counted(calls), adamx.adamw(1e-3))
+    adamx.make_step(tx).lower(params, tx.init(params), params)
+    assert len(calls) == len(kinds)
+
+
+class Compiled(logging.Handler):
+    """Keeps the names of the functions that XLA compiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.search(r"Finished XLA compilation of jit\((\S+)\)", record.getMessage())
+        if found:
+            self.names.append(found.group(1))
+
+
+def test_update_outside_jit_compiles_once() -> None:
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    calls: list[Any] = []
+    tx = adamx.chain(counted(calls), adamx.adamw(1e-3))
+    state = tx.init(params)
+    handler = Compiled()
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            for number in range(5):
+                grads = jax.tree.map(lambda x, n=number: jnp.full_like(x, n), params)
+                updates, state = tx.update(grads, state, params)
+                params = adamx.apply_updates(params, updates)
+    finally:
+        logger.removeHandler(handler)
+    assert handler.names.count("update") == 1
+    assert len(calls) == 2  # one a shape
