@@ -7,6 +7,9 @@ than what users run: what passes here passes there. Warnings are errors (see pyp
 import jax
 import pytest
 
+# the script that recorded the trajectories; it needs PyTorch, the tests need only what it wrote
+collect_ignore = ["data/record_torch.py"]
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)

@@ -171,6 +171,15 @@ def test_numbers_in_the_range_arrays_and_traced_values_pass(function, argument):
 
 
 @every
+def test_a_numpy_scalar_array_is_checked_as_the_number_it_becomes(function, argument):
+    range_ = HYPERPARAMETERS[function][argument]
+    for value in [math.nan, math.inf, *OUTSIDE[range_]]:
+        with pytest.raises(ValueError) as error:
+            build(function, **{argument: np.array(value, np.float64)})
+        assert str(error.value).startswith(f"{function}: {argument} must be {TEXT[range_]}, got ")
+
+
+@every
 def test_a_numpy_array_is_an_array(function, argument):
     # float64 is NumPy's default, and not JAX's
     tx, params = build(function, **{argument: np.array(0.5)}), jnp.ones(2)

@@ -139,7 +139,7 @@ def test_sum_of_squares_never_falls_and_never_is_infinite(g: np.ndarray) -> None
 
 
 @laws
-@given(any_size, decays)
+@given(large, decays)
 def test_arrived_average_stays(g: np.ndarray, decay: float) -> None:
     """A constant is a fixed point: to the last bit where the memory is long, to 2 ULP where the
     average is made of two products, each rounded, and forgets at once what they lose.

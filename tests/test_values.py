@@ -357,6 +357,18 @@ def test_deep_copies_are_equal(name):
     assert copy.deepcopy(tx) == tx and copy.copy(tx) is tx
 
 
+def test_a_mask_is_what_it_was_when_it_was_given():
+    # a value that changed would be found in jit's cache under what it was
+    mask = {"w": True}
+    tx = adamx.add_decayed_weights(0.5, mask)
+    mask["w"] = False
+    params = {"w": PARAMS}
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, _ = update(params, tx.init(params), params)
+        np.testing.assert_array_equal(updates["w"], 1.5 * PARAMS)
+    assert tx == adamx.add_decayed_weights(0.5, {"w": True})
+
+
 def test_deep_copies_share_no_mask():
     tx = adamx.add_decayed_weights(0.1, {"w": True})
     copied = copy.deepcopy(tx)

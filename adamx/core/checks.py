@@ -47,6 +47,8 @@ class Range:
         where = f"{function}: {argument} must be"
         if callable(value) and self.schedule:
             return
+        if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.itemsize > 2:
+            value = value.item()  # as good as a number
         if isinstance(value, jax.Array | np.ndarray):
             if not jnp.issubdtype(value.dtype, jnp.number):
                 raise TypeError(f"{where} {kinds}, got an array of {value.dtype}")

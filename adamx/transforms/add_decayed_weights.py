@@ -51,6 +51,8 @@ class add_decayed_weights(Transformation):
 
     def __post_init__(self) -> None:
         check(self, weight_decay=RATE)
+        if not callable(self.mask):  # a copy: the caller may change the tree
+            object.__setattr__(self, "mask", jax.tree.map(lambda decays: decays, self.mask))
 
     def resolve(self, tree: Any) -> Transformation:
         mask = self.mask(tree) if callable(self.mask) else self.mask
