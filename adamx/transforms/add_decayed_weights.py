@@ -12,6 +12,7 @@ Source: Loshchilov & Hutter (2019), Algorithms 1 and 2, https://arxiv.org/abs/17
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -52,7 +53,7 @@ class add_decayed_weights(Transformation):
     def __post_init__(self) -> None:
         check(self, weight_decay=RATE)
         if not callable(self.mask):  # a copy: the caller may change the tree
-            object.__setattr__(self, "mask", jax.tree.map(lambda decays: decays, self.mask))
+            object.__setattr__(self, "mask", copy.deepcopy(self.mask))
 
     def resolve(self, tree: Any) -> Transformation:
         mask = self.mask(tree) if callable(self.mask) else self.mask
