@@ -220,6 +220,21 @@ def test_squared_magnitude_is_real() -> None:
     np.testing.assert_array_equal(squared_magnitude(jnp.array([-3.0, 0.5])), [9.0, 0.25])
 
 
+def test_squared_magnitude_is_smooth_at_zero() -> None:
+    """Both its derivatives are true there, where |x| itself has a kink."""
+    for x in (
+        lambda a: a,
+        lambda a: jax.lax.complex(a, 0 * a),
+        lambda a: jax.lax.complex(0 * a, a),
+    ):
+
+        def square(a: jax.Array, x: Any = x) -> jax.Array:
+            return squared_magnitude(x(a))
+
+        assert jax.grad(square)(0.0) == 0
+        assert jax.grad(jax.grad(square))(0.0) == 2
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_root_is_the_square_root_to_the_last_bit(dtype: str) -> None:
@@ -297,6 +312,28 @@ def test_average_is_a_convex_combination() -> None:
             error = np.abs(np.asarray(average(old, new, given, 1 - given), np.float64) - past - now)
             assert np.all(error <= 4 * 2.0**-24 * (np.abs(past) + np.abs(now)))
     np.testing.assert_array_equal(average(old, new, 0.0, 1.0), new)
+
+
+def test_average_of_a_constant_stays_where_the_memory_is_longer_than_one_step() -> None:
+    """Its gain is one, exactly, from decay = 0.5 on; two rounded factors need not sum to one."""
+    x = jnp.asarray(np.random.default_rng(5).normal(size=64), jnp.float32)
+    for decay in (0.5, 0.6, 0.7, 0.8, 0.9, 0.999):
+        for given in (decay, jnp.asarray(decay, jnp.float32)):
+            np.testing.assert_array_equal(average(x, x, given, 1 - given), x)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "make", [adamx.ema, adamx.ema_of_squares, adamx.nesterov_ema], ids=lambda make: make.__name__
+)
+def test_what_an_average_takes_in_is_weighed_in_the_precision_of_its_decay(make: Any) -> None:
+    """1 - 0.999 is 0.001 to 6e-8, rounded once; that of float32(0.999) is 1.3e-5 larger."""
+    ones = jnp.ones(1, jnp.float32)
+    for decay in (0.999, jnp.asarray(0.999, jnp.float64)):
+        tx = make(decay)
+        (slot,) = tx.state_names()
+        _, state = tx.update(ones, tx.init(ones))
+        np.testing.assert_allclose(np.asarray(state[slot], np.float64), 0.001, rtol=2.0**-24)
 
 
 # --- Gradients in 16 bits ------------------------------------------------------------------------

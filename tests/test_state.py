@@ -112,6 +112,14 @@ def test_slots_have_the_tree_of_the_parameters_and_none_where_they_have_it():
     assert adamx.adam(0.1).init({})["mu"] == {}
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_mu_dtype_is_that_of_mu_alone(optimizer, nesterov):
+    tx = getattr(adamx, optimizer)(0.1, mu_dtype=jnp.bfloat16, nesterov=nesterov)
+    for state in (tx.init(W), tx.update(W, tx.init(W), W)[1]):
+        assert state["mu"].dtype == jnp.bfloat16 and state["nu"].dtype == jnp.float32
+
+
 def test_count_is_the_number_of_steps_taken():
     tx = adamx.sgd(0.1)
     state = tx.init(W)
@@ -411,6 +419,15 @@ def test_complex_slots_are_not_carried_over_to_real_parameters():
     saved = adamx.momentum(0.1).init(jax.tree.map(lambda x: x.astype(jnp.complex64), PARAMS))
     with pytest.raises(ValueError, match=r"adapt_state: 'mu/inner/b'.*complex64.*float32"):
         adapt_state(adamx.momentum(0.1), PARAMS, saved)
+
+
+def test_complex_parameters_take_complex_slots_and_real_ones():
+    tx, params = adamx.momentum(0.1), jax.tree.map(lambda x: x.astype(jnp.complex64), PARAMS)
+    for before in (PARAMS, params):
+        _, saved = run(tx, tx.init(before), range(2), before)
+        state, _ = adapt_state(tx, params, saved)
+        assert state["mu"]["w"].dtype == jnp.complex64
+        np.testing.assert_array_equal(state["mu"]["w"], saved["mu"]["w"])
 
 
 @pytest.mark.parametrize(
