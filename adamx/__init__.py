@@ -21,6 +21,7 @@ from adamx.core.arithmetic import zeros
 from adamx.core.chain import chain
 from adamx.core.combine import combine
 from adamx.core.foreign import named
+from adamx.core.precision_warning import PrecisionWarning
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 from adamx.inspect.compare import Comparison, compare
@@ -30,7 +31,14 @@ from adamx.optimizers.adamw import adamw
 from adamx.optimizers.momentum import momentum
 from adamx.optimizers.rmsprop import rmsprop, scale_by_rms
 from adamx.optimizers.sgd import sgd
+from adamx.precision.master_weights import master_weights, masters
 from adamx.state import Adaptation, adapt_state
+from adamx.storage.bfloat16 import bfloat16
+from adamx.storage.choice import stored
+from adamx.storage.moments import moments
+from adamx.storage.packed8 import packed8, ratio_bound
+from adamx.storage.packed16 import packed16
+from adamx.storage.storage import Storage
 from adamx.training import apply_updates, make_step
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.bias_correction import bias_correction
@@ -49,7 +57,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Adaptation",
     "Comparison",
+    "PrecisionWarning",
     "Step",
+    "Storage",
     "Transformation",
     "adagrad",
     "adam",
@@ -57,6 +67,7 @@ __all__ = [
     "adapt_state",
     "add_decayed_weights",
     "apply_updates",
+    "bfloat16",
     "bias_correction",
     "chain",
     "combine",
@@ -65,9 +76,15 @@ __all__ = [
     "ema_of_squares",
     "identity",
     "make_step",
+    "master_weights",
+    "masters",
+    "moments",
     "momentum",
     "named",
     "nesterov_ema",
+    "packed8",
+    "packed16",
+    "ratio_bound",
     "rms_scaling",
     "rmsprop",
     "scale",
@@ -75,6 +92,7 @@ __all__ = [
     "scale_by_learning_rate",
     "scale_by_rms",
     "sgd",
+    "stored",
     "sum_of_squares",
     "trace",
     "zeros",

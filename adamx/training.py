@@ -1,6 +1,6 @@
 """The two lines around an optimizer: add the updates, and do it in place.
 
-w_t = w_{t-1} + u_t
+w_t = w_{t-1} + u_t, rounded to the parameter's dtype: to nearest, or up or down at random
 """
 
 from __future__ import annotations
@@ -8,10 +8,74 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
-from optax import apply_updates
 
-__all__ = ["apply_updates", "make_step"]
+from adamx.core import errors, lifting
+from adamx.core.arithmetic import compute_dtype
+from adamx.core.precision_warning import ROUNDED
+from adamx.core.rounding import random_bits, round_stochastically, step_key
+from adamx.core.transformation import Transformation
+
+ROUNDINGS = ("nearest", "stochastic")
+
+
+def apply_updates(
+    params: Any, updates: Any, *, rounding: str = "nearest", count: Any = None
+) -> Any:
+    """Return params + updates, in the parameters' dtypes.
+
+    Args:
+        params: the parameters.
+        updates: what `update` returned; where it is None the parameter stays as it is.
+        rounding: of parameters of 16 bits: "nearest", as `optax.apply_updates`, which loses
+            every update below half their spacing; or "stochastic", up or down such that the mean
+            is right. Other parameters are rounded to nearest.
+        count: the number of the step, `state["count"]`, an int32 scalar, from which the random bits
+            are made, together with the place of the element and its value: a run repeats bit for
+            bit, in any sharding under jit. Needed for "stochastic", None for "nearest".
+
+    Raises:
+        ValueError: if `rounding` is neither, if it is "stochastic" without a count, or if the trees
+            or shapes of params and updates do not fit.
+
+    Example:
+        A step of 1/16 of the spacing moves one parameter in 16, by the whole spacing:
+
+        >>> params, updates = jnp.ones(1600, jnp.bfloat16), jnp.full(1600, 2.0**-11)
+        >>> print(apply_updates(params, updates).mean(dtype=jnp.float32))
+        1.0
+        >>> new = apply_updates(params, updates, rounding="stochastic", count=1)
+        >>> bool(abs((new - 1).astype(jnp.float32).mean() * 2**11 - 1) < 0.25)
+        True
+    """
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"apply_updates: rounding must be one of {ROUNDINGS}, got {rounding!r}")
+    if rounding == "stochastic" and count is None:
+        raise ValueError(
+            'apply_updates: rounding="stochastic" needs the number of the step: '
+            'count=state["count"]'
+        )
+    leaves = lifting.take_apart(updates, None)
+    beside = errors.beside(leaves.treedef, "params", params, leaves.values)
+    new = [
+        param if u is None else _added(errors.fitting(path, u, param), u, rounding, count)
+        for path, u, param in zip(leaves.paths, leaves.values, beside, strict=True)
+    ]
+    return leaves.tree(new)
+
+
+def _added(param: jax.Array, update: jax.Array, rounding: str, count: Any) -> jax.Array:
+    wide = compute_dtype(param.dtype, update.dtype)
+    total = param.astype(wide) + update.astype(wide)
+    if rounding == "nearest" or total.dtype != jnp.float32 or param.dtype.itemsize > 2:
+        return total.astype(param.dtype)
+    place = jnp.zeros(param.shape, jnp.uint32)
+    for axis, size in enumerate(param.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, param.shape, axis)
+    word = random_bits(step_key(count), total) ^ place
+    return round_stochastically(total, random_bits(np.uint32(0), word), param.dtype)
 
 
 class StepFunction(Protocol):
@@ -26,7 +90,7 @@ class StepFunction(Protocol):
         ...
 
 
-def make_step(tx: optax.GradientTransformation) -> StepFunction:
+def make_step(tx: optax.GradientTransformation, *, rounding: str = "nearest") -> StepFunction:
     """Return the jitted step `(params, state, grads) -> (params, state)`, which works in place.
 
     Params and state are donated: their buffers hold the results, so that a step needs no memory
@@ -38,13 +102,17 @@ def make_step(tx: optax.GradientTransformation) -> StepFunction:
 
     Args:
         tx: any adamx or Optax transformation.
+        rounding: of parameters of 16 bits: "nearest", or "stochastic", for adamx transformations:
+            the update is added in float32 and the sum rounded such that its mean is right (see
+            `apply_updates`). Made before `tx.init`, it keeps that from warning.
 
     Returns:
         The jitted function; its `lower` shows the compiled program. Keyword arguments go on to
         `tx.update`.
 
     Raises:
-        TypeError: if `tx` is not a transformation.
+        TypeError: if `tx` is not a transformation, or not one of adamx where that is needed.
+        ValueError: if `rounding` is neither.
 
     Example:
         >>> import adamx, jax.numpy as jnp
@@ -57,13 +125,23 @@ def make_step(tx: optax.GradientTransformation) -> StepFunction:
     """
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(f"make_step: tx must be an adamx or Optax transformation, got {tx!r}")
-    update = optax.with_extra_args_support(tx).update
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"make_step: rounding must be one of {ROUNDINGS}, got {rounding!r}")
+    if rounding == "stochastic" and not isinstance(tx, Transformation):
+        raise TypeError(
+            f'make_step: rounding="stochastic" counts the steps with the state of adamx, got {tx!r}'
+        )
+    if isinstance(tx, Transformation) and rounding == "stochastic":
+        vars(tx)[ROUNDED] = True
 
-    def step(params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
-        updates, state = update(grads, state, params, **extra)
-        return jax.tree.map(_apply, updates, params, is_leaf=lambda x: x is None), state
+        def step(params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
+            updates, state = lifting.update(tx, grads, state, params, extra, narrow=False)
+            return apply_updates(params, updates, rounding=rounding, count=state["count"]), state
+    else:
+        update = optax.with_extra_args_support(tx).update
 
-    def _apply(update: Any, param: Any) -> Any:
-        return param if update is None else apply_updates(param, update)
+        def step(params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
+            updates, state = update(grads, state, params, **extra)
+            return apply_updates(params, updates), state
 
     return jax.jit(step, donate_argnames=("params", "state"))

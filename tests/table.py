@@ -4,6 +4,7 @@ A new transformation is tested by adding a line here.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,10 @@ def _schedule(step):
 def _all_but_vectors(params):
     return jax.tree.map(lambda p: jnp.ndim(p) != 1, params)
 
+
+# Averages of coarse numbers with these decays are exact in float32, so that every way to run them
+# gives the same bits: otherwise the last bit would decide how a storage rounds.
+_EXACT: dict[str, Any] = {"b1": 0.5, "b2": 0.75}
 
 TRANSFORMATIONS: dict[str, Callable[[], adamx.Transformation]] = {
     # concepts
@@ -58,4 +63,30 @@ TRANSFORMATIONS: dict[str, Callable[[], adamx.Transformation]] = {
     "adam_mu_dtype": lambda: adamx.adam(0.1, mu_dtype=jnp.bfloat16),
     "adamw": lambda: adamx.adamw(0.1),
     "adamw_masked": lambda: adamx.adamw(0.1, weight_decay=_schedule, mask=_all_but_vectors),
+    # storages
+    "bfloat16": lambda: adamx.bfloat16(adamx.ema(0.5)),
+    "sgd_bfloat16": lambda: adamx.sgd(0.1, momentum=0.5, moments="bfloat16"),
+    "rmsprop_bfloat16": lambda: adamx.rmsprop(0.1, decay=0.75, moments="bfloat16"),
+    "adagrad_bfloat16": lambda: adamx.adagrad(0.1, 0.25, moments="bfloat16"),
+    "adam_bfloat16": lambda: adamx.adam(0.1, **_EXACT, moments="bfloat16"),
+    "adam_nu_dtype": lambda: adamx.adam(0.1, **_EXACT, nu_dtype=jnp.bfloat16),
+    "adam_packed16": lambda: adamx.adam(0.1, **_EXACT, moments="packed16"),
+    "adamw_packed8": lambda: adamx.adamw(0.1, **_EXACT, moments="packed8"),
+    "nadam_packed16": lambda: adamx.adam(0.1, **_EXACT, nesterov=True, moments="packed16"),
+    # masters
+    "master_weights": lambda: adamx.master_weights(adamx.adamw(0.1)),
+    "master_weights_remainder8": lambda: adamx.master_weights(adamx.sgd(0.1), "remainder8"),
+    "master_weights_float32": lambda: adamx.master_weights(
+        adamx.chain(optax.clip(1.0), adamx.adam(0.1, **_EXACT, moments="packed8")), "float32"
+    ),
 }
+
+NARROW = {name for name in TRANSFORMATIONS if "packed" in name or "bfloat16" in name}
+NARROW |= {"adam_nu_dtype", "master_weights_float32"}
+"""Those with a storage: they have no derivative."""
+
+PACKED = {name for name in NARROW if "packed" in name} | {"master_weights_float32"}
+"""Those that pack float32 moments: they refuse float64 and complex parameters."""
+
+MASTERS = {name for name in TRANSFORMATIONS if name.startswith("master_weights")}
+"""Those that keep masters: they emit float32 or wider."""

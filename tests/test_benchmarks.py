@@ -31,6 +31,7 @@ TINY = side_by_side.Settings(
     small=((4,), (2, 3)),
     large=((8,), (4, 8)),
     methods_size=256,
+    memory=2**13,
     width=8,
     rounds=2,
     slow_rounds=1,

@@ -41,6 +41,23 @@ def test_second_moment_of_bf16_parameters_moves():
     assert abs(float(ours["nu"][0]) / true - 1) < 1e-5
 
 
+def test_bf16_parameters_train():
+    """2000 steps of 1e-3 from 1, along a gradient of 1: to -1 in float32."""
+    grads = jnp.ones(1, jnp.bfloat16)
+
+    def trained(tx, step):
+        params, state = jnp.ones(1, jnp.bfloat16), tx.init(grads)
+        for _ in range(2000):
+            params, state = step(params, state, grads)
+        return float(params[0])
+
+    tx = optax.adam(1e-3)
+    assert trained(tx, adamx.make_step(tx)) == 1
+    tx = adamx.master_weights(adamx.adam(1e-3))
+    # to within half the spacing below 1 in bfloat16
+    assert abs(trained(tx, adamx.make_step(tx)) + 1) <= 2.0**-9
+
+
 def test_fp16_gradients_stay_finite():
     params = jnp.array([0.0, 1e-4], jnp.float16)
     theirs, _ = steps(optax.adam(1e-3), params, params, 1)

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import flax.struct
@@ -251,6 +251,14 @@ def test_built_otherwise_is_unequal(name):
     assert isinstance(hash(a), int)
 
 
+def test_an_optimizer_is_its_pieces_with_their_defaults():
+    rate = adamx.scale_by_learning_rate(0.1)
+    decay = adamx.add_decayed_weights(1e-4)
+    assert adamx.adam(0.1) == adamx.chain(adamx.scale_by_adam(), rate)
+    assert adamx.adamw(0.1) == adamx.chain(adamx.scale_by_adam(), decay, rate)
+    assert adamx.rmsprop(0.1) == adamx.chain(adamx.scale_by_rms(), rate)
+
+
 class Rude:
     """A schedule that raises where it is compared or hashed."""
 
@@ -367,6 +375,20 @@ def test_a_mask_is_what_it_was_when_it_was_given():
         updates, _ = update(params, tx.init(params), params)
         np.testing.assert_array_equal(updates["w"], 1.5 * PARAMS)
     assert tx == adamx.add_decayed_weights(0.5, {"w": True})
+
+
+def test_a_mask_that_is_a_callable_object_is_kept_as_it_is():
+    # functions compare by identity: a copy would make two built alike unequal
+    mask = Plain()
+    assert adamx.add_decayed_weights(0.5, mask).mask is mask
+    assert adamx.add_decayed_weights(0.5, mask) == adamx.add_decayed_weights(0.5, mask)
+
+
+def test_a_leaf_whose_mask_is_none_does_not_decay():
+    tx, params = adamx.add_decayed_weights(0.5, {"w": True, "b": None}), {"w": PARAMS, "b": PARAMS}
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_array_equal(updates["w"], 1.5 * PARAMS)
+    np.testing.assert_array_equal(updates["b"], PARAMS)
 
 
 def test_deep_copies_share_no_mask():
@@ -542,7 +564,7 @@ def test_replace_gives_an_optax_pair():
 
 def test_dataclasses_replace_builds_and_checks_anew():
     assert dataclasses.replace(adamx.ema(0.9), decay=0.5) == adamx.ema(0.5)
-    scaling = dataclasses.replace(adamx.scale_by_adam(), eps=1.0)
+    scaling = dataclasses.replace(cast(adamx.rms_scaling, adamx.scale_by_adam()), eps=1.0)
     assert scaling == adamx.scale_by_adam(eps=1.0)
     with pytest.raises(ValueError, match=r"^ema: decay must be in \[0, 1\), got 1.5"):
         dataclasses.replace(adamx.ema(0.9), decay=1.5)

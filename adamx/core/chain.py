@@ -26,7 +26,8 @@ class chain(Transformation):
 
     Raises:
         TypeError: if a stage is not a transformation.
-        ValueError: if two stages keep the same name in the state.
+        ValueError: if two stages keep the same name in the state, or one that has to be the last
+            is not.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -49,6 +50,12 @@ class chain(Transformation):
         for stage in stages:
             concept = as_concept(stage)
             spliced += concept.stages if isinstance(concept, chain) else [concept]
+        for stage in spliced[:-1]:
+            if stage.stands_last:
+                raise ValueError(
+                    f"chain: {type(stage).__name__} settles what the parameters become, so that it "
+                    f"has to be the last stage, and {spliced[-1]!r} follows it: put that inside"
+                )
         object.__setattr__(self, "stages", tuple(spliced))
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:

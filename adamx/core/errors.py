@@ -168,7 +168,9 @@ def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]
 
 def check_foreign(name: str, state: Any, fresh: Any) -> None:
     """Raise unless a foreign stage's state has the tree and the shapes that its init gives."""
-    kept, wanted = ({p: list(jnp.shape(x)) for p, x in _flat(t)} for t in (state, fresh))
+    kept, wanted = (
+        {p: None if x is None else list(jnp.shape(x)) for p, x in _flat(t)} for t in (state, fresh)
+    )
     for path in {**wanted, **kept}:
         if kept.get(path) != wanted.get(path):
             raise ValueError(
@@ -194,8 +196,8 @@ def check_unique(slots: Sequence[str], names: Sequence[str]) -> None:
     """Raise where a concept keeps two things under one name, or a slot under the state's own."""
     if "count" in slots:
         raise ValueError(_own_count)
-    if len(set(names)) < len(names):
-        check_disjoint(*({name: None} for name in names if names.count(name) > 1))
+    if twice := {name: None for name in names if names.count(name) > 1}:
+        check_disjoint(twice, twice)
 
 
 def _kind(x: Any) -> Any:

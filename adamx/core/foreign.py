@@ -7,6 +7,7 @@ outside the Adam family stay Optax's.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -79,6 +80,9 @@ class named(Transformation):
             values = [None if u is None else u.astype(dtype) for u, dtype in pairs]
         entries = {name: state for name in self.state_names()}
         return dataclasses.replace(leaves, values=values), entries
+
+    def reveal_tree(self, state: Mapping[str, Any]) -> State:
+        return {}
 
     def state_names(self) -> tuple[str, ...]:
         """Return the entry's name, or nothing where the transformation has no memory."""

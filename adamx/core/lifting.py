@@ -107,22 +107,45 @@ def init(tx: Transformation, params: Any) -> State:
 
 
 def update(
-    tx: Transformation, updates: Any, state: State, params: Any, extra: Mapping[str, Any]
+    tx: Transformation,
+    updates: Any,
+    state: State,
+    params: Any,
+    extra: Mapping[str, Any],
+    narrow: bool = True,
 ) -> tuple[Any, State]:
-    """Return (outgoing updates, new state); see `Transformation.update`."""
+    """Return (outgoing updates, new state); see `Transformation.update`, and `run` for narrow."""
     errors.check_state(state)
     leaves = take_apart(updates, params)
     tx = tx.resolve(leaves.tree(leaves.like()))
     count = jnp.minimum(state["count"], _MAX_COUNT - 1) + 1
-    new: State = {"count": count}
-    segments = tx.segments()
-    for number, segment in enumerate(segments):
-        last = number + 1 == len(segments) or segments[number + 1].is_foreign
-        step = Step(count=count, state=state | new, extra=extra)
-        leaves, entries = segment.update_tree(leaves, step, last)
-        new |= entries
+    step = Step(count=count, state=state | {"count": count}, extra=extra)
+    leaves, entries = run(tx, leaves, step, narrow)
+    new = {"count": count} | entries
     errors.check_names(state, new)
     return leaves.tree(leaves.values), {name: new[name] for name in state}
+
+
+def run(tx: Transformation, leaves: Leaves, step: Step, narrow: bool) -> tuple[Leaves, State]:
+    """Run the segments of a transformation one after the other.
+
+    Args:
+        tx: the transformation, with what depends on the whole tree settled.
+        leaves: the updates.
+        step: the step, without what belongs to one concept or leaf.
+        narrow: whether the updates leave in their emit dtypes; else in compute dtype.
+
+    Returns:
+        The new leaves, and the entries of the state that the segments own.
+    """
+    new: State = {}
+    segments = tx.segments()
+    for number, segment in enumerate(segments):
+        last = narrow and (number + 1 == len(segments) or segments[number + 1].is_foreign)
+        here = dataclasses.replace(step, state={**step.state, **new})
+        leaves, entries = segment.update_tree(leaves, here, last)
+        new |= entries
+    return leaves, new
 
 
 # --------------------------------------------------------------- one segment of leafwise concepts
@@ -183,6 +206,27 @@ def update_leaves(
             columns[name][i] = value
     entries = {name: leaves.tree(column) for name, column in columns.items()}
     return dataclasses.replace(leaves, values=out), entries | recorded(tx, whole.prepared)
+
+
+def reveal_leaves(tx: Transformation, state: Mapping[str, Any]) -> State:
+    """Return the slots of a leafwise segment as the formula sees them: a tree for each."""
+    names = slot_names(tx)
+    if not names:
+        return {}
+    kept = [errors.entry(state, name) for name in names]
+    flat, treedef = jax.tree_util.tree_flatten_with_path(kept[0], is_leaf=lambda x: x is None)
+    columns = [treedef.flatten_up_to(tree) for tree in kept]
+    tx, revealed = tx.resolve(kept[0]), []
+    for (path, _), *values in zip(flat, *columns, strict=True):
+        slots = {name: x for name, x in zip(names, values, strict=True) if x is not None}
+        like = next(iter(slots.values()), None)
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        revealed.append({} if like is None else tx.bind(where, like).reveal(slots))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    return {
+        name: treedef.unflatten([slots.get(name) for slots in revealed])
+        for name in jax.eval_shape(lambda leaf: tx.reveal(tx.slots(leaf)), scalar)
+    }
 
 
 class Variant:

@@ -27,6 +27,7 @@ import optax
 
 from adamx.core import errors, lifting
 from adamx.core.lifting import Slots, State
+from adamx.core.precision_warning import warn_of_rounding
 from adamx.core.printing import describe, function_name
 from adamx.core.static import Static
 from adamx.core.step import Step
@@ -96,6 +97,13 @@ class Transformation(optax.GradientTransformationExtraArgs):
         """Return the outgoing update, from the new slots as they were stored."""
         return u
 
+    def reveal(self, slots: Slots) -> Slots:
+        """Return one leaf's slots as the formula sees them: where a storage packs, unpacked."""
+        inner = {name for child in self.children for name in lifting.slot_names(child)}
+        own = {name: x for name, x in slots.items() if name not in inner}
+        mine = {name: x for name, x in own.items() if name in lifting.slot_names(self)}
+        return lifting.disjoint(mine, *(child.reveal(slots) for child in self.children))
+
     def resolve(self, tree: Any) -> Transformation:
         """Return this concept with what depends on the whole tree settled, such as a mask."""
         return self._with_children([child.resolve(tree) for child in self.children])
@@ -119,7 +127,11 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
         Raises:
             TypeError: if a leaf is not of floating-point or complex numbers.
+
+        Warns:
+            PrecisionWarning: if the parameters are of 16 bits and the optimizer has no masters.
         """
+        warn_of_rounding(self, params)
         return lifting.init(self, params)
 
     def update(  # pyright: ignore
@@ -155,8 +167,12 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
     init_tree = lifting.init_leaves
     update_tree = lifting.update_leaves
+    reveal_tree = lifting.reveal_leaves
 
-    is_foreign = False
+    is_foreign = False  # whether it acts on trees, between the kernels
+    takes_steps = False  # whether it makes an optimizer of a chain
+    keeps_precision = False  # whether 16-bit parameters train with it
+    stands_last = False  # whether nothing may follow it in a chain
 
     def segments(self) -> list[Transformation]:
         """Return the parts that run one after the other over the whole tree."""

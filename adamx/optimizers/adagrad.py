@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from adamx.core.chain import chain
 from adamx.core.checks import NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.storage.choice import Moments, stored
 from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.sum_of_squares import sum_of_squares
@@ -22,6 +23,8 @@ def adagrad(
     initial_accumulator_value: Scalar = 0.1,
     eps: Scalar = 1e-7,
     eps_in_sqrt: bool = False,
+    *,
+    moments: Moments = "float32",
 ) -> chain:
     """Return AdaGrad; arguments as `optax.adagrad`'s, but for where eps stands.
 
@@ -30,9 +33,11 @@ def adagrad(
         initial_accumulator_value: the sum before the first step, >= 0.
         eps: >= 0, added to the root as in the paper and PyTorch.
         eps_in_sqrt: True adds it under the root, as Optax does.
+        moments: how the sum is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
+            stochastically), or a function that wraps a transformation, such as a `Storage`.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of its range, or the sum cannot be kept so.
 
     Example:
         >>> import jax.numpy as jnp
@@ -41,9 +46,6 @@ def adagrad(
         Array([-0.5], dtype=float32)
     """
     inside, outside = (eps, 0.0) if eps_in_sqrt else (0.0, eps)
-    return chain(
-        rms_scaling(
-            second_moment=sum_of_squares(initial_accumulator_value), eps=outside, eps_root=inside
-        ),
-        scale_by_learning_rate(learning_rate),
-    )
+    squares = sum_of_squares(initial_accumulator_value)
+    scaling = rms_scaling(second_moment=squares, eps=outside, eps_root=inside)
+    return chain(stored(scaling, moments), scale_by_learning_rate(learning_rate))

@@ -13,10 +13,14 @@ Source: Kingma & Ba (2015), Algorithm 1, https://arxiv.org/abs/1412.6980
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
 from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.transformation import Transformation
+from adamx.storage.bfloat16 import bfloat16
+from adamx.storage.choice import Moments, stored
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.ema import ema
 from adamx.transforms.ema_of_squares import ema_of_squares
@@ -34,7 +38,9 @@ def scale_by_adam(
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
-) -> rms_scaling:
+    nu_dtype: DTypeLike | None = None,
+    moments: Moments = "float32",
+) -> Transformation:
     """Return Adam without its learning rate; arguments as `optax.scale_by_adam`'s.
 
     Args:
@@ -42,11 +48,17 @@ def scale_by_adam(
         b2: weight of the past in the average of squares, in [0, 1).
         eps: >= 0, added to the root, in the unit of the gradients.
         eps_root: >= 0, added under the root, in the squared unit of the gradients.
-        mu_dtype: dtype of the slot `mu`; None means float32, or wider where the parameter is.
+        mu_dtype: dtype of the slot `mu`, rounded to nearest as in Optax; None means float32, or
+            wider where the parameter is.
         nesterov: whether the average looks one step ahead (NAdam).
+        nu_dtype: dtype of the slot `nu`: bfloat16 (rounded stochastically, since to nearest it
+            would stand still), float32, float64, or None, as for `mu_dtype`.
+        moments: how both are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16" (4),
+            "packed8" (2), or a function that wraps a transformation, such as a `Storage`.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of its range, `moments` is none of these or is given
+            together with a dtype, or the decays leave "packed8" without its bound.
 
     Example:
         >>> scale_by_adam(b1=0.5, b2=0.75)
@@ -58,12 +70,23 @@ def scale_by_adam(
     average = (
         nesterov_ema(b1, mu_dtype) if nesterov else chain(ema(b1, mu_dtype), bias_correction(b1))
     )
-    return rms_scaling(
+    rounded = nu_dtype is not None and jnp.finfo(nu_dtype).bits < 32
+    if rounded and jnp.dtype(nu_dtype) != jnp.bfloat16:
+        raise ValueError(f"scale_by_adam: nu_dtype must be bfloat16 or wider, got {nu_dtype!r}")
+    if moments != "float32" and not (mu_dtype is None and nu_dtype is None):
+        raise ValueError(
+            f"scale_by_adam: moments={moments!r} keeps both: leave mu_dtype and nu_dtype out"
+        )
+    squares = ema_of_squares(b2, dtype=None if rounded else nu_dtype)
+    scaling = rms_scaling(
         average,
-        second_moment=chain(ema_of_squares(b2), bias_correction(b2)),
+        second_moment=chain(squares, bias_correction(b2)),
         eps=eps,
         eps_root=eps_root,
     )
+    if rounded:
+        return bfloat16(scaling, only=("nu",))
+    return stored(scaling, moments, decays=(b1, b2))
 
 
 @checked(learning_rate=RATE, b1=DECAY, b2=DECAY, eps=NON_NEGATIVE, eps_root=NON_NEGATIVE)
@@ -76,6 +99,8 @@ def adam(
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
+    nu_dtype: DTypeLike | None = None,
+    moments: Moments = "float32",
 ) -> chain:
     """Return Adam; arguments as `optax.adam`'s.
 
@@ -85,11 +110,17 @@ def adam(
         b2: weight of the past in the average of squares, in [0, 1).
         eps: >= 0, added to the root, in the unit of the gradients.
         eps_root: >= 0, added under the root; for differentiating through the second moment.
-        mu_dtype: dtype of the slot `mu`; None means float32, or wider where the parameter is.
+        mu_dtype: dtype of the slot `mu`, rounded to nearest as in Optax; None means float32, or
+            wider where the parameter is.
         nesterov: whether the average looks one step ahead (NAdam).
+        nu_dtype: dtype of the slot `nu`: bfloat16 (rounded stochastically, since to nearest it
+            would stand still), float32, float64, or None, as for `mu_dtype`.
+        moments: how both are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16" (4),
+            "packed8" (2), or a function that wraps a transformation, such as a `Storage`.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of its range, `moments` is none of these or is given
+            together with a dtype, or the decays leave "packed8" without its bound.
 
     Example:
         In the first step each element moves by the learning rate, whatever its gradient:
@@ -100,6 +131,8 @@ def adam(
         Array([-0.5,  0.5], dtype=float32)
     """
     return chain(
-        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
+        scale_by_adam(
+            b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, nu_dtype=nu_dtype, moments=moments
+        ),
         scale_by_learning_rate(learning_rate),
     )

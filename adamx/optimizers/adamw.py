@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from adamx.core.chain import chain
 from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
 from adamx.optimizers.adam import scale_by_adam
+from adamx.storage.choice import Moments
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
@@ -41,6 +42,8 @@ def adamw(
     mask: Any | Callable[[Any], Any] = None,
     *,
     nesterov: bool = False,
+    nu_dtype: DTypeLike | None = None,
+    moments: Moments = "float32",
 ) -> chain:
     """Return AdamW; arguments as `optax.adamw`'s.
 
@@ -56,9 +59,12 @@ def adamw(
         mask: which leaves decay: a tree of bools, or a function that makes one from the
             parameters; None means all.
         nesterov: whether the average looks one step ahead (NAdamW).
+        nu_dtype: dtype of the slot `nu`; see `scale_by_adam`.
+        moments: "float32", "bfloat16", "packed16" or "packed8": 8, 4, 4 or 2 bytes a parameter; see
+            `scale_by_adam`.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of its range, or the moments cannot be kept so.
 
     Example:
         The first step moves by lr * (sign(g) + weight_decay * w):
@@ -69,7 +75,9 @@ def adamw(
         Array([-0.75], dtype=float32)
     """
     return chain(
-        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
+        scale_by_adam(
+            b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, nu_dtype=nu_dtype, moments=moments
+        ),
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )

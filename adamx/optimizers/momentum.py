@@ -9,21 +9,26 @@ from __future__ import annotations
 
 from adamx.core.chain import chain
 from adamx.core.checks import DECAY, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.storage.choice import Moments, stored
 from adamx.transforms.ema import ema
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
 @checked(learning_rate=RATE, decay=DECAY)
-def momentum(learning_rate: ScalarOrSchedule, decay: Scalar = 0.9) -> chain:
+def momentum(
+    learning_rate: ScalarOrSchedule, decay: Scalar = 0.9, *, moments: Moments = "float32"
+) -> chain:
     """Return gradient descent along the exponential moving average of the gradients.
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
         decay: weight of the past, in [0, 1). The heavy ball, `sgd(lr, momentum=decay)`, takes
             steps 1 / (1 - decay) times as large.
+        moments: how the average is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
+            stochastically), or a function that wraps a transformation, such as a `Storage`.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of its range, or the average cannot be kept so.
 
     Example:
         >>> import jax.numpy as jnp
@@ -31,4 +36,4 @@ def momentum(learning_rate: ScalarOrSchedule, decay: Scalar = 0.9) -> chain:
         >>> tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)))[0]
         Array([-0.5], dtype=float32)
     """
-    return chain(ema(decay), scale_by_learning_rate(learning_rate))
+    return chain(stored(ema(decay), moments), scale_by_learning_rate(learning_rate))

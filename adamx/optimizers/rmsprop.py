@@ -27,6 +27,7 @@ from adamx.core.checks import (
 )
 from adamx.core.combine import combine
 from adamx.core.transformation import Transformation
+from adamx.storage.choice import Moments, stored
 from adamx.transforms.bias_correction import bias_correction as corrected
 from adamx.transforms.ema import ema
 from adamx.transforms.ema_of_squares import ema_of_squares
@@ -92,6 +93,8 @@ def rmsprop(
     momentum: Scalar | None = None,
     nesterov: bool = False,
     bias_correction: bool = False,
+    *,
+    moments: Moments = "float32",
 ) -> chain:
     """Return RMSprop; arguments as `optax.rmsprop`'s, but for the default of `eps_in_sqrt`.
 
@@ -105,9 +108,12 @@ def rmsprop(
         momentum: decay of a heavy ball over the steps, in [0, 1]; None keeps none.
         nesterov: whether that heavy ball looks one step ahead.
         bias_correction: whether to divide the averages by 1 - decay^t.
+        moments: how `nu` and the heavy ball are kept: "float32", "bfloat16" (2 bytes instead of 4,
+            rounded stochastically), or a function that wraps a transformation, such as a `Storage`.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of its range, or the slots cannot be kept so;
+            `centered` needs float32.
 
     Example:
         >>> import jax.numpy as jnp
@@ -115,15 +121,20 @@ def rmsprop(
         >>> tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)))[0]
         Array([-1.], dtype=float32)
     """
+    if centered and moments != "float32":
+        raise ValueError(
+            f"rmsprop: centered subtracts mu^2 from nu, and what rounding leaves of the difference "
+            f"is noise: moments must be 'float32', got {moments!r}"
+        )
     squares: Transformation = ema_of_squares(decay, initial_scale)
     mean: Transformation = ema(decay)
     if bias_correction:
         squares, mean = chain(squares, corrected(decay)), chain(mean, corrected(decay))
     second_moment = combine(variance, squares, mean) if centered else squares
     return chain(
-        _scaling(second_moment, eps, eps_in_sqrt),
+        stored(_scaling(second_moment, eps, eps_in_sqrt), moments),
         scale_by_learning_rate(learning_rate),
-        *([] if momentum is None else [trace(momentum, nesterov)]),
+        *([] if momentum is None else [stored(trace(momentum, nesterov), moments)]),
     )
 
 

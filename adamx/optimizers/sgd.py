@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
 from adamx.core.checks import FRACTION, RATE, Scalar, ScalarOrSchedule, checked, optional
+from adamx.storage.choice import Moments, stored
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.trace import trace
 
@@ -19,6 +20,8 @@ def sgd(
     momentum: Scalar | None = None,
     nesterov: bool = False,
     accumulator_dtype: DTypeLike | None = None,
+    *,
+    moments: Moments = "float32",
 ) -> chain:
     """Return stochastic gradient descent; arguments as `optax.sgd`'s.
 
@@ -27,10 +30,12 @@ def sgd(
         momentum: decay of the heavy ball's `trace`, in [0, 1]; None keeps no memory. For the
             notes' Momentum, an average and not a sum, see `adamx.momentum`.
         nesterov: whether to look one step ahead.
-        accumulator_dtype: dtype of the trace; None means float32 or wider.
+        accumulator_dtype: dtype of the trace, rounded to nearest; None means float32 or wider.
+        moments: how the trace is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
+            stochastically), or a function that wraps a transformation, such as a `Storage`.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of its range, or the trace cannot be kept so.
 
     Example:
         >>> import jax.numpy as jnp
@@ -38,5 +43,9 @@ def sgd(
         >>> tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)))[0]
         Array([-1.], dtype=float32)
     """
-    stages = [] if momentum is None else [trace(momentum, nesterov, accumulator_dtype)]
-    return chain(*stages, scale_by_learning_rate(learning_rate))
+    if momentum is None:
+        if moments != "float32":
+            raise ValueError(f"sgd: without momentum there are no moments to keep as {moments!r}")
+        return chain(scale_by_learning_rate(learning_rate))
+    ball = trace(momentum, nesterov, accumulator_dtype)
+    return chain(stored(ball, moments), scale_by_learning_rate(learning_rate))

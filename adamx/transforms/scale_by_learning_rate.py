@@ -54,6 +54,8 @@ class scale_by_learning_rate(Transformation):
     _: dataclasses.KW_ONLY
     flip_sign: bool = True
 
+    takes_steps = True
+
     def __post_init__(self) -> None:
         check(self, learning_rate=RATE)
 

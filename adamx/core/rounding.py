@@ -1,0 +1,146 @@
+"""Stochastic rounding: up or down at random, so that the mean is the number itself.
+
+    round(x) = high with probability (x - low) / (high - low), else low         E[round(x)] = x
+
+low and high are the neighbours of x in the narrow format. Rounding to nearest loses every change
+below half a spacing, and an average with decay 0.999 changes by less than that at each step: kept
+in bfloat16 it stops at 0.25 where the truth is 1. Rounded without bias it arrives.
+
+The random bits are a hash of the step's number and of the numbers that are rounded, so that a run
+repeats bit for bit, after a restart and in any sharding, and nobody threads a key. No place in the
+array and no number of the leaf enters, so that leaves of one shape share one compiled kernel; equal
+elements round equally in one step, and differently in the next.
+
+Source: Croci et al. (2022), Stochastic rounding: implementation, error analysis and applications,
+https://doi.org/10.1098/rsos.211631; the hashes are of the kind of MurmurHash3's finaliser.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+INFINITY = np.uint32(0x7F800000)
+LARGEST = np.uint32(0x7F7FFFFF)
+SIGN = np.uint32(0x80000000)
+
+
+def bits_of(x: jax.Array) -> jax.Array:
+    """Return the bits of float32 numbers as uint32.
+
+    Example:
+        >>> [hex(b) for b in bits_of(jnp.array([1.0, -2.0])).tolist()]
+        ['0x3f800000', '0xc0000000']
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def from_bits(bits: jax.Array) -> jax.Array:
+    """Return the float32 numbers that have these bits.
+
+    Example:
+        >>> from_bits(jnp.array([0x3F800000], jnp.uint32))
+        Array([1.], dtype=float32)
+    """
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def step_key(count: jax.Array | int) -> jax.Array:
+    """Return a number in which every bit depends on the number of the step: a uint32 scalar.
+
+    Example:
+        >>> int(step_key(1)) ^ int(step_key(2)) > 2**16
+        True
+    """
+    word = jnp.asarray(count).astype(jnp.uint32) + np.uint32(0x9E3779B9)
+    word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
+    return word ^ (word >> 16)
+
+
+def random_bits(key: jax.Array | np.uint32, value: jax.Array) -> jax.Array:
+    """Return 32 random bits for each element: a hash of the step's key and of the element's value.
+
+    Two multiplications with a shift between them: the first carries every bit upwards, the shift
+    brings them down, the second carries them up again.
+
+    Args:
+        key: from `step_key`.
+        value: float32 numbers, or words of uint32.
+
+    Returns:
+        A uint32 array of the value's shape.
+
+    Example:
+        >>> x, key = jnp.array([1.0, 2.0, 1.0]), step_key(1)
+        >>> a, b = random_bits(key, x), random_bits(step_key(2), x)
+        >>> bool(a[0] == a[2]), bool(a[0] == a[1]), bool(a[0] == b[0])
+        (True, False, False)
+    """
+    word = value if value.dtype == jnp.uint32 else bits_of(value)
+    word = (word ^ key) * np.uint32(0xCC9E2D51)
+    return (word ^ (word >> 16)) * np.uint32(0x846CA68B)
+
+
+def add_noise(x: jax.Array, noise: jax.Array, drop: int) -> jax.Array:
+    """Return the bits of x such that cutting the low ones off rounds stochastically.
+
+    What lies beyond the largest number of the narrow format, infinity and NaN get no noise: finite
+    numbers stay finite, and the others what they are (a NaN as arithmetic makes it, whose highest
+    mantissa bit is set).
+
+    Args:
+        x: float32 numbers.
+        noise: random bits, uint32; the low `drop` bits count.
+        drop: how many bits will be cut off.
+
+    Example:
+        Half way between two multiples of 2^16, so the upper half of the noise rounds up:
+
+        >>> x, noise = jnp.full(2, 1 + 2**-8), jnp.array([0x7FFF, 0x8000], jnp.uint32)
+        >>> [hex(bits >> 16) for bits in add_noise(x, noise, 16).tolist()]
+        ['0x3f80', '0x3f81']
+    """
+    low = np.uint32((1 << drop) - 1)
+    largest = float((LARGEST & ~low).view(np.float32))
+    noise = jax.lax.select(jnp.abs(x) < largest, noise & low, jnp.zeros_like(noise))
+    return bits_of(x) + noise
+
+
+def round_stochastically(x: jax.Array, noise: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Round float32 numbers to bfloat16 or float16, up or down with the probability that fits.
+
+    What is finite stays finite, save that what float16 cannot hold (from 65520 on) becomes infinite
+    there, as it does rounded to nearest; infinity and NaN stay.
+
+    Args:
+        x: float32 numbers.
+        noise: random bits, uint32, of the same shape.
+        dtype: bfloat16 or float16.
+
+    Raises:
+        TypeError: if `dtype` is another one.
+
+    Example:
+        1 + 2^-9 lies a quarter of the way from 1 to the next bfloat16:
+
+        >>> noise = (jnp.arange(4) * 2**14).astype(jnp.uint32)
+        >>> print(round_stochastically(jnp.full(4, 1 + 2**-9), noise, jnp.bfloat16))
+        [1 1 1 1.00781]
+    """
+    if dtype == jnp.bfloat16:
+        return from_bits(add_noise(x, noise, 16) & np.uint32(0xFFFF0000)).astype(dtype)
+    if dtype != jnp.float16:
+        raise TypeError(
+            f"round_stochastically: dtype must be bfloat16 or float16, got {np.dtype(dtype)}"
+        )
+    # float16 has 13 bits less, and below 2^-14 the fixed spacing 2^-24
+    rounded = from_bits(add_noise(x, noise, 13) & np.uint32(0xFFFFE000))
+    steps = jnp.abs(x) * 2.0**24
+    steps = jnp.floor(steps + (noise >> 18).astype(jnp.float32) * 2.0**-14)  # exact: 10 + 14 bits
+    fixed = jnp.copysign(steps * 2.0**-24, x)
+    rounded = jnp.where(jnp.abs(x) < 2.0**-14, fixed, rounded)
+    over = (jnp.abs(rounded) > 65504) & (jnp.abs(x) < 65520)
+    return jnp.where(over, jnp.copysign(65504.0, x), rounded).astype(dtype)

@@ -1,0 +1,76 @@
+"""A float32 number as a bfloat16 and what is missing: exactly, in 2 + 2 bytes.
+
+    high = (bits + 0x8000) >> 16        the bfloat16 nearest to it, ties away from zero
+    rest = bits - (high << 16)          from -2^15 to 2^15 - 1: an int16
+    bits = (high << 16) + rest
+
+With ties to even it could not be exact: 65537 float32 numbers round to the bfloat16 0x3f80, one
+more than an int16 has values. Ties away from zero give each bfloat16 its 65536. For float16 there
+is no such remainder: 8.6e8 positive float32 numbers round to its zero.
+
+One byte of rest instead of two makes a number of 24 bits, rounded stochastically.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamx.core.rounding import INFINITY, SIGN, add_noise, bits_of, from_bits
+
+
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return float32 numbers as the nearest bfloat16 and an int16 remainder.
+
+    `join` gives back every number bit for bit, save that a NaN comes back as a NaN.
+
+    Returns:
+        The rounded numbers, still in float32, and what is missing.
+
+    Example:
+        >>> high, rest = split(jnp.array([1.0, 1.001], jnp.float32))
+        >>> high, rest
+        (Array([1., 1.], dtype=float32), Array([   0, 8389], dtype=int16))
+        >>> join(high, rest)
+        Array([1.   , 1.001], dtype=float32)
+    """
+    bits = jnp.where(jnp.isnan(x), INFINITY | np.uint32(0x00400000), bits_of(x))
+    high = (bits + np.uint32(0x8000)) >> 16
+    rest = (bits - (high << 16)).astype(jnp.int32).astype(jnp.int16)
+    return from_bits(high << 16), rest
+
+
+def join(high: jax.Array, rest: jax.Array) -> jax.Array:
+    """Return the float32 numbers of which these are the halves.
+
+    Where `high` was changed after `split`, to zero or infinity for instance, the rest is limited to
+    what fits it: the result rounds to `high`.
+
+    Args:
+        high: the rounded numbers, in bfloat16 or in float32.
+        rest: an int16 remainder, or an int8 one, which counts 256 as much.
+    """
+    wide = rest.astype(jnp.int32) * (256 if rest.dtype == jnp.int8 else 1)
+    bits = bits_of(high.astype(jnp.float32))
+    magnitude = bits & ~SIGN
+    wide = jnp.where(magnitude == 0, jnp.maximum(wide, 0), wide)
+    wide = jnp.where(magnitude == INFINITY, jnp.minimum(wide, 0), wide)
+    wide = jnp.where(magnitude > INFINITY, 0, wide)
+    return from_bits(bits + wide.astype(jnp.uint32))
+
+
+def split8(x: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Round float32 numbers stochastically to 24 bits, and split them into a bfloat16 and an int8.
+
+    Args:
+        x: float32 numbers.
+        noise: random bits, uint32, of the same shape.
+
+    Example:
+        >>> high, rest = split8(jnp.array([1.001], jnp.float32), jnp.array([0], jnp.uint32))
+        >>> rest, join(high, rest)
+        (Array([32], dtype=int8), Array([1.0009766], dtype=float32))
+    """
+    high, rest = split(from_bits(add_noise(x, noise, 8) & np.uint32(0xFFFFFF00)))
+    return high, (rest >> 8).astype(jnp.int8)

@@ -1,0 +1,58 @@
+"""A storage by its name: `adam(..., moments="packed16")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from adamx.core import lifting
+from adamx.core.transformation import Transformation
+from adamx.storage.bfloat16 import bfloat16
+from adamx.storage.packed8 import packed8, ratio_bound
+from adamx.storage.packed16 import packed16
+
+Moments = str | Callable[[Transformation], Transformation]
+"""The name of a storage, or a function that wraps a transformation in one."""
+
+NAMES = ("float32", "bfloat16", "packed16", "packed8")
+
+
+def stored(
+    inner: Transformation, moments: Moments, decays: tuple[Any, Any] | None = None
+) -> Transformation:
+    """Return the transformation with its slots kept in a storage.
+
+    Args:
+        inner: what keeps the slots.
+        moments: "float32" leaves it as it is; "bfloat16" (2 bytes a slot), "packed16" (Adam's two
+            moments in 4 bytes) or "packed8" (in 2); or a function that wraps a transformation,
+            such as a subclass of `Storage`.
+        decays: b1 and b2 where `inner` keeps Adam's moments, for "packed8"; None elsewhere.
+
+    Raises:
+        ValueError: if there is no storage of that name, or it cannot keep these slots.
+        TypeError: if `moments` is neither a name nor a function.
+
+    Example:
+        >>> import adamx
+        >>> stored(adamx.ema(0.9), "bfloat16")
+        bfloat16(ema(0.9))
+    """
+    if moments == "float32":
+        return inner
+    if callable(moments):
+        return moments(inner)
+    if moments == "bfloat16":
+        return bfloat16(inner)
+    if moments == "packed16":
+        return packed16(inner)
+    if moments == "packed8" and decays is not None:
+        return packed8(inner, ratio_bound(*decays))
+    if moments == "packed8":
+        raise ValueError(
+            "packed8: keeps mu as its ratio to the root of nu, for which Adam's two decays give a "
+            f"bound, and the slots here are {sorted(lifting.slot_names(inner))}: bfloat16 keeps "
+            "any slots, in 2 bytes each"
+        )
+    kind = ValueError if isinstance(moments, str) else TypeError
+    raise kind(f"moments must be one of {NAMES} or a function, got {moments!r}")

@@ -1,0 +1,92 @@
+"""Adam's two moments in 4 bytes: one uint32 an element.
+
+    bit  31   30 ... 23   22 ... 16   15 ... 8   7 ... 0
+         m's  m's         m's         v's        v's
+         sign exponent    7 bits      exponent   8 bits
+
+m is a bfloat16. v is never negative and has no use for a sign, so that it gets one bit of precision
+more. Both have float32's range and are rounded stochastically (`adamx.core.rounding`): the averages
+are linear, so that they stay unbiased.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamx.core.lifting import Slots, slot_names
+from adamx.core.rounding import add_noise, from_bits
+from adamx.storage.storage import Storage
+
+_HIGH, _LOW = np.uint32(0xFFFF0000), np.uint32(0x0000FFFF)
+
+
+class packed16(Storage):
+    """Keep `mu` and `nu` as one uint32 an element: 4 bytes a parameter where Adam needs 8.
+
+    Other slots stay as they are.
+
+    Attributes:
+        inner: what keeps the slots `mu` and `nu`, such as `scale_by_adam()`; `nu` is never
+            negative.
+        name: the slot that keeps the words: uint32, shaped like the parameter.
+
+    Raises:
+        ValueError: if `inner` does not keep `mu` and `nu`.
+        TypeError: at `init`, for float64 or complex parameters: their moments are no float32.
+
+    Example:
+        >>> import adamx, jax.numpy as jnp
+        >>> tx = packed16(adamx.scale_by_adam(eps=0.0))
+        >>> updates, state = tx.update(jnp.array([4.0, -8.0]), tx.init(jnp.zeros(2)))
+        >>> updates.round(1), state["moments"].dtype
+        (Array([ 1., -1.], dtype=float32), dtype('uint32'))
+    """
+
+    name: str = "moments"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pair(self)
+
+    def encode(self, slots: Slots, bits: Slots) -> Slots:
+        mu, nu = pair(self, slots)
+        noise = bits["mu"]  # 32 bits are enough for both
+        high = add_noise(mu, noise, 16) & _HIGH
+        low = (add_noise(nu, noise >> 16, 15) >> 15) & _LOW  # a NaN may have a sign
+        return others(slots) | {self.name: high | low}
+
+    def decode(self, stored: Slots) -> Slots:
+        word = stored[self.name]
+        mu, nu = from_bits(word & _HIGH), from_bits((word & _LOW) << 15)
+        return {n: x for n, x in stored.items() if n != self.name} | {"mu": mu, "nu": nu}
+
+
+def check_pair(storage: Any) -> None:
+    """Raise where a storage of two moments is given something that does not keep both."""
+    kept = slot_names(storage.inner)
+    if not {"mu", "nu"} <= set(kept):
+        name = type(storage).__name__
+        raise ValueError(
+            f"{name}: keeps mu and nu, Adam's two moments, in one word, and the slots here are "
+            f"{sorted(kept)}: bfloat16 keeps any slots, in 2 bytes each"
+        )
+
+
+def pair(storage: Any, slots: Slots) -> tuple[jax.Array, jax.Array]:
+    """Return mu and nu; raise where they are not of float32."""
+    for name in ("mu", "nu"):
+        if slots[name].dtype != jnp.float32:
+            raise TypeError(
+                f"{type(storage).__name__}: packs float32 moments, and this parameter's {name} is "
+                f'{slots[name].dtype}: use moments="float32" for float64 and complex parameters'
+            )
+    return slots["mu"], slots["nu"]
+
+
+def others(slots: Slots) -> Slots:
+    """Return the slots that are not packed."""
+    return {name: x for name, x in slots.items() if name not in ("mu", "nu")}
