@@ -15,7 +15,7 @@ import optax
 from adamx.core import errors, lifting
 from adamx.core.arithmetic import compute_dtype
 from adamx.core.precision_warning import ROUNDED
-from adamx.core.rounding import random_bits, round_stochastically, step_key
+from adamx.core.rounding import mix, random_bits, round_stochastically, step_key
 from adamx.core.transformation import Transformation
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -74,8 +74,8 @@ def _added(param: jax.Array, update: jax.Array, rounding: str, count: Any) -> ja
     place = jnp.zeros(param.shape, jnp.uint32)
     for axis, size in enumerate(param.shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, param.shape, axis)
-    word = random_bits(step_key(count), total) ^ place
-    return round_stochastically(total, random_bits(np.uint32(0), word), param.dtype)
+    noise = mix(random_bits(step_key(count), total) ^ place)
+    return round_stochastically(total, noise, param.dtype)
 
 
 class StepFunction(Protocol):

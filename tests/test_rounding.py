@@ -92,7 +92,7 @@ def test_another_dtype_is_refused():
         round_stochastically(jnp.ones(1), jnp.zeros(1, jnp.uint32), jnp.float32)
 
 
-def test_add_noise_keeps_the_bits_above_where_the_noise_carries_nothing():
+def test_add_noise_carries_nothing_into_a_number_of_the_narrow_format():
     x = jnp.asarray(np.array([1.0, 1.5, -2.25], np.float32))
     bits = add_noise(x, jnp.full(3, 2**32 - 1, jnp.uint32), 8)
     np.testing.assert_array_equal(bits & np.uint32(0xFFFFFF00), x.view(jnp.uint32))
@@ -107,7 +107,7 @@ def chi_square(values, bins):
     return float(np.sum((counts - expected) ** 2) / expected)
 
 
-@pytest.mark.parametrize("shift", [0, 8, 16, 24])
+@pytest.mark.parametrize("shift", [11, 16, 24])
 def test_bits_are_uniform_over_steps_and_over_values(shift):
     """Chi-square with 255 degrees of freedom: mean 255, deviation 22.6; 5 deviations."""
     one = jnp.float32(0.123)
@@ -134,11 +134,15 @@ def test_rounding_of_many_values_in_one_step_is_unbiased(count):
 BF16 = jnp.bfloat16
 
 
-def test_neighbouring_steps_and_values_are_not_correlated():
-    values = jnp.asarray((1 + np.arange(DRAWS) * 2.0**-23).astype(np.float32))
+def test_words_of_neighbouring_steps_are_not_correlated():
+    values = jnp.asarray(np.random.default_rng(6).normal(size=DRAWS).astype(np.float32))
     a, b = (np.asarray(random_bits(step_key(t), values)) / 2.0**32 for t in (5, 6))
-    for x, y in ((a, b), (a[:-1], a[1:]), (a[:-256], a[256:])):
-        assert abs(np.corrcoef(x, y)[0, 1]) < 5 / np.sqrt(DRAWS)
+    assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(DRAWS)
+    one = jnp.float32(0.123)
+    over_steps = jax.vmap(lambda t: random_bits(step_key(t), one))(jnp.arange(DRAWS))
+    over_steps = np.asarray(over_steps) / 2.0**32
+    for lag in (1, 2, 16):
+        assert abs(np.corrcoef(over_steps[:-lag], over_steps[lag:])[0, 1]) < 5 / np.sqrt(DRAWS)
 
 
 # ---------------------------------------------------------------- parameters, rounded without bias

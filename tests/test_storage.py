@@ -20,12 +20,13 @@ ADAM = scale_by_adam()
 BOUND = ratio_bound(0.9, 0.999)
 PACKED: dict[str, adamx.Storage] = {"packed16": packed16(ADAM), "packed8": packed8(ADAM, BOUND)}
 packed = pytest.mark.parametrize("name", PACKED)
-FLOOR = 2.0**-88  # what packed8 adds to v
+FLOOR = 2.0**-92  # what packed8 adds to v
 
 
 def bits(size, seed=0):
-    words = np.random.default_rng(seed).integers(0, 2**32, size, dtype=np.uint32)
-    return {"mu": jnp.asarray(words)}
+    rng = np.random.default_rng(seed)
+    words = (rng.integers(0, 2**32, size, dtype=np.uint32) for _ in range(2))
+    return dict(zip(("mu", "nu"), map(jnp.asarray, words), strict=True))
 
 
 def stored_and_read(name, mu, nu, seed=0):
@@ -40,6 +41,7 @@ def every_word(name):
     """All words of a storage, and the moments that they stand for, where these are finite."""
     if name == "packed8":
         words = np.arange(2**16, dtype=np.uint16)
+        words = words[(words >> 7 < 511) & (words & 63 < 63)]  # the rest is for what is not finite
     else:  # every m with one v, and every v with one m
         words = np.arange(2**16, dtype=np.uint32)
         words = np.concatenate([words << 16 | np.uint32(0x7F00), words | np.uint32(0x3F800000)])
@@ -59,7 +61,7 @@ def neighbours(codes, x):
 
 def moments_of_any_size(name, seed=0):
     rng = np.random.default_rng(seed)
-    low, high = (-100, 100) if name == "packed16" else (-86, 39)
+    low, high = (-100, 100) if name == "packed16" else (-90, 35)
     nu = np.ldexp(rng.uniform(1, 2, DRAWS), rng.integers(low, high, DRAWS))
     mu = np.sqrt(nu) * rng.uniform(0, BOUND, DRAWS) ** 2 / BOUND * rng.choice([-1, 1], DRAWS)
     return mu.astype(np.float32).astype(np.float64), nu.astype(np.float32).astype(np.float64)
@@ -87,13 +89,13 @@ def test_packed16_keeps_mu_as_one_of_the_two_nearest_codes():
 
 
 def test_packed8_keeps_mu_as_one_of_the_two_nearest_codes_beside_its_nu():
-    """The codes of m depend on that of v: a search through the 128 words with the same v."""
+    """The codes of m depend on that of v: a search through the 126 words with the same v."""
     words, codes, _ = every_word("packed8")
     mu, nu = moments_of_any_size("packed8")
     got, _, kept = stored_and_read("packed8", mu, nu)
     table = np.full((512, 128), np.nan)
     table[words >> 7, words & 127] = codes
-    table.sort(axis=1)
+    table = np.sort(table, axis=1)[:, :126]
     rows = table[np.asarray(kept["moments"]) >> 7]
     # the grid is computed in float32: a product of three, each rounded by half a ULP
     inside = np.abs(mu) <= rows[:, -1]
@@ -135,7 +137,7 @@ def test_both_moments_are_right_on_average(name, nu, ratio):
 
 
 def test_every_word_of_packed8_is_bounded():
-    """|m| <= 1.061 c sqrt(v + 2^-88): a small v cannot make the update explode."""
+    """|m| <= 1.061 c sqrt(v + 2^-92): a small v cannot make the update explode."""
     _, mu, nu = every_word("packed8")
     assert (np.abs(mu) <= 1.0607 * BOUND * np.sqrt(nu + FLOOR)).all()
 
@@ -164,7 +166,7 @@ def test_the_ratio_of_the_moments_is_bounded_for_every_sequence(b1, b2, grads):
 )
 @settings(max_examples=40, deadline=None)
 def test_updates_with_packed8_are_finite_and_bounded(grads):
-    """|u| <= 1.061 c sqrt(1 - b2^t) / (1 - b1^t) * sqrt(1 + 2^-88 / v), whatever the gradients."""
+    """|u| <= 1.061 c sqrt(1 - b2^t) / (1 - b1^t) * sqrt(1 + 2^-92 / v), whatever the gradients."""
     tx = scale_by_adam(eps=0.0, moments="packed8")
     update = _jitted_update(tx)
     state = tx.init(jnp.zeros(1))
@@ -206,7 +208,8 @@ def test_what_is_not_finite_stays_so_in_its_own_element(name):
     got, wanted = adamx.moments(state, tx), adamx.moments(clean, tx)
     for slot in ("mu", "nu"):
         assert got[slot][0] == wanted[slot][0]
-    assert jnp.isnan(got["mu"][1]) and jnp.isnan(got["nu"][1])
+    assert jnp.isnan(got["mu"][1])
+    assert jnp.isnan(got["nu"][1]) or name == "packed8"
     np.testing.assert_array_equal(got["mu"][2:], [jnp.inf, -jnp.inf])
     assert jnp.isfinite(got["nu"][2:]).all()  # a square too large counts as the largest number
 
@@ -218,9 +221,12 @@ def test_moments_that_are_not_finite_are_kept_as_such(name):
     got_mu, got_nu, _ = stored_and_read(name, mu, nu)
     np.testing.assert_array_equal(got_mu[:2], mu[:2])
     assert np.isfinite(got_nu[:2]).all()
-    assert np.isnan(got_mu[2])
-    assert np.isinf(got_nu[3]) and np.isfinite(got_mu[3])
-    assert np.isnan(got_nu[4:]).all()
+    assert np.isnan(got_mu[2]) and np.signbit(got_mu[1])
+    if name == "packed16":
+        assert np.isinf(got_nu[3]) and np.isfinite(got_mu[3])
+        assert np.isnan(got_nu[4:]).all()
+    else:  # no squares that adamx averages are infinite; a NaN is in m in any case
+        assert np.isnan(got_mu[[3, 4]]).all()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", *PACKED])
@@ -361,15 +367,18 @@ def test_moments_of_another_composition_are_refused():
 
 
 def test_hyperparameters_may_be_arrays():
-    params = {"w": jnp.ones(8)}
+    """The bound of packed8 is then an array, too; the last bit of b1 decides how it rounds."""
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=4096).astype(np.float32))}
     with jax.numpy_dtype_promotion("standard"):
         tx = optax.inject_hyperparams(adamx.adam)(0.1, moments="packed8")
         state = tx.init(params)
         updates: Any = tx.update(params, state, params)[0]
     plain = adamx.adam(0.1, moments="packed8")
     wanted, _ = plain.update(params, plain.init(params), params)
-    # b1 and b2 are float32 there: 1 - b2 is 1.3e-5 off
-    np.testing.assert_allclose(updates["w"], wanted["w"], rtol=1e-4)
+    ratio = np.asarray(updates["w"]) / np.asarray(wanted["w"])
+    # both are right to 13 % in one element, and on average over 4096 to 64 times less
+    assert abs(ratio.mean() - 1) < 5 * 0.13 * np.sqrt(2) / 64
+    assert abs(ratio - 1).max() < 0.6
 
 
 def test_a_format_of_ones_own_takes_a_few_lines():

@@ -54,34 +54,37 @@ def step_key(count: jax.Array | int) -> jax.Array:
         >>> int(step_key(1)) ^ int(step_key(2)) > 2**16
         True
     """
-    word = jnp.asarray(count).astype(jnp.uint32) + np.uint32(0x9E3779B9)
+    return mix(jnp.asarray(count).astype(jnp.uint32) + np.uint32(0x9E3779B9))
+
+
+def mix(word: jax.Array) -> jax.Array:
+    """Let every bit of a word of uint32 depend on all of its bits."""
     word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
     return word ^ (word >> 16)
 
 
-def random_bits(key: jax.Array | np.uint32, value: jax.Array) -> jax.Array:
-    """Return 32 random bits for each element: a hash of the step's key and of the element's value.
+def random_bits(key: jax.Array, value: jax.Array) -> jax.Array:
+    """Return a random word for each element, from the step's key and the element's value.
 
-    Two multiplications with a shift between them: the first carries every bit upwards, the shift
-    brings them down, the second carries them up again.
+    A multiplication carries every bit upwards: the high bits of the word depend on all bits of key
+    and value, the low ones do not, and are not to be used. For one value the words of many steps
+    are uniform, since the keys are; those of many values in one step are evenly spread.
 
     Args:
         key: from `step_key`.
-        value: float32 numbers, or words of uint32.
+        value: float32 numbers.
 
     Returns:
-        A uint32 array of the value's shape.
+        A uint32 array of the value's shape, of which some 21 high bits are random.
 
     Example:
-        >>> x, key = jnp.array([1.0, 2.0, 1.0]), step_key(1)
-        >>> a, b = random_bits(key, x), random_bits(step_key(2), x)
+        >>> x = jnp.array([1.0, 2.0, 1.0])
+        >>> a, b = random_bits(step_key(1), x), random_bits(step_key(2), x)
         >>> bool(a[0] == a[2]), bool(a[0] == a[1]), bool(a[0] == b[0])
         (True, False, False)
     """
-    word = value if value.dtype == jnp.uint32 else bits_of(value)
-    word = (word ^ key) * np.uint32(0xCC9E2D51)
-    return (word ^ (word >> 16)) * np.uint32(0x846CA68B)
+    return (bits_of(value) ^ key) * np.uint32(0xCC9E2D51)
 
 
 def add_noise(x: jax.Array, noise: jax.Array, drop: int) -> jax.Array:
@@ -93,19 +96,18 @@ def add_noise(x: jax.Array, noise: jax.Array, drop: int) -> jax.Array:
 
     Args:
         x: float32 numbers.
-        noise: random bits, uint32; the low `drop` bits count.
+        noise: random bits, uint32; the high `drop` bits count.
         drop: how many bits will be cut off.
 
     Example:
         Half way between two multiples of 2^16, so the upper half of the noise rounds up:
 
-        >>> x, noise = jnp.full(2, 1 + 2**-8), jnp.array([0x7FFF, 0x8000], jnp.uint32)
+        >>> x, noise = jnp.full(2, 1 + 2**-8), jnp.array([0x7FFF0000, 0x80000000], jnp.uint32)
         >>> [hex(bits >> 16) for bits in add_noise(x, noise, 16).tolist()]
         ['0x3f80', '0x3f81']
     """
-    low = np.uint32((1 << drop) - 1)
-    largest = float((LARGEST & ~low).view(np.float32))
-    noise = jax.lax.select(jnp.abs(x) < largest, noise & low, jnp.zeros_like(noise))
+    largest = (LARGEST >> drop << drop).view(np.float32)
+    noise = jax.lax.select(jnp.abs(x) < largest, noise >> (32 - drop), jnp.zeros_like(noise))
     return bits_of(x) + noise
 
 
@@ -117,7 +119,7 @@ def round_stochastically(x: jax.Array, noise: jax.Array, dtype: DTypeLike) -> ja
 
     Args:
         x: float32 numbers.
-        noise: random bits, uint32, of the same shape.
+        noise: random bits, uint32, of the same shape; the high ones count.
         dtype: bfloat16 or float16.
 
     Raises:
@@ -126,7 +128,7 @@ def round_stochastically(x: jax.Array, noise: jax.Array, dtype: DTypeLike) -> ja
     Example:
         1 + 2^-9 lies a quarter of the way from 1 to the next bfloat16:
 
-        >>> noise = (jnp.arange(4) * 2**14).astype(jnp.uint32)
+        >>> noise = jnp.arange(4).astype(jnp.uint32) << 30
         >>> print(round_stochastically(jnp.full(4, 1 + 2**-9), noise, jnp.bfloat16))
         [1 1 1 1.00781]
     """

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamx.core.lifting import Slots, slot_names
-from adamx.core.rounding import add_noise, from_bits
+from adamx.core.rounding import bits_of, from_bits
 from adamx.storage.storage import Storage
 
+_LARGEST = float(jnp.finfo(jnp.bfloat16).max)
 _HIGH, _LOW = np.uint32(0xFFFF0000), np.uint32(0x0000FFFF)
 
 
@@ -54,9 +55,12 @@ class packed16(Storage):
 
     def encode(self, slots: Slots, bits: Slots) -> Slots:
         mu, nu = pair(self, slots)
-        noise = bits["mu"]  # 32 bits are enough for both
-        high = add_noise(mu, noise, 16) & _HIGH
-        low = (add_noise(nu, noise >> 16, 15) >> 15) & _LOW  # a NaN may have a sign
+        # one word of noise for both, since each is right on average, and none where one of them is
+        # too large for it or not finite
+        fits = jnp.maximum(jnp.abs(mu), nu) < _LARGEST
+        noise = jax.lax.select(fits, bits["mu"], jnp.zeros_like(bits["mu"]))
+        high = (bits_of(mu) + (noise >> 16)) & _HIGH
+        low = ((bits_of(nu) + (noise >> 17)) >> 15) & _LOW  # a NaN may have a sign
         return others(slots) | {self.name: high | low}
 
     def decode(self, stored: Slots) -> Slots:

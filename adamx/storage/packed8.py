@@ -3,19 +3,23 @@
     bit  15 ... 7   6         5 ... 0
          v's code   m's sign  code of |m| / sqrt(v)
 
-v + 2^-88 is a number of 7 exponent and 2 mantissa bits, up to 2^39.6, so that v = 0 has a code;
-what is not finite has one, too. m is kept as its ratio to the root of v, which is bounded: with
-m_0 = v_0 = 0, Cauchy and Schwarz give for every sequence of gradients
+v + 2^-92 is a number of 7 exponent and 2 mantissa bits, up to 2^35.6, so that v = 0 has a code. m
+is kept as its ratio to the root of v, which is bounded: with m_0 = v_0 = 0, Cauchy and Schwarz give
+for every sequence of gradients
 
     |m_t| <= c sqrt(v_t),    c = (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)),    where b1^2 < b2.
 
-The ratio is companded: with x = 239 / c * |m| / sqrt(v), eight codes for each octave of 1 + x. So
-whatever the rounding does, the decoded ratio stays below 1.061 c, and a v that is rounded down
-cannot make a step explode, which is what happens where v is rounded within a block.
+The ratio is companded: with x = 223 / c * |m| / sqrt(v), eight codes for each octave of 1 + x. The
+root is the one that halves a float's bits, S(v), with sqrt(v) <= S(v) <= 1.061 sqrt(v); m is
+divided and multiplied by the same S, that of the rounded v, so that it stays right. Whatever the
+rounding does, the decoded
 
-Both are rounded stochastically on a scale that is linear between two neighbours, so without bias.
-The root is the one that halves a float's bits: sqrt(v) <= S(v) <= 1.061 sqrt(v), and exact where it
-counts, since m is divided and multiplied by the same number.
+    |m| <= 1.061 c sqrt(v + 2^-92):
+
+a v that is rounded down cannot make a step explode, which is what happens where v is rounded within
+a block. An infinite m keeps its sign, beside the largest v; where one of them is NaN, or v
+infinite, m is NaN. Both are rounded stochastically between two neighbours, on a scale that is
+linear there, so without bias.
 """
 
 from __future__ import annotations
@@ -28,18 +32,18 @@ import numpy as np
 
 from adamx.core.checks import DECAY, NON_NEGATIVE, check, checked
 from adamx.core.lifting import Slots
-from adamx.core.rounding import bits_of, from_bits
+from adamx.core.rounding import INFINITY, bits_of, from_bits
 from adamx.storage.packed16 import check_pair, others, pair
 from adamx.storage.storage import Storage
 
-_STEPS = 239.0  # 1 + x ends just before the code 64: 240 = 2^7 * 1.875
+_STEPS = 223.0  # 1 + x ends with the code 62: 224 = 2^7 * 1.75
 _ONE = np.uint32(1016)  # the bits of 1.0, cut as those of 1 + x are
-_FIRST = np.uint32(156)  # code k stands for the float32 with the bits (k + 156) << 21, less 2^-88
-_FLOOR = 2.0**-88
+_FIRST = np.uint32(140)  # code k stands for the float32 with the bits (k + 140) << 21, less 2^-92
+_FLOOR = 2.0**-92
 _LAST = np.uint32(510) + _FIRST
 _ROOT = np.uint32(0x1FC00000)  # half the exponent's offset: what halving a float's bits leaves out
-_ODD = np.uint32(511)  # the code of what is not finite; then the bits of |m| say which:
-_INFINITE_MU, _INFINITE_NU, _NAN = np.uint32(0), np.uint32(1), np.uint32(2)
+_INFINITE = np.uint32(510 << 7 | 63)  # m infinite, beside the largest v
+_NAN = np.uint32(511 << 7 | 63)
 
 
 @checked(b1=DECAY, b2=DECAY)
@@ -102,38 +106,30 @@ class packed8(Storage):
 
     def encode(self, slots: Slots, bits: Slots) -> Slots:
         mu, nu = pair(self, slots)
-        noise = bits["mu"]  # 32 bits are enough for both
         size = jnp.abs(mu)
-        code = (bits_of(nu + _FLOOR) + ((noise >> 16) << 5)) >> 21
-        code = jnp.minimum(code, _LAST)
-        x = jnp.minimum(size * (_STEPS / self.bound) / _root(code), _STEPS)
-        y = ((bits_of(1 + x) + ((noise & 0xFFFF) << 4)) >> 20) - _ONE
-        larger = jnp.maximum(size, nu)  # NaN where one of them is
-        finite = larger < jnp.inf
-        which = jnp.where(size < jnp.inf, _INFINITE_NU, _INFINITE_MU)
-        y = jnp.where(finite, y, jnp.where(jnp.isnan(larger), _NAN, which))
-        k = jnp.where(finite, code - _FIRST, _ODD)
+        code = jnp.minimum((bits_of(nu + _FLOOR) + (bits["nu"] >> 11)) >> 21, _LAST)
+        x = jnp.minimum(size * (_STEPS / self.bound) / _root(code << 20), _STEPS)
+        y = ((bits_of(1 + x) + (bits["mu"] >> 12)) >> 20) - _ONE
+        word = ((code - _FIRST) << 7) | y
+        odd = jnp.where(bits_of(size) == INFINITY, _INFINITE, _NAN)
+        word = jnp.where(jnp.maximum(bits_of(size), bits_of(nu)) < INFINITY, word, odd)
         sign = (bits_of(mu) >> 25) & 64
         # the last operation is an OR of two uint16: a conversion there would be fused into the
         # kernel that reads the words, and XLA would copy them
-        word = (k << 7).astype(jnp.uint16) | (sign | y).astype(jnp.uint16)
-        return others(slots) | {self.name: word}
+        return others(slots) | {self.name: word.astype(jnp.uint16) | sign.astype(jnp.uint16)}
 
     def decode(self, stored: Slots) -> Slots:
         word = stored[self.name].astype(jnp.uint32)
-        k, sign, y = word >> 7, (word & 64) << 25, word & 63
-        code = k + _FIRST
-        nu = from_bits(code << 21) - _FLOOR
-        size = (from_bits((y + _ONE) << 20) - 1) * (_root(code) * (self.bound / _STEPS))
-        nan, infinite = y == _NAN, y == _INFINITE_MU
-        odd_mu = jnp.where(nan, jnp.nan, jnp.where(infinite, jnp.inf, 0.0))
-        odd_nu = jnp.where(nan, jnp.nan, jnp.where(infinite, nu, jnp.inf))
-        finite = k < _ODD
-        size, nu = jnp.where(finite, size, odd_mu), jnp.where(finite, nu, odd_nu)
-        mu = from_bits(bits_of(size) | sign)
+        code = ((word & 0xFF80) << 13) + (_FIRST << 20)  # the code, shifted by 20
+        y, sign = word & 63, (word & 64) << 25
+        nu = from_bits(code << 1) - _FLOOR
+        size = (from_bits((y << 20) + (_ONE << 20)) - 1) * (_root(code) * (self.bound / _STEPS))
+        # infinity, or NaN where the last bit of v's code is set
+        odd = ((word & 128) << 15) | INFINITY
+        mu = from_bits(jnp.where(y == 63, odd, bits_of(size)) | sign)
         return {n: x for n, x in stored.items() if n != self.name} | {"mu": mu, "nu": nu}
 
 
 def _root(code: jax.Array) -> jax.Array:
-    """Return S, a little above the root of the number that a code stands for."""
-    return from_bits((code << 20) + _ROOT)
+    """Return S, a little above the root of the number that a code, shifted by 20, stands for."""
+    return from_bits(code + _ROOT)
