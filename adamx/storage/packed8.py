@@ -9,17 +9,17 @@ for every sequence of gradients
 
     |m_t| <= c sqrt(v_t),    c = (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)),    where b1^2 < b2.
 
-The ratio is companded: with x = 223 / c * |m| / sqrt(v), eight codes for each octave of 1 + x. The
-root is the one that halves a float's bits, S(v), with sqrt(v) <= S(v) <= 1.061 sqrt(v); m is
-divided and multiplied by the same S, that of the rounded v, so that it stays right. Whatever the
+The ratio is companded: with x = 223 / c * |m| / S, eight codes for each octave of 1 + x. S is the
+root of the rounded v, by halving a float's bits and less 2^-46, so that it is 0 where v is; it is
+at most 1.061 sqrt(v). m is divided and multiplied by the same S, so that it stays right. Whatever the
 rounding does, the decoded
 
-    |m| <= 1.061 c sqrt(v + 2^-92):
+    |m| <= 1.061 c sqrt(v):
 
 a v that is rounded down cannot make a step explode, which is what happens where v is rounded within
 a block. An infinite m keeps its sign, beside the largest v; where one of them is NaN, or v
 infinite, m is NaN. Both are rounded stochastically between two neighbours, on a scale that is
-linear there, so without bias.
+linear there, so without bias, save that m fades out where v comes down to 2^-92.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from adamx.storage.storage import Storage
 _STEPS = 223.0  # 1 + x ends with the code 62: 224 = 2^7 * 1.75
 _ONE = np.uint32(1016)  # the bits of 1.0, cut as those of 1 + x are
 _FIRST = np.uint32(140)  # code k stands for the float32 with the bits (k + 140) << 21, less 2^-92
-_FLOOR = 2.0**-92
+_FLOOR, _ROOT_OF_FLOOR, _TINY = 2.0**-92, 2.0**-46, 2.0**-126
 _LAST = np.uint32(510) + _FIRST
 _ROOT = np.uint32(0x1FC00000)  # half the exponent's offset: what halving a float's bits leaves out
 _INFINITE = np.uint32(510 << 7 | 63)  # m infinite, beside the largest v
@@ -75,7 +75,8 @@ class packed8(Storage):
     """Keep `mu` and `nu` as one uint16 an element: 2 bytes a parameter where Adam needs 8.
 
     Other slots stay as they are. The spacing of v is 14 to 25 %, that of m about 10 %: a single
-    update is off by some 13 %, without bias.
+    update is off by some 13 %, without bias; what that does to training is in
+    `docs/low-precision.md`.
 
     Attributes:
         inner: what keeps the slots `mu` and `nu`, averages of the gradient and of its square.
@@ -108,7 +109,8 @@ class packed8(Storage):
         mu, nu = pair(self, slots)
         size = jnp.abs(mu)
         code = jnp.minimum((bits_of(nu + _FLOOR) + (bits["nu"] >> 11)) >> 21, _LAST)
-        x = jnp.minimum(size * (_STEPS / self.bound) / _root(code << 20), _STEPS)
+        root = jnp.maximum(_root(code << 20), _TINY)  # 0 / 0 is 0
+        x = jnp.minimum(size * (_STEPS / self.bound) / root, _STEPS)
         y = ((bits_of(1 + x) + (bits["mu"] >> 12)) >> 20) - _ONE
         word = ((code - _FIRST) << 7) | y
         odd = jnp.where(bits_of(size) == INFINITY, _INFINITE, _NAN)
@@ -131,5 +133,5 @@ class packed8(Storage):
 
 
 def _root(code: jax.Array) -> jax.Array:
-    """Return S, a little above the root of the number that a code, shifted by 20, stands for."""
-    return from_bits(code + _ROOT)
+    """Return S, about the root of the number that a code, shifted by 20, stands for."""
+    return from_bits(code + _ROOT) - _ROOT_OF_FLOOR
