@@ -7,6 +7,7 @@ from typing import Any, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jmp
 import numpy as np
 import optax
 import pytest
@@ -408,5 +409,29 @@ def test_works_with_the_dynamic_loss_scale_of_flax():
             pick = lambda new, old: jnp.where(finite, new, old)  # noqa: B023, E731
             params = jax.tree.map(pick, new_params, params)
             state = jax.tree.map(pick, new_state, state)
+    assert jnp.isfinite(params["w"]).all()
+    assert (params["w"] < 1).all()
+
+
+def test_works_with_the_dynamic_loss_scale_of_jmp():
+    tx = master_weights(adamx.adam(1e-2))
+    params = {"w": jnp.ones(4, jnp.float16)}
+    state = tx.init(params)
+    scale = jmp.DynamicLossScale(jnp.float32(2.0**15), period=5)
+
+    def loss(p, x):
+        return jnp.sum((p["w"] * x).astype(jnp.float32)) * 1e-6
+
+    with jax.numpy_dtype_promotion("standard"):
+        for t in range(12):
+            x = jnp.full(4, 60000.0 if t == 3 else 0.01, jnp.float16)
+            grads = jax.grad(lambda p, x: scale.scale(loss(p, x)))(params, x)  # noqa: B023
+            grads = scale.unscale(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+            finite = jmp.all_finite(grads)
+            scale = scale.adjust(finite)
+            updates, new_state = tx.update(grads, state, params)
+            new_params = adamx.apply_updates(params, updates)
+            params = jmp.select_tree(finite, new_params, params)
+            state = jmp.select_tree(finite, new_state, state)
     assert jnp.isfinite(params["w"]).all()
     assert (params["w"] < 1).all()

@@ -43,7 +43,7 @@ def every_word(name):
         words = words[(words >> 7 < 511) & (words & 63 < 63)]  # the rest is for what is not finite
     else:  # every m with one v, and every v with one m
         words = np.arange(2**16, dtype=np.uint32)
-        words = np.concatenate([words << 16 | np.uint32(0x7F00), words | np.uint32(0x3F800000)])
+        words = np.concatenate([words | np.uint32(0x7F000000), words << 16 | np.uint32(0x3F80)])
     back = PACKED[name].decode({"moments": jnp.asarray(words)})
     mu, nu = (np.asarray(back[k]) for k in ("mu", "nu"))
     finite = np.isfinite(mu) & np.isfinite(nu)

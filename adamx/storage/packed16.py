@@ -1,8 +1,8 @@
 """Adam's two moments in 4 bytes: one uint32 an element.
 
-    bit  31   30 ... 23   22 ... 16   15 ... 8   7 ... 0
-         m's  m's         m's         v's        v's
-         sign exponent    7 bits      exponent   8 bits
+    bit  31 ... 24   23 ... 16   15     14 ... 7   6 ... 0
+         v's         v's         m's    m's        m's
+         exponent    8 bits      sign   exponent   7 bits
 
 m is a bfloat16. v is never negative and has no use for a sign, so that it gets one bit of precision
 more. Both have float32's range and are rounded stochastically (`adamx.core.rounding`): the averages
@@ -22,7 +22,7 @@ from adamx.core.rounding import bits_of, from_bits
 from adamx.storage.storage import Storage
 
 _LARGEST = float(jnp.finfo(jnp.bfloat16).max)
-_HIGH, _LOW = np.uint32(0xFFFF0000), np.uint32(0x0000FFFF)
+_HIGH = np.uint32(0xFFFF0000)
 
 
 class packed16(Storage):
@@ -58,14 +58,16 @@ class packed16(Storage):
         # one word of noise for both, since each is right on average, and none where one of them is
         # too large for it or not finite
         fits = jnp.maximum(jnp.abs(mu), nu) < _LARGEST
-        noise = jax.lax.select(fits, bits["mu"], jnp.zeros_like(bits["mu"]))
-        high = (bits_of(mu) + (noise >> 16)) & _HIGH
-        low = ((bits_of(nu) + (noise >> 17)) >> 15) & _LOW  # a NaN may have a sign
+        half = jnp.full_like(bits["mu"], 16)
+        noise = (bits["mu"] >> half) * fits.astype(jnp.uint32)
+        low = (bits_of(mu) + noise) >> half
+        high = ((bits_of(nu) + (noise >> 1)) << 1) & _HIGH  # a NaN's sign is shifted out
         return others(slots) | {self.name: high | low}
 
     def decode(self, stored: Slots) -> Slots:
         word = stored[self.name]
-        mu, nu = from_bits(word & _HIGH), from_bits((word & _LOW) << 15)
+        half = jnp.full_like(word, 16)
+        mu, nu = from_bits(word << half), from_bits((word >> half) << 15)
         return {n: x for n, x in stored.items() if n != self.name} | {"mu": mu, "nu": nu}
 
 

@@ -11,8 +11,8 @@ for every sequence of gradients
 
 The ratio is companded: with x = 223 / c * |m| / S, eight codes for each octave of 1 + x. S is the
 root of the rounded v, by halving a float's bits and less 2^-46, so that it is 0 where v is; it is
-at most 1.061 sqrt(v). m is divided and multiplied by the same S, so that it stays right. Whatever the
-rounding does, the decoded
+at most 1.061 sqrt(v). m is divided and multiplied by the same S, so that it stays right. Whatever
+the rounding does, the decoded
 
     |m| <= 1.061 c sqrt(v):
 

@@ -64,8 +64,9 @@ class Storage(Transformation):
 
         Args:
             slots: by name: float32 arrays (float64 or complex ones where the parameter is).
-            bits: by the same names: random bits, uint32, one word an element. Those of a slot
-                depend on this slot alone, so that each can be updated in place.
+            bits: by the same names: random bits, uint32, one word an element, of which the high
+                ones are random. Those of a slot depend on this slot alone, so that each can be
+                updated in place.
 
         Returns:
             Arrays of the same shape, by name; the names may be others.
