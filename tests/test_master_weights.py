@@ -367,7 +367,7 @@ def warned(tx, params):
 def test_16_bit_parameters_without_a_remedy_warn_once_and_name_both(dtype):
     params = {"w": jnp.ones(2, dtype), "b": jnp.ones(3, dtype), "wide": jnp.ones(2)}
     (message,) = warned(adamx.adamw(1e-3), params)
-    assert "2 parameters are" in message and jnp.dtype(dtype).name in message
+    assert "2 of the parameters' leaves are" in message and jnp.dtype(dtype).name in message
     assert "master_weights" in message and "rounding='stochastic'" in message
 
 

@@ -41,7 +41,7 @@ def warn_of_rounding(tx: Transformation, params: Any) -> None:
         return
     dtype = narrow[0]
     warnings.warn(
-        f"adamx: {len(narrow)} parameters are {dtype}: a step smaller than "
+        f"adamx: {len(narrow)} of the parameters' leaves are {dtype}: a step smaller than "
         f"{float(jnp.finfo(dtype).eps) / 2:.1g} of a parameter is rounded away when it is added. "
         "Keep what is missing with adamx.master_weights(tx), or round without bias with "
         "adamx.make_step(tx, rounding='stochastic'), made before init, or "

@@ -1,0 +1,914 @@
+"""What 16- and 8-bit moments and bfloat16 parameters do to training: one command, one page.
+
+    python benchmarks/convergence.py [--quick] [--markdown docs/low-precision.md]
+
+Every method trains the same tasks from the same weights on the same batches as float32, seed by
+seed. FlashOptim takes part where it is installed (`pip install flashoptim-jax`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from blockwise8 import adam8
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from scipy import stats
+from side_by_side import Table, environment
+from sklearn.datasets import load_digits
+
+import adamx
+
+try:
+    from flashoptim_jax import flash_adam
+    from flashoptim_jax.compression import reconstruct_weights
+except ImportError:
+    flash_adam = reconstruct_weights = None
+
+Pair = tuple[Callable[[Any], Any], Callable[[Any, Any, Any], tuple[Any, Any]]]
+PACKAGES = ("date", "adamx", "jax", "optax")
+FLOAT32, AGAIN = "float32", "float32, other order"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How large the tasks are.
+
+    Attributes:
+        length: of the training runs, as a part of the full ones.
+        seeds: how many at most.
+        width: of the transformer.
+        layers: of the transformer.
+        text: how many bytes of source it reads.
+        travel: steps of the small-step table.
+        quick: whether only some of the methods and tasks take part.
+    """
+
+    length: float = 1.0
+    seeds: int = 6
+    width: int = 64
+    layers: int = 2
+    text: int = 2_000_000
+    travel: int = 2000
+    quick: bool = False
+
+
+QUICK = Settings(0.02, seeds=2, width=16, layers=1, text=100_000, travel=100, quick=True)
+
+
+# ------------------------------------------------------------------------------------- the methods
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to keep Adam's moments, or the parameters.
+
+    Attributes:
+        make: returns `init(params)` and `step(params, state, grads)` for a learning rate, and for
+            b1, b2 and eps.
+        dtype: of the parameters.
+    """
+
+    make: Callable[..., Pair]
+    dtype: Any = jnp.float32
+
+
+def ours(build: Callable[..., adamx.Transformation], rounding: str = "nearest") -> Any:
+    """Return what makes the steps of an adamx transformation."""
+
+    def make(rate: optax.ScalarOrSchedule, **options: float) -> Pair:
+        tx = build(rate, **options)
+        step = adamx.make_step(tx, rounding=rounding)
+        return tx.init, step
+
+    return make
+
+
+def theirs(build: Callable[..., optax.GradientTransformation]) -> Any:
+    """Return what makes the steps of an Optax transformation."""
+
+    def make(rate: optax.ScalarOrSchedule, **options: float) -> Pair:
+        tx = build(rate, **options)
+
+        def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return tx.init, step
+
+    return make
+
+
+def flash(bits: int | None) -> Any:
+    """Return what makes the steps of FlashOptim on its pure-XLA path."""
+
+    def make(rate: optax.ScalarOrSchedule, **options: float) -> Pair:
+        assert flash_adam is not None
+        tx = flash_adam(rate, master_weight_bits=bits, fused=False, **options)
+        return tx.init, tx.step
+
+    return make
+
+
+def stored(moments: str) -> Method:
+    """Return Adam with its moments in a storage."""
+    return Method(ours(functools.partial(adamx.adam, moments=moments)))
+
+
+def to_nearest(rate: optax.ScalarOrSchedule, **options: float) -> adamx.Transformation:
+    """Return Adam with bfloat16 moments that are rounded to nearest."""
+    narrow = adamx.bfloat16(adamx.scale_by_adam(**options), nearest=True)
+    return adamx.chain(narrow, adamx.scale_by_learning_rate(rate))
+
+
+def masters(keep: str, moments: str = "float32") -> Method:
+    """Return Adam on masters of bfloat16 parameters."""
+
+    def build(rate: optax.ScalarOrSchedule, **options: float) -> adamx.Transformation:
+        return adamx.master_weights(adamx.adam(rate, **options, moments=moments), keep)
+
+    return Method(ours(build), jnp.bfloat16)
+
+
+MOMENTS = {
+    FLOAT32: stored("float32"),
+    "bfloat16": stored("bfloat16"),
+    "packed16": stored("packed16"),
+    "packed8": stored("packed8"),
+    "bfloat16, to nearest": Method(ours(to_nearest)),
+    "block-wise 8-bit": Method(theirs(adam8)),
+    **({"FlashOptim": Method(flash(None))} if flash_adam else {}),
+}
+PARAMS = {
+    "remainder": masters("remainder"),
+    "remainder8": masters("remainder8"),
+    "float32 masters": masters("float32"),
+    "stochastic": Method(ours(adamx.adam, "stochastic"), jnp.bfloat16),
+    "remainder8 + packed8": masters("remainder8", "packed8"),
+    "Optax": Method(theirs(optax.adam), jnp.bfloat16),
+    **({"FlashOptim, 24 bits": Method(flash(24), jnp.bfloat16)} if flash_adam else {}),
+}
+METHODS = MOMENTS | {f"bf16: {name}": method for name, method in PARAMS.items()}
+FEW = (FLOAT32, "packed8", "bf16: remainder")
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Return a tree of floats in another dtype."""
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+# --------------------------------------------------------------------------------------- the tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Something to train.
+
+    Attributes:
+        title: its name.
+        note: how it is made.
+        seeds: how many runs.
+        rate: the learning rate.
+        params: from a seed: the first weights.
+        data: from a seed: what the loss is given at every step.
+        batches: from a seed and the number of an order: one batch a step.
+        loss: of (params, data, batch).
+        measures: by name: from the trained weights and a seed a number, the smaller the better.
+        eps: Adam's.
+    """
+
+    title: str
+    note: str
+    seeds: int
+    rate: Any
+    params: Callable[[int], Any]
+    data: Callable[[int], Any]
+    batches: Callable[[int, int], Any]
+    loss: Callable[[Any, Any, Any], jax.Array]
+    measures: Mapping[str, Callable[[Any, int], float]]
+    eps: float = 1e-8
+
+
+def stacked(make: Callable[[int], Any], seeds: int) -> Any:
+    """Return the trees of all seeds as one, with a leading axis."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *map(make, range(seeds)))
+
+
+Trainer = Callable[[int], dict[str, np.ndarray]]
+
+
+def trainer(task: Task, method: Method, **options: float) -> Trainer:
+    """Return what trains every seed in one jitted program, and measures what came out.
+
+    Args:
+        task: what is trained.
+        method: by which it is trained.
+        **options: Adam's, such as b1.
+
+    Returns:
+        A function of the number of the order: for each measure a number a seed.
+    """
+    init, step = method.make(task.rate, **{"eps": task.eps, **options})
+
+    def run(arguments: tuple[Any, Any, Any]) -> Any:
+        params, data, batches = arguments
+        params = cast(params, method.dtype)
+
+        def body(carry: tuple[Any, Any], batch: Any) -> tuple[Any, None]:
+            loss = lambda params: task.loss(cast(params, jnp.float32), data, batch)  # noqa: E731
+            return step(*carry, jax.grad(loss)(carry[0])), None
+
+        (params, _), _ = jax.lax.scan(body, (params, init(params)), batches)
+        return cast(params, jnp.float32)
+
+    every = jax.jit(lambda arguments: jax.lax.map(run, arguments))
+
+    def train(order: int = 0) -> dict[str, np.ndarray]:
+        draws = task.params, task.data, lambda seed: task.batches(seed, order)
+        trained = every(tuple(stacked(draw, task.seeds) for draw in draws))
+        each = [jax.tree.map(lambda x, i=i: x[i], trained) for i in range(task.seeds)]
+        return {
+            name: np.array([measure(params, seed) for seed, params in enumerate(each)])
+            for name, measure in task.measures.items()
+        }
+
+    return train
+
+
+def entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the mean cross-entropy."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@functools.cache
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return scikit-learn's digits: images in [0, 1] and labels, shuffled."""
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    return (images[order] / 16).astype(np.float32), labels[order].astype(np.int32)
+
+
+def shuffled(seed: int, order: int, steps: int, batch: int, size: int) -> np.ndarray:
+    """Return the indices of the batches: epoch after epoch, each shuffled."""
+    rng = np.random.default_rng([seed, order])
+    epochs = [rng.permutation(size) for _ in range(math.ceil(steps * batch / size))]
+    return np.concatenate(epochs)[: steps * batch].reshape(steps, batch)
+
+
+def digits_mlp(settings: Settings) -> list[Task]:
+    """Classify digits with one hidden layer: the loss on the training set, and on the test set."""
+    steps, (images, labels), cut = round(1500 * settings.length), digits(), 1437
+
+    def params(seed: int) -> Any:
+        rng = np.random.default_rng(seed)
+        w = [rng.normal(0, (2 / n) ** 0.5, (n, m)) for n, m in ((64, 128), (128, 10))]
+        return cast({"w": w, "b": [np.zeros(128), np.zeros(10)]}, np.float32)
+
+    def logits(p: Any, x: jax.Array) -> jax.Array:
+        return jax.nn.relu(x @ p["w"][0] + p["b"][0]) @ p["w"][1] + p["b"][1]
+
+    def loss(p: Any, data: Any, rows: jax.Array) -> jax.Array:
+        return entropy(logits(p, data[0][rows]), data[1][rows])
+
+    def measure(part: slice) -> Callable[[Any, int], float]:
+        x, y = jnp.asarray(images[part]), jnp.asarray(labels[part])
+        return lambda p, _: float(jnp.log(entropy(logits(p, x), y)))
+
+    return [
+        Task(
+            "Digits",
+            f"64-128-10 on scikit-learn's digits, {steps} batches of 64, cosine from 3e-3.",
+            min(6, settings.seeds),
+            optax.cosine_decay_schedule(3e-3, steps),
+            params,
+            lambda _: (jnp.asarray(images), jnp.asarray(labels)),
+            lambda seed, order: shuffled(seed, order, steps, 64, cut),
+            loss,
+            {"log training loss": measure(slice(cut)), "log test loss": measure(slice(cut, None))},
+        )
+    ]
+
+
+@functools.cache
+def source(size: int) -> np.ndarray:
+    """Return Python's own library as printable characters, numbered from 0 to 96."""
+    text = b""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= size:
+            break
+    codes = np.frombuffer(text[:size], np.uint8).astype(np.int32)
+    return np.where(codes == 10, 95, np.where((codes < 32) | (codes > 126), 96, codes - 32))
+
+
+def transformer(settings: Settings) -> list[Task]:
+    """Predict the next character of Python's standard library: the loss on unseen files."""
+    steps, width, length, heads = round(300 * settings.length), settings.width, 64, 4
+    text = source(settings.text)
+    cut = int(len(text) * 0.9)
+
+    def params(seed: int) -> Any:
+        rng = np.random.default_rng(seed)
+
+        def normal(*shape: int) -> Any:
+            return jnp.asarray(rng.normal(0, shape[0] ** -0.5, shape), jnp.float32)
+
+        def layer() -> Any:
+            return {
+                "gains": jnp.ones((2, width)),
+                "mix": normal(width, 3, width),
+                "out": normal(width, width) / 2,
+                "up": normal(width, 4 * width),
+                "down": normal(4 * width, width) / 2,
+            }
+
+        embed = {
+            "embed": normal(97, width),
+            "place": normal(length, width),
+            "gain": jnp.ones(width),
+        }
+        return embed | {"layers": [layer() for _ in range(settings.layers)]}
+
+    def norm(x: jax.Array, gain: jax.Array) -> jax.Array:
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * gain
+
+    def logits(p: Any, tokens: jax.Array) -> jax.Array:
+        x = p["embed"][tokens] + p["place"]
+        for layer in p["layers"]:
+            mixed = jnp.einsum("bti,ijk->jbtk", norm(x, layer["gains"][0]), layer["mix"])
+            q, k, v = mixed.reshape(3, *tokens.shape, heads, width // heads)
+            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
+            x = x + mixed @ layer["out"]
+            x = x + jax.nn.gelu(norm(x, layer["gains"][1]) @ layer["up"]) @ layer["down"]
+        return norm(x, p["gain"]) @ p["embed"].T
+
+    def loss(p: Any, data: jax.Array, starts: jax.Array) -> jax.Array:
+        windows = data[starts[:, None] + jnp.arange(length + 1)]
+        return entropy(logits(p, windows[:, :-1]), windows[:, 1:])
+
+    def batches(seed: int, order: int) -> np.ndarray:
+        return np.random.default_rng([seed, order]).integers(0, cut - length - 1, (steps, 16))
+
+    unseen = np.linspace(cut, len(text) - length - 1, 200).astype(int)
+    test = jax.jit(lambda p: loss(p, jnp.asarray(text), jnp.asarray(unseen)))
+    return [
+        Task(
+            "Characters",
+            f"A transformer of {settings.layers} layers, width {width} and context {length} on "
+            f"Python's standard library, {steps} batches of 16, cosine from 3e-3 after a warmup.",
+            min(3, settings.seeds),
+            optax.warmup_cosine_decay_schedule(0, 3e-3, max(1, steps // 10), steps),
+            params,
+            lambda _: jnp.asarray(text),
+            batches,
+            loss,
+            {"test loss, nats": lambda p, _: float(test(p))},
+        )
+    ]
+
+
+def sparse_embedding(settings: Settings) -> list[Task]:
+    """Learn a table of which a batch touches few rows, most of them rarely, from noisy targets."""
+    rows, width, batch, steps = 4096, 16, 64, round(1500 * settings.length)
+    chance = 1 / np.arange(1, rows + 1) ** 1.1
+    chance /= chance.sum()
+
+    def data(seed: int) -> Any:
+        return jnp.asarray(np.random.default_rng([seed, 1]).normal(size=(rows, width)), jnp.float32)
+
+    def batches(seed: int, order: int) -> Any:
+        rng = np.random.default_rng([seed, 2, order])
+        ids = rng.choice(rows, (steps, batch), p=chance)
+        noise = rng.standard_t(3, (steps, batch))
+        return ids, cast((rng.normal(size=(steps, batch, width)), 0.3 * noise), np.float32)
+
+    def loss(table: jax.Array, truth: jax.Array, drawn: Any) -> jax.Array:
+        ids, (context, noise) = drawn
+        missing = jnp.sum((table[ids] - truth[ids]) * context, axis=1)
+        return jnp.mean((missing - noise) ** 2)
+
+    def measure(table: jax.Array, seed: int) -> float:
+        return float(np.log(chance @ np.sum((np.asarray(table) - data(seed)) ** 2, axis=1)))
+
+    return [
+        Task(
+            "Sparse embedding",
+            f"{rows} rows of {width}, drawn with chances like 1 / rank^1.1, Student's noise with 3 "
+            f"degrees of freedom, {steps} batches of {batch}, cosine from 2e-2.",
+            min(5, settings.seeds),
+            optax.cosine_decay_schedule(2e-2, steps),
+            lambda _: jnp.zeros((rows, width)),
+            data,
+            batches,
+            loss,
+            {"log error": measure},
+        )
+    ]
+
+
+DECAY = 1e-2  # of the logistic regression: half the square of the weights
+
+
+def newton(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the optimal weights of the logistic regression, in float64."""
+    w, hot = np.zeros((x.shape[1], 10)), np.eye(10)[y]
+    while True:
+        z = x @ w
+        p = np.exp(z - z.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        gradient = x.T @ (p - hot) / len(x) + DECAY * w
+        if np.abs(gradient).max() < 1e-14:
+            return w
+        curved = np.einsum("nk,kl->nkl", p, np.eye(10)) - p[:, :, None] * p[:, None]
+        hessian = np.einsum("nkl,ni,nj->ikjl", curved, x, x, optimize=True) / len(x)
+        hessian = hessian.reshape(w.size, w.size) + DECAY * np.eye(w.size)
+        move = np.linalg.solve(hessian, gradient.ravel()).reshape(w.shape)
+        rate = 1.0
+        while objective(w - rate * move, x, y) > objective(w, x, y) + 1e-14:
+            rate /= 2
+        w = w - rate * move
+
+
+def objective(w: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
+    """Return the objective of the logistic regression, in float64."""
+    z = x @ w
+    top = z.max(axis=1)
+    likelihood = z[np.arange(len(y)), y] - top - np.log(np.exp(z - top[:, None]).sum(axis=1))
+    return float(DECAY / 2 * np.sum(w * w) - likelihood.mean())
+
+
+def logistic(settings: Settings) -> list[Task]:
+    """Fit a logistic regression to high accuracy, with all of its data at every step."""
+    steps, count = round(3000 * settings.length), 300
+
+    @functools.cache
+    def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = digits()
+        chosen = np.random.default_rng([seed, 3]).choice(len(labels), count, replace=False)
+        return np.pad(images[chosen], ((0, 0), (0, 1)), constant_values=1), labels[chosen]
+
+    @functools.cache
+    def optimum(seed: int) -> float:
+        x, y = data(seed)
+        return objective(newton(x.astype(np.float64), y), x.astype(np.float64), y)
+
+    def loss(w: jax.Array, data: Any, order: jax.Array) -> jax.Array:
+        x, y = (jnp.where(order, a[::-1], a) for a in data)
+        return entropy(x @ w, y) + DECAY / 2 * jnp.sum(w * w)
+
+    def measure(w: jax.Array, seed: int) -> float:
+        x, y = data(seed)
+        excess = objective(np.asarray(w, np.float64), x.astype(np.float64), y) - optimum(seed)
+        return float(np.log10(max(excess, 1e-16)))
+
+    def task(name: str, rate: Any) -> Task:
+        return Task(
+            f"Logistic regression, {name}",
+            f"Full batch: {count} digits, another choice for each seed, {steps} steps, rate 3e-2. "
+            "Other order: backwards. The excess is over the optimum that Newton's method finds in "
+            "float64; below 1e-16 it counts as that.",
+            min(5, settings.seeds),
+            rate,
+            lambda seed: jnp.asarray(
+                np.random.default_rng([seed, 4]).normal(size=(65, 10)), jnp.float32
+            ),
+            lambda seed: jax.tree.map(jnp.asarray, data(seed)),
+            lambda _, order: jnp.full(steps, bool(order)),
+            loss,
+            {"log10 excess": measure},
+        )
+
+    constant, cosine = 3e-2, optax.cosine_decay_schedule(3e-2, steps)
+    return [task("constant rate", constant), task("cosine rate", cosine)]
+
+
+def scales(settings: Settings) -> list[Task]:
+    """Reach a point from noisy gradients that are scaled differently, elementwise or by leaf."""
+    steps = round(1000 * settings.length)
+
+    def task(title: str, note: str, factors: Callable[[int], list[np.ndarray]]) -> Task:
+        def draw(seed: int, number: int, *front: int) -> list[Any]:
+            rng = np.random.default_rng([seed, number])
+            return [
+                jnp.asarray(rng.normal(size=(*front, len(s))), jnp.float32) for s in factors(seed)
+            ]
+
+        def data(seed: int) -> Any:
+            return cast(factors(seed), np.float32), draw(seed, 5)
+
+        def loss(w: Any, data: Any, noise: Any) -> jax.Array:
+            each = zip(w, *data, noise, strict=True)
+            return sum(jnp.sum(s * ((w - t) ** 2 / 2 + n * w)) for w, s, t, n in each)
+
+        def measure(w: Any, seed: int) -> float:
+            error = [np.mean((a - b) ** 2) for a, b in zip(w, draw(seed, 5), strict=True)]
+            return float(np.log10(np.mean(error)))
+
+        return Task(
+            title,
+            f"{note} {steps} steps, cosine from 2e-2, eps=1e-15; noise as large as the gradients.",
+            min(5, settings.seeds),
+            optax.cosine_decay_schedule(2e-2, steps),
+            lambda seed: [jnp.zeros(len(s)) for s in factors(seed)],
+            data,
+            lambda seed, order: draw(seed, 6 + order, steps),
+            loss,
+            {"log10 error": measure},
+            eps=1e-15,
+        )
+
+    leaves = [np.full(64, 10.0**k) for k in range(-12, 4)]
+    return [
+        task(
+            "Scales, a leaf each",
+            "16 leaves of 64, whose gradients have the scales 1e-12 ... 1e3.",
+            lambda _: leaves,
+        ),
+        task(
+            "Scales within a leaf",
+            "One leaf of 4096, whose gradients have the scales 10^U(-6, 0).",
+            lambda seed: [10 ** np.random.default_rng([seed, 7]).uniform(-6, 0, 4096)],
+        ),
+    ]
+
+
+TASKS = (digits_mlp, transformer, sparse_embedding, logistic, scales)
+
+
+# --------------------------------------------------------------------------------------- verdicts
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How a method did beside float32: a paired t-test over the seeds.
+
+    Attributes:
+        difference: the mean difference with its 95 % interval.
+        words: "yes" where the interval contains zero, "no" and the side otherwise.
+        short: both in few characters.
+    """
+
+    difference: str
+    words: str
+    short: str
+
+
+def compared(values: np.ndarray, baseline: np.ndarray, floor: float = 0.0) -> Verdict:
+    """Return the verdict on one number a seed; smaller is better.
+
+    Args:
+        values: the method's.
+        baseline: float32's.
+        floor: the noise floor, 0 where there is none.
+
+    Example:
+        >>> compared(np.array([1.0, 2.0, 4.0]), np.array([1.1, 1.9, 4.0])).words
+        'yes'
+    """
+    lost = int(np.sum(~np.isfinite(values)))
+    if lost:
+        words = f"no: not finite, {lost} of {len(values)} seeds"
+        return Verdict("-", words, f"**{lost} of {len(values)} lost**")
+    difference = values - baseline
+    if not difference.any():
+        return Verdict("0", "yes: identical", "0")
+    mean = difference.mean()
+    low, high = stats.ttest_rel(values, baseline).confidence_interval()
+    text, short = f"{mean:+.2g} [{low:+.2g}, {high:+.2g}]", f"{mean:+.2g}"
+    if low <= 0 <= high:
+        if floor and high - low > 20 * floor:
+            return Verdict(text, "undecided: seeds scatter", f"{short} ?")
+        return Verdict(text, "yes", short)
+    words = "no: worse" if mean > 0 else "no: better"
+    if abs(mean) < floor:
+        return Verdict(text, f"{words}, by less than the floor", f"*{short}*")
+    return Verdict(text, words, f"**{short}**")
+
+
+class Bench:
+    """Runs the sections with a progress bar."""
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        """Take the methods that the settings ask for."""
+        self.settings, self.progress = settings, progress
+        keep = FEW if settings.quick else tuple(METHODS)
+        self.methods = {name: METHODS[name] for name in keep}
+        self.moments = {name: m for name, m in self.methods.items() if name in MOMENTS}
+        self.narrow = {name: m for name, m in self.methods.items() if name not in MOMENTS}
+
+    def each(self, what: str, items: Sequence[Any]) -> Iterator[Any]:
+        """Yield the items, and show how far it is."""
+        yield from self.progress.track(items, description=what)
+
+
+def convergence(bench: Bench) -> Iterator[Table]:
+    """Compare with float32, seed by seed: a summary, and a table for each measure."""
+    tables, summary, heads = [], {name: [] for name in bench.methods}, []
+    tasks = [make(bench.settings) for make in TASKS]
+    for task in (task for some in tasks for task in some[: 1 if bench.settings.quick else None]):
+        runs = {}
+        for name in bench.each(task.title, list(bench.methods)):
+            train = trainer(task, bench.methods[name])
+            runs[name] = train(0)
+            if name == FLOAT32:
+                runs[AGAIN] = train(1)
+        for measure in task.measures:
+            found = {name: run[measure] for name, run in runs.items()}
+            baseline = found[FLOAT32]
+            floor = float(np.sqrt(np.mean((found[AGAIN] - baseline) ** 2)))
+            verdicts = {name: compared(x, baseline, floor) for name, x in found.items()}
+            rows = []
+            for name in found:
+                told = [verdicts[name].difference, verdicts[name].words]
+                told = ["", ""] if name == FLOAT32 else told
+                rows.append([name, f"{found[name].mean():.4g}", *told])
+            note = f"{task.note} {task.seeds} seeds. Noise floor: {floor:.2g}."
+            columns = ["", measure, "difference [95 %]", "equal within seed noise"]
+            tables.append(Table(f"{task.title}: {measure}", note, columns, rows))
+            heads.append(f"{task.title}: {measure} ({floor:.2g})")
+            for name in bench.methods:
+                summary[name].append(verdicts[name].short)
+    note = (
+        "The mean difference from float32 for each measure, with the noise floor in brackets after "
+        "its name; smaller is better. Not equal within seed noise: in bold, or in italics where "
+        "the difference is below the noise floor. With a question mark: undecided."
+    )
+    turned = [[head, *(cells[i] for cells in summary.values())] for i, head in enumerate(heads)]
+    rows = [row[:1] + row[2:] for row in turned]
+    yield Table("Training beside float32", note, ["", *list(bench.methods)[1:]], rows)
+    yield from tables
+
+
+@functools.cache
+def direction(method: Method, **options: float) -> Pair:
+    """Return init and step of a method whose step gives -u from the gradients alone."""
+    init, step = method.make(1.0, **options)
+
+    def towards(state: Any, grads: Any) -> tuple[Any, Any]:
+        return step(jax.tree.map(jnp.zeros_like, grads), state, grads)
+
+    return init, jax.jit(towards)
+
+
+def shadowed(
+    task: Task, methods: Mapping[str, Method], **options: float
+) -> dict[str, tuple[float, ...]]:
+    """Train seed 0 in float32, and show every method the same gradients.
+
+    Returns:
+        For each method the largest |u| / lr; the rms difference of its updates from float32's,
+        relative to the rms of these; and its gain, the factor by which these fit best.
+    """
+    options = {"eps": task.eps, **options}
+    init, step = METHODS[FLOAT32].make(task.rate, **options)
+    others = {name: direction(method, **options) for name, method in methods.items()}
+    truth = direction(METHODS[FLOAT32], **options)[1]
+
+    def product(one: Any, other: Any) -> jax.Array:
+        return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), one, other)))
+
+    def run(params: Any, data: Any, batches: Any) -> Any:
+        def body(carry: Any, batch: Any) -> tuple[Any, Any]:
+            params, state, true, states = carry
+            grads = jax.grad(task.loss)(params, data, batch)
+            params, state = step(params, state, grads)
+            exact, true = truth(true, grads)
+            told, after = {}, {}
+            for name, (_, towards) in others.items():
+                u, after[name] = towards(states[name], grads)
+                largest = jnp.max(jnp.stack([jnp.abs(x).max() for x in jax.tree.leaves(u)]))
+                off = jax.tree.map(jnp.subtract, u, exact)
+                sums = product(off, off), product(off, exact), product(exact, exact)
+                told[name] = largest, jnp.stack(sums)
+            return (params, state, true, after), told
+
+        states = {name: start(params) for name, (start, _) in others.items()}
+        return jax.lax.scan(body, (params, init(params), init(params), states), batches)[1]
+
+    told = jax.jit(run)(task.params(0), task.data(0), task.batches(0, 0))
+    found = {}
+    for name in methods:  # jit has sorted the keys
+        largest, (off, along, size) = told[name][0].max(), told[name][1].sum(axis=0)
+        found[name] = float(largest), float(jnp.sqrt(off / size)), float(1 + along / size)
+    return found
+
+
+def trajectories(bench: Bench) -> Iterator[Table]:
+    """Compare single updates with those of float32, for the same gradients."""
+    heads, columns = [], []
+    makes = TASKS[:1] if bench.settings.quick else (digits_mlp, transformer, sparse_embedding)
+    tasks = [make(bench.settings)[0] for make in makes]
+    for task in bench.each("updates", tasks):
+        found = shadowed(task, bench.moments)
+        columns += [[f"{x[k]:.3g}" for x in found.values()] for k in range(3)]
+        heads += [f"{task.title}: largest", "rms error", "gain"]
+    rows = [list(row) for row in zip(bench.moments, *columns, strict=True)]
+    note = (
+        "On float32's trajectory of seed 0, every method given the same gradients: the largest "
+        "|u| / lr of all steps and elements; the rms difference from float32's updates as a part "
+        "of their rms; and the gain, the factor by which float32's updates fit the method's best."
+    )
+    yield Table("Single updates", note, ["", *heads], rows)
+
+
+def after(method: Method, grads: Sequence[Any]) -> np.ndarray:
+    """Return the last u / lr of a few steps on one array."""
+    init, towards = direction(method)
+    state, u = init(jnp.zeros_like(grads[0])), None
+    for g in grads:
+        u, state = towards(state, g)
+    return -np.asarray(u)
+
+
+def extremes(bench: Bench) -> Iterator[Table]:
+    """Show what one extreme, infinite or NaN element does to itself and to its neighbours."""
+    sizes = ("0", "1e-30", "1e-20", "1e5", "1e12", "3e38")
+    spikes = ("1e5", "1e12", "3e38", "inf", "nan")
+    normal = np.random.default_rng(0).normal(size=(20, 1024)).astype(np.float32)
+    rows, hurt = [], []
+    for name, method in bench.each("extremes", list(bench.moments.items())):
+        cells, lost = [], []
+        exact = after(bench.moments[FLOAT32], list(normal))
+        for size in sizes:
+            grads = normal[:10].copy()
+            grads[:, 7] = float(size)
+            u = after(method, list(grads))
+            others = int(np.sum(~np.isfinite(np.delete(u, 7))))
+            cells.append(f"{u[7] + 0.0:.3g}" + (f" (and {others} others lost)" if others else ""))
+        for size in spikes:
+            grads = normal.copy()
+            grads[4, 7] = float(size)
+            u = after(method, list(grads))
+            off = int(np.sum(~(np.abs(np.delete(u - exact, 7)) <= 0.5)))
+            lost.append(f"{int(np.sum(~np.isfinite(u)))}, {off}")
+        rows.append([name, *cells])
+        hurt.append([name, *lost])
+    heads = [f"g = {size}" for size in sizes]
+    note = (
+        "The same extreme gradient of one element in 10 steps, beside 1023 ordinary ones: the "
+        "element's u / lr, and how many others are not finite, if any."
+    )
+    yield Table("Extreme gradients", note, ["", *heads], rows)
+    note = (
+        "One gradient of this size in one element of 1024, in step 5 of 20: how many elements are "
+        "not finite at the end, and how many of the 1023 others have a u / lr that is more than "
+        "0.5 from float32's without it (or not finite). In float32 infinity and NaN stay in their "
+        "element for ever."
+    )
+    yield Table("One bad element", note, ["", *spikes], hurt)
+
+
+def whole(params: Any, state: Any) -> np.ndarray:
+    """Return one array of parameters with all that is kept of them."""
+    if isinstance(state, dict):
+        kept = {"master", "remainder"} & set(state)
+        return np.asarray(adamx.masters(params, state) if kept else params, np.float64)
+    if hasattr(state, "ecc"):
+        params = reconstruct_weights(params, state.ecc)
+    return np.asarray(params, np.float64)
+
+
+def travel(bench: Bench) -> Iterator[Table]:
+    """Show how far bfloat16 parameters come in small steps."""
+    steps, sizes = bench.settings.travel, (1e-6, 4e-6, 1e-5)
+    start = np.random.default_rng(0).uniform(1, 2, 16384)
+    rows = []
+    methods = {FLOAT32: METHODS[FLOAT32]} | bench.narrow
+    for name, method in bench.each("small steps", list(methods.items())):
+        cells = []
+        for size in sizes:
+            init, step = method.make(size)
+            first = jnp.asarray(start, method.dtype)
+            carry, grads, step = (first, init(first)), -jnp.ones_like(first), jax.jit(step)
+            for _ in range(steps):
+                carry = step(*carry, grads)
+            way = (whole(*carry) - np.asarray(jnp.asarray(start, method.dtype))) / (steps * size)
+            cells += [f"{way.mean():.3f}", f"{np.sqrt(np.mean((way - 1) ** 2)):.2g}"]
+        rows.append([name, *cells])
+    heads = [cell for size in sizes for cell in (f"u = {size:g}", "rms error")]
+    note = (
+        f"{steps} equal steps of u, by Adam with a constant gradient, on {len(start)} parameters "
+        "between 1 and 2: the mean part of the distance that was travelled, and the rms error of "
+        "the single parameters as a part of the distance. Of masters, where there are any."
+    )
+    yield Table("Small steps", note, ["", *heads], rows)
+
+
+def betas(bench: Bench) -> Iterator[Table]:
+    """Compare the packed moments with float32 for other decays."""
+    task = dataclasses.replace(digits_mlp(bench.settings)[0], seeds=min(4, bench.settings.seeds))
+    measure = next(iter(task.measures))
+    pairs = [(b1, b2) for b1 in (0.0, 0.5, 0.9, 0.99) for b2 in (0.9, 0.999, 0.9999) if b1**2 < b2]
+    packed = {name: m for name, m in bench.moments.items() if name in ("packed16", "packed8")}
+    rows = []
+    for b1, b2 in bench.each("betas", pairs[-1:] if bench.settings.quick else pairs):
+        errors = shadowed(task, packed, b1=b1, b2=b2)
+        baseline = trainer(task, METHODS[FLOAT32], b1=b1, b2=b2)(0)[measure]
+        cells = [f"{b1:g}", f"{b2:g}", f"{adamx.ratio_bound(b1, b2):.3g}", f"{baseline.mean():.3g}"]
+        for name, method in packed.items():
+            verdict = compared(trainer(task, method, b1=b1, b2=b2)(0)[measure], baseline)
+            cells += [f"{errors[name][1]:.2g}", verdict.difference, verdict.words]
+        rows.append(cells)
+    heads = ["b1", "b2", "ratio bound", f"float32, {measure}"]
+    for name in packed:
+        heads += [f"{name}: rms error", "difference [95 %]", "equal"]
+    note = (
+        f"The digits, {task.seeds} seeds, trained with other decays, of which packed8 needs "
+        "b1^2 < b2: the rms error of single updates as above, and the difference from float32 with "
+        "the same decays."
+    )
+    yield Table("Other betas", note, heads, rows)
+
+
+def memory(bench: Bench) -> Iterator[Table]:
+    """Count what every method keeps."""
+    rows = []
+    for name, method in bench.each("bytes", list(bench.methods.items())):
+        params = jnp.zeros((512, 512), method.dtype)
+        state = sum(x.nbytes for x in jax.tree.leaves(method.make(1e-3)[0](params))) / params.size
+        rows.append(
+            [name, *(f"{x:.3g}" for x in (params.itemsize, state, params.itemsize + state))]
+        )
+    note = "Bytes a parameter, counted on an array of 512 x 512; gradients not included."
+    yield Table("Memory", note, ["", "parameters", "state", "together"], rows)
+
+
+SECTIONS = (memory, convergence, trajectories, extremes, travel, betas)
+
+
+# ------------------------------------------------------------------------------------- the command
+
+READING = """\
+## How to read the tables
+
+Every method starts from float32's weights, in its own dtype, and sees float32's batches, seed by
+seed. Methods whose name begins with *bf16* have bfloat16 parameters: the loss widens them to
+float32 and computes in float32, the gradients come back in bfloat16, and what is measured is the
+model with the bfloat16 parameters. The other methods have float32 parameters. The moments of
+*remainder*, *remainder8*, *float32 masters* and *stochastic* are float32.
+
+A difference is the mean over the seeds of a method's number less float32's, with the 95 % interval
+of a paired t-test. The *noise floor* is the rms difference between float32 and float32 with another
+order of the same data. *Equal within seed noise* is *yes* where the interval contains zero, and
+*undecided* where it does but is wider than 20 noise floors. Where a method is equal, one table in
+twenty says *no* by chance. Few seeds give wide intervals, so that *yes* is weak evidence where
+there are 3.
+
+Three methods are not adamx's. *Optax* is `optax.adam` on bfloat16 parameters, with its own dtypes.
+*block-wise 8-bit* is `benchmarks/blockwise8.py`, written from the paper of Dettmers et al. (2022):
+dynamic table, blocks of 256, here for every array; their library leaves arrays of fewer than 4096
+elements in float32, and advises another embedding layer. *FlashOptim* is `flashoptim-jax` 0.1.0 on
+its pure-XLA path, with float32 parameters or with bfloat16 ones and a correction of 8 bits.
+"""
+MARK = "<!-- tables -->"
+
+
+def page(tables: Sequence[Table], settings: Settings, old: str) -> str:
+    """Return the page: what stood above the mark, which is written by hand, and new tables."""
+    above = old.partition(MARK)[0] or "# Low precision\n\n"
+    facts = ", ".join(f"{k} {v}" for k, v in environment().items() if k in PACKAGES)
+    how = f"`python benchmarks/convergence.py{' --quick' if settings.quick else ''}"
+    made = f"Below: written by {how} --markdown docs/low-precision.md`, not by hand ({facts}, CPU)."
+    below = [MARK, "", made, "", READING, *(table.markdown() for table in tables)]
+    return above + "\n".join(below)
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small and short, under a minute")
+    parser.add_argument("--markdown", type=Path, help="write the page to this file too")
+    options = parser.parse_args()
+    settings = QUICK if options.quick else Settings()
+    start, tables = time.perf_counter(), []
+    console = Console()
+    console.width = max(console.width, 200)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=Console(stderr=True), redirect_stdout=False
+    ) as progress:
+        bench = Bench(settings, progress)
+        for section in SECTIONS:
+            for table in section(bench):
+                tables.append(table)
+                console.print("", table.rich())
+    console.print(f"\n{time.perf_counter() - start:.0f} s in all")
+    if options.markdown:
+        old = options.markdown.read_text() if options.markdown.exists() else ""
+        options.markdown.write_text(page(tables, settings, old))
+
+
+if __name__ == "__main__":
+    main()
