@@ -45,10 +45,11 @@ class master_weights(Transformation):
     With the remainder, parameter and remainder together are the float32 number, bit for bit, and
     the masters follow the trajectory of the same optimizer on float32 parameters bit for bit, both
     steps jitted. (One exception: where a step shrinks a parameter more than 2^15-fold, the float32
-    update cannot express the new value exactly: it is off by 2^-24 of the old one. And inside an
-    Optax transformation the compiler may contract products and sums otherwise, in the last bit.)
-    A parameter that was changed outside, by clipping or averaging, is adopted to within half its
-    spacing; with "float32" exactly.
+    update cannot express the new value exactly: it is off by 2^-24 of the old one. And the claim
+    is about what the compiler of jax 0.10 makes of adamx's optimizers: around an Optax optimizer,
+    or compiled by jax 0.8, a product and a sum may be contracted in one program and not in the
+    other, which changes last bits.) A parameter that was changed outside, by clipping or averaging,
+    is adopted to within half its spacing; with "float32" exactly.
 
     Attributes:
         tx: the whole optimizer, an adamx or Optax transformation.
