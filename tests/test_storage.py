@@ -241,6 +241,20 @@ def test_moments_that_are_not_finite_are_kept_as_such(name):
         assert np.isnan(got_mu[[3, 4]]).all()
 
 
+@packed
+def test_noise_carries_no_number_into_infinity_and_no_nan_into_zero(name):
+    full = np.array([0x7FFFFFFF], np.uint32).view(np.float32)[0]  # a NaN with all its bits set
+    largest = np.finfo(np.float32).max
+    mu = jnp.asarray(np.array([full, largest, -largest, 1.0], np.float32))
+    nu = jnp.asarray(np.array([1.0, largest, largest, full], np.float32))
+    ones = jnp.full(4, 2**32 - 1, jnp.uint32)
+    noise: dict[str, jax.Array] = {"mu": ones, "nu": ones}
+    back = PACKED[name].decode(PACKED[name].encode({"mu": mu, "nu": nu}, noise))
+    assert jnp.isnan(back["mu"][0]) and jnp.isfinite(back["mu"][1:3]).all()
+    assert jnp.isfinite(back["nu"][:3]).all()
+    assert jnp.isnan(back["nu"][3]) or jnp.isnan(back["mu"][3])
+
+
 @pytest.mark.parametrize("name", ["bfloat16", *PACKED])
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e-20, 1e5, 1e12, 1e30, 3e38])
 def test_gradients_of_any_size_leave_finite_updates(name, size):
@@ -408,6 +422,24 @@ def test_a_format_of_ones_own_takes_a_few_lines():
     assert adamx.moments(state, tx)["mu"].dtype == jnp.float32
     with pytest.raises(TypeError, match="half: a step that rounds"):
         jax.grad(lambda g: tx.update(g, state)[0].sum())(jnp.ones(4))
+
+
+def test_a_concept_inside_reads_its_old_slots_decoded():
+    class delayed(adamx.Transformation):
+        def slots(self, param):
+            return {"mu": adamx.zeros(param), "nu": adamx.zeros(param)}
+
+        def accumulate(self, u, slots, step):
+            return {"mu": u, "nu": u * u}
+
+        def emit(self, u, slots, step):
+            return step.old["mu"]
+
+    tx = packed16(delayed())
+    grads = jnp.array([2.0, -4.0])
+    none, state = tx.update(grads, tx.init(grads))
+    np.testing.assert_array_equal(none, 0)
+    np.testing.assert_array_equal(tx.update(8 * grads, state)[0], grads)
 
 
 # ------------------------------------------------------------------- the same bits, however it runs
