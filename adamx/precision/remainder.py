@@ -56,7 +56,7 @@ def join(high: jax.Array, rest: jax.Array) -> jax.Array:
     magnitude = bits & ~SIGN
     wide = jnp.where(magnitude == 0, jnp.maximum(wide, 0), wide)
     wide = jnp.where(magnitude == INFINITY, jnp.minimum(wide, 0), wide)
-    wide = jnp.where(magnitude > INFINITY, 0, wide)
+    # beside a NaN any rest makes a NaN
     return from_bits(bits + wide.astype(jnp.uint32))
 
 
