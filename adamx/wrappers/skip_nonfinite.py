@@ -32,7 +32,7 @@ COUNTERS = ("skipped", "consecutive_skipped")
 def all_finite(leaves: Sequence[jax.Array], before_clip: bool = False) -> jax.Array:
     """Say whether no element of the leaves is NaN or infinite.
 
-    A sum of magnitudes is finite only where all elements are; where it has overflowed, one looks.
+    A sum is finite only where all elements are (inf - inf is NaN); where it is not, one looks.
 
     Args:
         leaves: arrays in compute dtype.
@@ -51,9 +51,10 @@ def all_finite(leaves: Sequence[jax.Array], before_clip: bool = False) -> jax.Ar
 
     if before_clip:
         total = sum_of_all_squares(leaves)
-    else:  # not squares: XLA would compute those once for nu and for this, and store them
-        sums = [jnp.sum(jnp.abs(u)).astype(float) for u in leaves]
-        total = sum(sums, start=jnp.zeros([], float))
+    else:  # a sum as it stands: XLA:CPU would write squares, or magnitudes, to memory first
+        dtype = compute_dtype(*(u.dtype for u in leaves))
+        sums = [jnp.sum(u).astype(dtype) for u in leaves]
+        total = sum(sums, start=jnp.zeros([], dtype))
     return jax.lax.cond(jnp.isfinite(total), lambda: jnp.array(True), look)
 
 
