@@ -71,6 +71,7 @@ from adamx.optimizers.sgdw import sgdw
 from adamx.optimizers.stable_adamw import stable_adamw
 from adamx.optimizers.yogi import yogi
 from adamx.precision.master_weights import master_weights, masters
+from adamx.sharding import state_sharding
 from adamx.state import Adaptation, adapt_state
 from adamx.storage.bfloat16 import bfloat16
 from adamx.storage.choice import stored
@@ -212,6 +213,7 @@ __all__ = [
     "sign",
     "skip_nonfinite",
     "stable_adamw",
+    "state_sharding",
     "stored",
     "sum_of_squares",
     "trace",

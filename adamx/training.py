@@ -91,7 +91,9 @@ class StepFunction(Protocol):
         ...
 
 
-def make_step(tx: optax.GradientTransformation, *, rounding: str = "nearest") -> StepFunction:
+def make_step(
+    tx: optax.GradientTransformation, *, rounding: str = "nearest", out_shardings: Any = None
+) -> StepFunction:
     """Return the jitted step `(params, state, grads) -> (params, state)`, which works in place.
 
     Params and state are donated: their buffers hold the results, so that a step needs no memory
@@ -106,6 +108,9 @@ def make_step(tx: optax.GradientTransformation, *, rounding: str = "nearest") ->
         rounding: of parameters of 16 bits: "nearest", or "stochastic", for adamx transformations:
             the update is added in float32 and the sum rounded such that its mean is right (see
             `apply_updates`). Made before `tx.init`, it keeps that from warning.
+        out_shardings: of (params, state), as for `jax.jit`; needed where the slots lie elsewhere
+            than their parameters (`state_sharding`). None leaves it to the compiler, which keeps
+            both where they are if they lie alike.
 
     Returns:
         The jitted function; its `lower` shows the compiled program. Keyword arguments go on to
@@ -135,11 +140,11 @@ def make_step(tx: optax.GradientTransformation, *, rounding: str = "nearest") ->
         )
     if rounding == "stochastic":
         vars(tx)[ROUNDED] = True
-    program = _program(tx, rounding)
-    return _InTwoPrograms(tx, program) if isinstance(tx, accumulate) else program
+    program = _program(tx, rounding, out_shardings)
+    return _InTwoPrograms(tx, program, out_shardings) if isinstance(tx, accumulate) else program
 
 
-def _program(tx: Any, rounding: str) -> StepFunction:
+def _program(tx: Any, rounding: str, out_shardings: Any) -> StepFunction:
     """Return the jitted step, in place."""
     update = optax.with_extra_args_support(tx).update
 
@@ -150,7 +155,7 @@ def _program(tx: Any, rounding: str) -> StepFunction:
         updates, state = lifting.update(tx, grads, state, params, extra, narrow=False)
         return apply_updates(params, updates, rounding=rounding, count=state["count"]), state
 
-    return jax.jit(step, donate_argnames=("params", "state"))
+    return jax.jit(step, donate_argnames=("params", "state"), out_shardings=out_shardings)
 
 
 class _InTwoPrograms:
@@ -160,9 +165,11 @@ class _InTwoPrograms:
     here, so that the device is asked only at the start, and never waited for.
     """
 
-    def __init__(self, tx: accumulate, step: StepFunction) -> None:
+    def __init__(self, tx: accumulate, step: StepFunction, out_shardings: Any) -> None:
         self._every, self._step = tx.every, step
-        self._add = jax.jit(tx.add, donate_argnums=0)
+        of_state = None if out_shardings is None else out_shardings[1]
+        own = {name: of_state[name] for name in (SUM, MICRO)} if of_state else None
+        self._add = jax.jit(tx.add, donate_argnums=0, out_shardings=own)
         self._known: tuple[Any, int] = None, 0
 
     def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:

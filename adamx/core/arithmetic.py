@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.experimental.shard_alike import shard_alike
 from jax.typing import DTypeLike
 
 
@@ -80,6 +82,17 @@ def zeros(param: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     compute = compute_dtype(param.dtype)
     narrow = dtype is not None and not jnp.issubdtype(compute, jnp.complexfloating)
     return jnp.zeros_like(param, dtype if narrow else compute)
+
+
+def placed_like(start: jax.Array, param: jax.Array) -> jax.Array:
+    """Return a start value on the devices of its parameter, also where it is compiled.
+
+    Under `jax.jit(tx.init)` zeros depend on nothing, and would all be made on one device. Outside
+    of jit `zeros_like` has placed them; a slot of another shape places itself.
+    """
+    if isinstance(param, Tracer) and start.shape == param.shape:
+        return shard_alike(param, start)[1]
+    return start
 
 
 def average(old: jax.Array, new: jax.Array, decay: Any, weight: Any) -> jax.Array:

@@ -22,7 +22,13 @@ import numpy as np
 from jax.core import Tracer
 
 from adamx.core import errors
-from adamx.core.arithmetic import compute_dtype, is_inexact, real_times_complex, widen
+from adamx.core.arithmetic import (
+    compute_dtype,
+    is_inexact,
+    placed_like,
+    real_times_complex,
+    widen,
+)
 from adamx.core.step import Step
 
 if TYPE_CHECKING:
@@ -103,6 +109,10 @@ def init(tx: Transformation, params: Any) -> State:
     leaves = take_apart(params, None)
     tx = tx.resolve(params)
     entries = disjoint(*(segment.init_tree(leaves) for segment in tx.segments()))
+    for name in tx.tree_names():
+        column = leaves.treedef.flatten_up_to(entries[name])
+        pairs = zip(column, leaves.values, strict=True)
+        entries[name] = leaves.tree([x if x is None else placed_like(x, p) for x, p in pairs])
     return {"count": jnp.zeros([], jnp.int32)} | entries
 
 
@@ -385,6 +395,11 @@ def is_concrete(*trees: Any) -> bool:
     """Say whether every leaf is an array or a number, so that jit can take the trees."""
     kinds = set(map(type, jax.tree.leaves(trees)))
     return all(issubclass(kind, _CONCRETE) and not issubclass(kind, Tracer) for kind in kinds)
+
+
+def on_many_devices(tree: Any) -> bool:
+    """Say whether an array of the tree lies on more than one device."""
+    return any(len(x.devices()) > 1 for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
 
 
 _CONCRETE = (jax.Array, np.ndarray, np.generic, numbers.Number)

@@ -132,6 +132,8 @@ class Transformation(optax.GradientTransformationExtraArgs):
             PrecisionWarning: if the parameters are of 16 bits and the optimizer has no masters.
         """
         warn_of_rounding(self, params)
+        if lifting.is_concrete(self, params) and lifting.on_many_devices(params):
+            return _compiled_init(self, params)  # which puts the scalars on all of them
         return lifting.init(self, params)
 
     def update(  # pyright: ignore
@@ -354,4 +356,5 @@ def _is_dynamic(value: Any) -> bool:
 
 
 _DYNAMIC, _MADE = "__dynamic__", "__made__"
+_compiled_init = jax.jit(lifting.init)
 _compiled_update = jax.jit(lifting.update)

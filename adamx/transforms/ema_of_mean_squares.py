@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamx.core.arithmetic import average, squared_magnitude, zeros
+from adamx.core.arithmetic import average, placed_like, squared_magnitude, zeros
 from adamx.core.checks import DECAY, Scalar, check
 from adamx.core.lifting import Slots
 from adamx.core.norms import reduced_size
@@ -73,7 +73,8 @@ class ema_of_mean_squares(Transformation):
 
     def slots(self, param: jax.Array) -> Slots:
         # a reduction, so that the slot of a sharded parameter is sharded as far as it goes on
-        return {self.name: zeros(param).real.sum(self._axes(param), keepdims=True)}
+        start = placed_like(zeros(param), param)
+        return {self.name: start.real.sum(self._axes(param), keepdims=True)}
 
     def prepare(self, step: Step) -> Any:
         return 1 - self.decay  # in the precision in which decay was given

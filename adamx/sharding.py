@@ -1,0 +1,133 @@
+"""Where the state of an optimizer lies: beside its parameters, or spread further.
+
+    ZeRO-1:  slots are divided over a mesh axis that the parameters do not use
+
+A slot takes its parameter's sharding by itself, also under `jax.jit(tx.init)`. What is made here
+is for everything that wants to be told: `out_shardings`, `jax.device_put`, checkpoints, and
+layouts in which the slots lie elsewhere. What communicates is JAX's own partitioner.
+
+Source of ZeRO-1: Rajbhandari et al. (2020), section 5.1, https://arxiv.org/abs/1910.02054
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from adamx.core.errors import describe
+
+
+def state_sharding(
+    tx: optax.GradientTransformation,
+    params: Any,
+    *,
+    over: str | tuple[str, ...] | None = None,
+    memory_kind: str | None = None,
+) -> Any:
+    """Return the sharding of each array in the state, in a tree like `tx.init(params)`.
+
+    A slot shaped like its parameter has the parameter's sharding; one that is shorter along some
+    axes has it along the others; counts and other scalars are on all devices.
+
+    Args:
+        tx: any adamx or Optax transformation.
+        params: the parameters, or their shapes with shardings (`jax.ShapeDtypeStruct`).
+        over: names of mesh axes over which the slots are divided as well (ZeRO-1), usually those
+            of the data: the first dimension that can be divided evenly is. A slot with none, or
+            whose parameter uses one of the axes already, stays as its parameter. None means no
+            axis.
+        memory_kind: where the slots lie, such as "pinned_host"; scalars stay. None means where the
+            parameters are.
+
+    Raises:
+        TypeError: if `tx` is not a transformation.
+        ValueError: if a parameter has no sharding, or the mesh has no axis of a name in `over`.
+
+    Example:
+        >>> import adamx, jax.numpy as jnp
+        >>> mesh = jax.make_mesh((1, 1), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+        >>> column = NamedSharding(mesh, PartitionSpec(None, "model"))
+        >>> params = {"w": jax.ShapeDtypeStruct((4, 6), jnp.float32, sharding=column)}
+        >>> state_sharding(adamx.adamw(1e-3), params)["mu"]["w"].spec
+        P(None, 'model')
+        >>> state_sharding(adamx.adamw(1e-3), params, over="data")["mu"]["w"].spec
+        P('data', 'model')
+    """
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(f"state_sharding: tx must be an adamx or Optax transformation, got {tx!r}")
+    axes = (over,) if isinstance(over, str) else tuple(over or ())
+    known = {}
+    for path, param in jax.tree_util.tree_flatten_with_path(params)[0]:
+        where = getattr(param, "sharding", None)
+        if where is None:
+            raise ValueError(
+                f"state_sharding: {jax.tree_util.keystr(path)} has no sharding: params must be "
+                f"arrays, or shapes with their shardings, got {describe(param)}"
+            )
+        _check_axes(path, where, axes)
+        known[path] = param
+    everywhere = _on_all_devices([param.sharding for param in known.values()])
+
+    def of(path: tuple[Any, ...], leaf: Any) -> Sharding | None:
+        # its parameter is the one whose path this one ends with; the slot's name comes before
+        ends = (path[start:] for start in range(1, len(path) + 1))
+        param = next((known[end] for end in ends if end in known), None)
+        if param is None or param.ndim != leaf.ndim or leaf.ndim == 0:
+            return everywhere
+        where = _divided(_alike(param, leaf.shape), leaf.shape, axes)
+        return where if memory_kind is None else where.with_memory_kind(memory_kind)
+
+    return jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, params))
+
+
+def _check_axes(path: Any, where: Sharding, axes: tuple[str, ...]) -> None:
+    names = where.mesh.axis_names if isinstance(where, NamedSharding) else ()
+    missing = [axis for axis in axes if axis not in names]
+    if missing:
+        raise ValueError(
+            "state_sharding: over must name axes of the parameters' mesh: "
+            f"{jax.tree_util.keystr(path)} lies on one of {list(names)}, "
+            f"which has no {missing[0]!r}"
+        )
+
+
+def _on_all_devices(shardings: list[Sharding]) -> Sharding | None:
+    for where in shardings:
+        if isinstance(where, NamedSharding):
+            return NamedSharding(where.mesh, PartitionSpec())
+    return shardings[0] if shardings else None
+
+
+def _alike(param: Any, shape: tuple[int, ...]) -> Sharding:
+    """Return the parameter's sharding along the axes in which a slot is as long."""
+    where = param.sharding
+    if shape == param.shape or not isinstance(where, NamedSharding):
+        return where
+    entries = zip(_entries(where, len(shape)), shape, param.shape, strict=True)
+    return where.update(spec=PartitionSpec(*(e if a == b else None for e, a, b in entries)))
+
+
+def _divided(where: Sharding, shape: tuple[int, ...], axes: tuple[str, ...]) -> Sharding:
+    """Return the sharding with the first dimension that allows it divided over more axes."""
+    if not axes or not isinstance(where, NamedSharding):
+        return where
+    entries = [_names(entry) for entry in _entries(where, len(shape))]
+    if any(axis in names for names in entries for axis in axes):
+        return where
+    for i, names in enumerate(entries):
+        if shape[i] % math.prod(where.mesh.shape[axis] for axis in (*names, *axes)) == 0:
+            entries[i] = (*names, *axes)
+            return where.update(spec=PartitionSpec(*(names or None for names in entries)))
+    return where
+
+
+def _entries(where: NamedSharding, ndim: int) -> tuple[Any, ...]:
+    return (*where.spec, *[None] * (ndim - len(where.spec)))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -1,0 +1,331 @@
+"""Layouts over eight devices: equal parameters, the bytes each device holds, what communicates."""
+
+import functools
+import re
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from table import TRANSFORMATIONS
+
+import adamx
+
+KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
+
+# by layout: the specs of a matrix and a vector, and the axis over which slots are divided beyond
+LAYOUTS = {
+    "replicated": (P(), P(), None),
+    "fsdp": (P("data"), P("data"), None),
+    "tensor_parallel": (P(None, "model"), P("model"), None),
+    "fsdp_and_tensor_parallel": (P("data", "model"), P(("data", "model")), None),
+    "zero1": (P(), P(), "data"),
+    "zero1_and_tensor_parallel": (P(None, "model"), P("model"), "data"),
+}
+LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
+
+OPTIMIZERS = {
+    "adamw": lambda: adamx.adamw(1e-2, weight_decay=0.1),
+    "packed16": lambda: adamx.adamw(1e-2, moments="packed16"),
+    "packed8": lambda: adamx.adamw(1e-2, moments="packed8"),
+    "masters": lambda: adamx.master_weights(adamx.adamw(1e-2)),
+    "guard": lambda: adamx.skip_nonfinite(adamx.adamw(1e-2)),
+    "accumulate": lambda: adamx.accumulate(adamx.adamw(1e-2), 2),
+    "groups": lambda: adamx.by_path({"b": None}, default=adamx.adamw(1e-2)),
+}
+
+
+def mesh_of(kind=AxisType.Auto):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+
+def numbers(seed, dtype=jnp.float32):
+    generator = np.random.default_rng(seed)
+    shapes = {"w": (16, 8), "b": (8,)}
+    return {name: jnp.asarray(generator.normal(size=s), dtype) for name, s in shapes.items()}
+
+
+def placed(layout, kind=AxisType.Auto, dtype=jnp.float32):
+    """Return the parameters in a layout, and the axis for the slots."""
+    matrix, vector, over = LAYOUTS[layout]
+    specs = {"w": matrix, "b": vector}
+    mesh = mesh_of(kind)
+    params = numbers(0, dtype)
+    return {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in params.items()}, over
+
+
+def in_layout(tx, layout, kind=AxisType.Auto, dtype=jnp.float32):
+    """Return the step, the parameters and the state of a layout."""
+    params, over = placed(layout, kind, dtype)
+    of_params = jax.tree.map(lambda x: x.sharding, params)
+    of_state = adamx.state_sharding(tx, params, over=over)
+    step = adamx.make_step(tx, out_shardings=(of_params, of_state))
+    return step, params, jax.jit(tx.init, out_shardings=of_state)(params)
+
+
+def gradients(step, params):
+    return jax.tree.map(
+        lambda g, p: jax.device_put(g.astype(p.dtype), p.sharding), numbers(100 + step), params
+    )
+
+
+def collectives(hlo):
+    """Return the kind and shape of everything that communicates in a compiled program."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", hlo)
+    shapes = ((kind, shape) for what, kind in found for shape in re.findall(r"\w+\[[\d,]*\]", what))
+    return sorted(shapes)
+
+
+@LAYOUT
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_layout_ends_at_the_parameters_of_one_device(optimizer, layout):
+    # an update is elementwise, stochastic rounding a hash of values: the same bits anywhere
+    dtype = jnp.bfloat16 if optimizer == "masters" else jnp.float32
+    tx = OPTIMIZERS[optimizer]()
+    single, alone, kept = adamx.make_step(tx), numbers(0, dtype), tx.init(numbers(0, dtype))
+    step, params, state = in_layout(tx, layout, dtype=dtype)
+    before = jax.tree.map(lambda x: x.sharding, (params, state))
+    for t in range(4):
+        params, state = step(params, state, gradients(t, params))
+        alone, kept = single(alone, kept, gradients(t, alone))
+    jax.tree.map(np.testing.assert_array_equal, params, alone)
+    jax.tree.map(np.testing.assert_array_equal, state, kept)
+    assert jax.tree.map(lambda x: x.sharding, (params, state)) == before
+
+
+@LAYOUT
+def test_the_update_communicates_nothing_but_what_the_layout_needs(layout):
+    tx = adamx.adamw(1e-2)
+    step, params, state = in_layout(tx, layout)
+    found = collectives(step.lower(params, state, params).compile().as_text())
+    needed = {
+        # what the divided slots make of the parameters is gathered once, along the data axis
+        "zero1": [("all-gather", "f32[16,8]"), ("all-gather", "f32[8]")],
+        "zero1_and_tensor_parallel": [("all-gather", "f32[16,4]"), ("all-gather", "f32[4]")],
+    }
+    assert found == needed.get(layout, [])
+
+
+@LAYOUT
+def test_a_clip_communicates_one_number_beyond_that(layout):
+    adamw = adamx.adamw(1e-2)
+    clipped = adamx.chain(adamx.clip_by_global_norm(1.0), adamw)
+    texts = []
+    for tx in (adamw, clipped):
+        step, params, state = in_layout(tx, layout)
+        texts.append(collectives(step.lower(params, state, params).compile().as_text()))
+    plain, more = texts
+    extra = list(more)
+    for item in plain:
+        extra.remove(item)
+    assert {shape for _, shape in extra} <= {"f32[]"}
+    assert bool(extra) == (LAYOUTS[layout][0] != P())  # else each device has the whole gradient
+
+
+def test_collectives_are_found():
+    def sums(x, y):
+        return jnp.sum(x), jnp.sum(y, 1)  # which XLA makes one operation of, with two results
+
+    rows = NamedSharding(mesh_of(), P("data"))
+    x, y = (jax.device_put(jnp.ones(shape), rows) for shape in ((8,), (8, 4)))
+    y = jax.device_put(y, NamedSharding(mesh_of(), P(None, "data")))
+    found = collectives(jax.jit(sums).lower(x, y).compile().as_text())
+    assert found == [("all-reduce", "f32[8]"), ("all-reduce", "f32[]")]
+
+
+@LAYOUT
+def test_each_device_holds_the_bytes_of_its_layout(layout):
+    _, _, state = in_layout(adamx.adamw(1e-2), layout)
+    held = {
+        name: sum(s.data.nbytes for x in jax.tree.leaves(state[name]) for s in x.addressable_shards)
+        for name in ("mu", "nu")
+    }
+    whole = 4 * (16 * 8 + 8)
+    parts = {
+        "replicated": 1,
+        "fsdp": 4,
+        "tensor_parallel": 2,
+        "fsdp_and_tensor_parallel": 8,
+        "zero1": 4,
+        "zero1_and_tensor_parallel": 8,
+    }[layout]
+    assert held == {"mu": 8 * whole // parts, "nu": 8 * whole // parts}
+    first = [s for x in jax.tree.leaves(state["mu"]) for s in x.addressable_shards[:1]]
+    assert sum(s.data.nbytes for s in first) == whole // parts
+
+
+@KINDS
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_a_state_made_without_a_word_lies_beside_its_parameters(kind, compiled):
+    tx = adamx.accumulate(adamx.master_weights(adamx.adamw(1e-2, moments="packed16")), 2)
+    params, _ = placed("fsdp_and_tensor_parallel", kind, jnp.bfloat16)
+    state = (jax.jit(tx.init) if compiled else tx.init)(params)
+    for name in ("moments", "remainder", "accumulated"):
+        for key, param in params.items():
+            assert state[name][key].sharding.is_equivalent_to(param.sharding, param.ndim)
+    everywhere = NamedSharding(mesh_of(kind), P())
+    for name in ("count", "learning_rate", "micro_step"):
+        assert state[name].sharding.is_equivalent_to(everywhere, 0)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_a_step_from_a_fresh_state_compiles_once(compiled):
+    tx = adamx.adamw(1e-2)
+    params, _ = placed("fsdp")
+    state = (jax.jit(tx.init) if compiled else tx.init)(params)
+    step = adamx.make_step(tx)
+    for t in range(3):
+        params, state = step(params, state, gradients(t, params))
+    assert step._cache_size() == 1  # pyright: ignore
+
+
+def test_optax_puts_a_compiled_state_on_one_device():
+    params, _ = placed("fsdp")
+    state = jax.jit(optax.adamw(1e-2).init)(params)
+    assert len(state[0].mu["w"].devices()) == 1  # what the test before the last one is about
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_state_sharding_tells_where_a_state_lies(name):
+    tx = TRANSFORMATIONS[name]()
+    mesh = mesh_of()
+    params = {"w": jax.device_put(jnp.ones((4, 3)), NamedSharding(mesh, P("data")))}
+    told = adamx.state_sharding(tx, params)
+    state = jax.device_put(tx.init(params), told)  # raises where a tree or a shape does not fit
+    for slot in tx.tree_names():
+        for array in jax.tree.leaves(state[slot]):
+            if array.shape == (4, 3):
+                assert array.sharding == params["w"].sharding
+    others = {n: told[n] for n in set(told) - set(tx.tree_names())}
+    assert all(len(where.device_set) == 8 for where in jax.tree.leaves(others))
+
+
+def test_state_sharding_is_for_any_transformation_of_optax_too():
+    params, _ = placed("fsdp_and_tensor_parallel")
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-3)))
+    told = adamx.state_sharding(tx, params)
+    state = jax.jit(tx.init, out_shardings=told)(params)
+    moments = state[1][0]
+    for tree in (moments.mu, moments.nu):
+        assert jax.tree.map(lambda x: x.sharding, tree) == jax.tree.map(
+            lambda x: x.sharding, params
+        )
+    assert len(moments.count.devices()) == 8
+
+
+def test_state_sharding_tells_slots_from_parameters_of_the_same_name():
+    mesh = mesh_of()
+    row, column = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "model"))
+    params = {"w": jax.device_put(jnp.ones((4, 4)), row)}
+    params["mu"] = {"w": jax.device_put(jnp.ones((4, 4)), column)}
+    told = adamx.state_sharding(adamx.adam(1e-3), params)
+    assert told["mu"]["w"] == row
+    assert told["mu"]["mu"]["w"] == told["nu"]["mu"]["w"] == column
+
+
+def test_a_slot_that_is_shorter_along_an_axis_is_whole_there():
+    params, _ = placed("fsdp_and_tensor_parallel")
+    told = adamx.state_sharding(adamx.adam_mini(1e-3), params)
+    assert told["nu"]["w"].spec == P(None, "model")
+
+
+def test_zero1_divides_the_first_dimension_that_can_be():
+    mesh = mesh_of()
+
+    def spec(shape, before, over: Any = "data"):
+        where = NamedSharding(mesh, before)
+        params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)}
+        return adamx.state_sharding(adamx.momentum(1e-3), params, over=over)["mu"]["w"].spec
+
+    assert spec((4, 8), P()) == P("data", None)
+    assert spec((3, 8), P()) == P(None, "data")
+    assert spec((3, 8), P(None, "model")) == P(None, ("model", "data"))
+    assert spec((3, 4), P(None, "model")) == P(None, "model")  # 4 are not 8 parts
+    assert spec((3, 5), P()) == P()
+    assert spec((4, 8), P(None, "data")) == P(None, "data")  # used already
+    assert spec((8,), P(), over=("data", "model")) == P(("data", "model"))
+
+
+def test_slots_can_lie_in_the_memory_of_the_host():
+    tx = adamx.adamw(1e-2)
+    params, _ = placed("fsdp")
+    on_device = adamx.state_sharding(tx, params)
+    on_host = adamx.state_sharding(tx, params, memory_kind="pinned_host")
+    of_params = jax.tree.map(lambda x: x.sharding, params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(of_params, on_host))
+    def step(params, state, grads):
+        state = jax.device_put(state, on_device)
+        updates, state = tx.update(grads, state, params)
+        return adamx.apply_updates(params, updates), state
+
+    state = jax.jit(tx.init, out_shardings=on_host)(params)
+    for t in range(3):
+        params, state = step(params, state, gradients(t, params))
+        assert state["mu"]["w"].sharding.memory_kind == "pinned_host"
+        assert state["count"].sharding.memory_kind == params["w"].sharding.memory_kind
+    same, alone, kept = adamx.make_step(tx), numbers(0), tx.init(numbers(0))
+    for t in range(3):
+        alone, kept = same(alone, kept, gradients(t, alone))
+    jax.tree.map(np.testing.assert_array_equal, params, alone)
+
+
+@pytest.mark.usefixtures("x64")
+@LAYOUT
+def test_a_data_parallel_training_ends_where_that_of_one_device_does(layout):
+    # a linear model on 64 examples, 8 to a device: the sums of the gradient are in another order
+    lr, eps, steps = 1e-2, 1e-2, 5
+    tx = adamx.adamw(lr, eps=eps)
+    generator = np.random.default_rng(7)
+    x, y = generator.normal(size=(64, 16)), generator.normal(size=(64, 8))
+
+    def train(params, state, x, y):
+        loss = lambda p: jnp.mean(jnp.square(x @ p["w"] + p["b"][None] - y))  # noqa: E731
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return adamx.apply_updates(params, updates), state
+
+    alone = numbers(0, jnp.float64)
+    kept, single = tx.init(alone), jax.jit(train)
+    params, over = placed(layout, dtype=jnp.float64)
+    of_params = jax.tree.map(lambda x: x.sharding, params)
+    of_state = adamx.state_sharding(tx, params, over=over)
+    state = jax.jit(tx.init, out_shardings=of_state)(params)
+    spread = jax.jit(train, out_shardings=(of_params, of_state))
+    rows = NamedSharding(mesh_of(), P("data"))
+    ours = jax.device_put(x, rows), jax.device_put(y, rows)
+    for _ in range(steps):
+        alone, kept = single(alone, kept, jnp.asarray(x), jnp.asarray(y))
+        params, state = spread(params, state, *ours)
+    # One gradient is a sum of 64 products, of residuals that are sums of 17: either order is off
+    # by at most 82 eps of the sum of magnitudes. An update moves by lr / eps * 2 of a change of the
+    # gradient at most (numerator and root), a gradient by its Hessian of a change of the weights.
+    unit = np.finfo(np.float64).eps
+    largest = np.abs(y).max() + 17 * (np.abs(x).max() + 1) * (np.abs(numbers(0)["w"]).max() + 1)
+    of_gradient = 2 * 82 * unit * 2 / 8 * np.abs(x).max() * largest
+    hessian = 2 / (64 * 8) * np.abs(x.T @ x).sum(0).max()
+    error = 0.0
+    for _ in range(steps):
+        error = error * (1 + 2 * lr / eps * hessian) + 2 * lr / eps * of_gradient + 4 * unit
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(alone), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() <= error
+    assert error < 1e-9  # which is still far below one step
+    moved = np.abs(np.asarray(params["w"]) - np.asarray(numbers(0, jnp.float64)["w"])).max()
+    assert moved > lr  # it did train
+
+
+def test_what_state_sharding_cannot_use_is_an_error():
+    params, _ = placed("fsdp")
+    tx = adamx.adamw(1e-3)
+    with pytest.raises(TypeError, match="tx must be an adamx or Optax transformation, got 1"):
+        adamx.state_sharding(cast(Any, 1), params)
+    with pytest.raises(ValueError, match=r"\['w'\] has no sharding"):
+        adamx.state_sharding(tx, {"w": np.ones(3)})
+    with pytest.raises(ValueError, match="which has no 'rows'"):
+        adamx.state_sharding(tx, params, over="rows")
+    with pytest.raises(ValueError, match=r"lies on one of \[\], which has no 'data'"):
+        adamx.state_sharding(tx, {"w": jnp.ones(3)}, over="data")
