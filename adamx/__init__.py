@@ -120,6 +120,7 @@ from adamx.transforms.trust_ratio import trust_ratio
 from adamx.transforms.update_clipping import update_clipping
 from adamx.wrappers.accumulate import accumulate
 from adamx.wrappers.by_path import by_path
+from adamx.wrappers.monitor import monitor, statistics
 from adamx.wrappers.skip_nonfinite import skip_nonfinite
 
 __version__ = "0.1.0"
@@ -184,6 +185,7 @@ __all__ = [
     "mean_of_params",
     "moments",
     "momentum",
+    "monitor",
     "nadam",
     "nadamw",
     "named",
@@ -214,6 +216,7 @@ __all__ = [
     "skip_nonfinite",
     "stable_adamw",
     "state_sharding",
+    "statistics",
     "stored",
     "sum_of_squares",
     "trace",

@@ -5,6 +5,7 @@ w_t = w_{t-1} + u_t, rounded to the parameter's dtype: to nearest, or up or down
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol
 
 import jax
@@ -18,6 +19,7 @@ from adamx.core.precision_warning import ROUNDED
 from adamx.core.rounding import mix, random_bits, round_stochastically, step_key
 from adamx.core.transformation import Transformation
 from adamx.wrappers.accumulate import MICRO, SUM, accumulate
+from adamx.wrappers.monitor import SINCE, monitor
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -114,8 +116,9 @@ def make_step(
 
     Returns:
         The jitted function; its `lower` shows the compiled program. Keyword arguments go on to
-        `tx.update`. For `accumulate` it is two programs, chosen by the state's `micro_step`;
-        `lower` shows the one that the call would run or, for an abstract state, the one that steps.
+        `tx.update`. For `accumulate` and `monitor` it is two programs, chosen by a number in the
+        state; `lower` shows the one that the call would run or, for an abstract state, the one that
+        steps or measures.
 
     Raises:
         TypeError: if `tx` is not a transformation, or not one of adamx where that is needed.
@@ -141,7 +144,12 @@ def make_step(
     if rounding == "stochastic":
         vars(tx)[ROUNDED] = True
     program = _program(tx, rounding, out_shardings)
-    return _InTwoPrograms(tx, program, out_shardings) if isinstance(tx, accumulate) else program
+    if isinstance(tx, accumulate):
+        return _InTwoPrograms(MICRO, tx.every, _Adding(tx, out_shardings), program)
+    if isinstance(tx, monitor) and tx.every not in (None, 1):
+        unseen = _program(dataclasses.replace(tx, every=None), rounding, out_shardings)
+        return _InTwoPrograms(SINCE, tx.every, unseen, program)
+    return program
 
 
 def _program(tx: Any, rounding: str, out_shardings: Any) -> StepFunction:
@@ -159,41 +167,54 @@ def _program(tx: Any, rounding: str, out_shardings: Any) -> StepFunction:
 
 
 class _InTwoPrograms:
-    """The step of `accumulate`: the program that adds, or the one that takes the step.
+    """The step of `accumulate` or `monitor`: one program for every n-th call, another in between.
 
     Which it is depends on a number in the state. That of the state that was last returned is known
     here, so that the device is asked only at the start, and never waited for.
     """
 
-    def __init__(self, tx: accumulate, step: StepFunction, out_shardings: Any) -> None:
-        self._every, self._step = tx.every, step
-        of_state = None if out_shardings is None else out_shardings[1]
-        own = {name: of_state[name] for name in (SUM, MICRO)} if of_state else None
-        self._add = jax.jit(tx.add, donate_argnums=0, out_shardings=own)
+    def __init__(self, counter: str, every: int, between: StepFunction, last: StepFunction) -> None:
+        self._counter, self._every = counter, every
+        self._between, self._last = between, last
         self._known: tuple[Any, int] = None, 0
 
     def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
         errors.check_state(state)
-        micro = self._micro_step(state)
-        if micro is None:
-            return self._step(params, state, grads, **extra)
-        if micro + 1 < self._every:
-            state = state | self._add({name: state[name] for name in (SUM, MICRO)}, grads)
-        else:
-            params, state = self._step(params, state, grads, **extra)
-        self._known = state[MICRO], (micro + 1) % self._every
+        number = self._number(state)
+        if number is None:  # the last knows what to do at any number
+            return self._last(params, state, grads, **extra)
+        step = self._last if number + 1 >= self._every else self._between
+        params, state = step(params, state, grads, **extra)
+        self._known = state[self._counter], (number + 1) % self._every
         return params, state
 
     def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
-        micro = self._micro_step(state)
-        if micro is None or micro + 1 >= self._every:
-            return self._step.lower(params, state, grads, **extra)
-        return self._add.lower({name: state[name] for name in (SUM, MICRO)}, grads)
+        number = self._number(state)
+        last = number is None or number + 1 >= self._every
+        return (self._last if last else self._between).lower(params, state, grads, **extra)
 
-    def _micro_step(self, state: Any) -> int | None:
-        """Return how many gradients the state holds; None where a trace or vmap hides it."""
-        micro = errors.entry(state, MICRO)
+    def _number(self, state: Any) -> int | None:
+        """Return how many calls the state has seen; None where a trace or vmap hides it."""
         array, number = self._known
-        if micro is array:
+        counter = errors.entry(state, self._counter)
+        if counter is array:
             return number
-        return int(micro) if lifting.is_concrete(micro) else None
+        return int(counter) if lifting.is_concrete(counter) else None
+
+
+class _Adding:
+    """The program of `accumulate` that adds a gradient: it is given two entries of the state."""
+
+    def __init__(self, tx: accumulate, out_shardings: Any) -> None:
+        own = None if out_shardings is None else _two(out_shardings[1])
+        self._add = jax.jit(tx.add, donate_argnums=0, out_shardings=own)
+
+    def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
+        return params, state | self._add(_two(state), grads)
+
+    def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
+        return self._add.lower(_two(state), grads)
+
+
+def _two(state: Any) -> dict[str, Any]:
+    return {name: state[name] for name in (SUM, MICRO)}

@@ -123,6 +123,8 @@ TRANSFORMATIONS: dict[str, Callable[[], adamx.Transformation]] = {
         adamx.chain(adamx.clip_by_global_norm(1.0, record=True), adamx.adam(0.1))
     ),
     "accumulate": lambda: adamx.accumulate(adamx.adamw(_schedule), 2),
+    "monitor": lambda: adamx.monitor(adamx.adamw(_schedule), every=2),
+    "monitor_skip": lambda: adamx.monitor(adamx.skip_nonfinite(adamx.adamw(0.1)), every=1),
     "accumulate_skip": lambda: adamx.accumulate(adamx.skip_nonfinite(adamx.momentum(0.1)), 2),
     "by_path": lambda: adamx.chain(
         adamx.by_path({"*": {"decay": 0.5}}, default=functools.partial(adamx.momentum, 0.1)),
@@ -189,7 +191,7 @@ MASTERS = {name for name in TRANSFORMATIONS if name.startswith("master_weights")
 """Those that keep masters: they emit float32 or wider."""
 
 WHOLE = {"clip_by_global_norm", "clip_then_adamw", "clip_last", "skip_nonfinite_clip"}
-WHOLE |= {"skip_nonfinite", "accumulate_skip"}
+WHOLE |= {"skip_nonfinite", "accumulate_skip", "monitor", "monitor_skip"}
 WHOLE |= {"cautious", "cautious_adamw", "cautious_lion"}
 WHOLE |= {"clip_by_rms", "adaptive_clip", "trust_ratio", "update_clipping", "ema_of_mean_squares"}
 WHOLE |= {"lamb", "stable_adamw"}

@@ -1,0 +1,269 @@
+"""What the optimizer does, in numbers: a few statistics of every n-th step, kept in the state.
+
+    grad_norm, update_norm, param_norm    the root of the sum of squares of g, u and w
+    update_mean                           the mean of |u|
+    signal_to_noise                       the mean of m^2 / v
+    eps_share                             the share of elements with root(v^) < eps
+    stuck_share                           the share of 16-bit elements with round(w + u) = w, u != 0
+
+for each group of leaves. The slots and the update are what the step made anyway; the sums read them
+once more, so that a step that measures takes several times as long, and the others take no longer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adamx.core import errors, lifting, paths
+from adamx.core.arithmetic import compute_dtype, divide, squared_magnitude, widen
+from adamx.core.foreign import as_concept
+from adamx.core.lifting import Leaves, State
+from adamx.core.paths import Pattern
+from adamx.core.step import Step
+from adamx.core.transformation import Transformation
+from adamx.transforms.bias_correction import bias_correction, one_minus_power
+from adamx.transforms.clip_by_global_norm import global_norm
+from adamx.transforms.rms_scaling import rms_scaling
+
+STATISTICS, SINCE = "monitor", "monitor_step"
+OTHERS = "others"
+
+Column = Sequence[Any]  # a value for each leaf of a group
+
+
+class monitor(Transformation):
+    """Keep statistics of every n-th step in the state, for `statistics` and any logger.
+
+    They are under `state["monitor"][name][group]`, float32 scalars, as of the last step that was
+    measured; `monitor_step` (int32) counts the steps since. Parameters and slots are those of the
+    optimizer without it, bit for bit. `make_step` runs a program that measures every n-th time and
+    one that does not otherwise; `update` in a program of your own branches, and there the update is
+    written to memory at every step.
+
+    `signal_to_noise` is there where the optimizer keeps `mu` and `nu`, whatever they are stored in
+    (as they are, without bias correction); `eps_share` where one eps divides all (`rms_scaling`
+    with a number); the norms of parameters where `update` is given them.
+
+    Attributes:
+        tx: the whole optimizer, an adamx or Optax transformation.
+        every: measure at every n-th update, >= 1. None measures never and leaves the statistics as
+            they are: the state is the same, so that it can be switched on and off.
+        groups: patterns of paths such as "*/bias"; a leaf belongs to the first that matches, and
+            to "others" where none does. ("*",) is the whole tree; None makes a group of each leaf.
+
+    Raises:
+        TypeError: if `tx` is not a transformation, or a group not a pattern.
+        ValueError: if `every` is neither None nor a whole number >= 1, or, when used, if a pattern
+            matches no leaf.
+
+    Example:
+        >>> import adamx, jax.numpy as jnp
+        >>> tx = monitor(adamx.sgd(0.5), every=1)
+        >>> params = {"w": jnp.array([3.0, 4.0])}
+        >>> updates, state = tx.update({"w": jnp.array([0.0, 2.0])}, tx.init(params), params)
+        >>> statistics(state)["update_norm/w"], statistics(state)["update_to_param/w"]
+        (1.0, 0.2)
+    """
+
+    tx: optax.GradientTransformation
+    every: int | None = 100
+    groups: tuple[Pattern, ...] | None = None
+
+    holds_trees = True
+    stands_alone = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tx", as_concept(self.tx, "monitor: tx"))
+        every = self.every
+        if every is not None and not (isinstance(every, numbers.Integral) and every >= 1):
+            raise ValueError(f"monitor: every must be a whole number >= 1 or None, got {every!r}")
+        if self.groups is not None:
+            for pattern in self.groups:
+                paths.check_pattern("monitor", pattern)
+            object.__setattr__(self, "groups", tuple(self.groups))
+
+    @property
+    def leafwise(self) -> bool:
+        return False
+
+    def tree_names(self) -> tuple[str, ...]:
+        return self.children[0].tree_names()
+
+    def state_names(self) -> tuple[str, ...]:
+        return (*self.children[0].state_names(), STATISTICS, SINCE)
+
+    def resolve(self, tree: Any) -> Transformation:
+        paths.check_all_used("monitor", self.groups or (), paths.paths_of(tree))
+        return super().resolve(tree)
+
+    def init_tree(self, leaves: Leaves) -> State:
+        inner = (segment.init_tree(leaves) for segment in self.children[0].segments())
+        entries = lifting.disjoint(*inner)
+        like = dataclasses.replace(leaves, params=leaves.values)
+        state = entries | {"count": jnp.ones([], jnp.int32)}
+        shapes = jax.eval_shape(lambda: self._measured(like, like, state))
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return entries | {STATISTICS: start, SINCE: jnp.zeros([], jnp.int32)}
+
+    def update_tree(self, leaves: Leaves, step: Step, last: bool) -> tuple[Leaves, State]:
+        before, since = (errors.entry(step.state, name) for name in (STATISTICS, SINCE))
+        out, entries = lifting.run(self.children[0], leaves, step, narrow=last)
+        state = {**step.state, **entries}
+        now, since_now = before, since + 1
+        if self.every is not None:
+            due = since_now >= self.every
+            measure = lambda: self._measured(leaves, out, state, before)  # noqa: E731
+            now = measure() if self.every == 1 else jax.lax.cond(due, measure, lambda: before)
+            since_now = jnp.where(due, 0, since_now)
+        own = step.kept({STATISTICS: now, SINCE: since_now}, {STATISTICS: before, SINCE: since})
+        return out, entries | own
+
+    def reveal_tree(self, state: Mapping[str, Any]) -> State:
+        return lifting.disjoint(*(s.reveal_tree(state) for s in self.children[0].segments()))
+
+    def _measured(
+        self,
+        leaves: Leaves,
+        out: Leaves,
+        state: Mapping[str, Any],
+        before: Mapping[str, Any] | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Return the statistics by name and group; those of before where something is missing."""
+        slots = {}
+        for segment in self.children[0].segments():
+            slots |= segment.reveal_tree(state)
+        columns: dict[str, Column] = {"g": leaves.values, "u": out.values}
+        if leaves.params is not None:
+            columns["w"] = leaves.params
+        for name in ("mu", "nu"):
+            if name in slots:
+                columns[name] = leaves.treedef.flatten_up_to(slots[name])
+        groups: dict[str, list[int]] = {}
+        for i, path in enumerate(leaves.paths):
+            groups.setdefault(self._group(path), []).append(i)
+        found: dict[str, dict[str, jax.Array]] = {}
+        kinds = _statistics(self.children[0], state["count"])
+        for group, members in groups.items():
+            for name, (needed, statistic) in kinds.items():
+                if all(key in columns for key in needed):
+                    rows = [tuple(columns[key][i] for key in needed) for i in members]
+                    rows = [row for row in rows if all(x is not None for x in row)]
+                    value = statistic(rows)
+                    if value is not None:
+                        found.setdefault(name, {})[group] = value.astype(jnp.float32)
+        if before is None:
+            return found
+        return {
+            name: {group: found.get(name, {}).get(group, old) for group, old in of.items()}
+            for name, of in before.items()
+        }
+
+    def _group(self, path: str) -> str:
+        if self.groups is None:
+            return path
+        fitting = (paths.text(p) for p in self.groups if paths.matches(p, path))
+        return next(fitting, OTHERS)
+
+
+Rows = list[tuple[jax.Array, ...]]
+
+
+def _statistics(
+    tx: Transformation, count: jax.Array
+) -> dict[str, tuple[tuple[str, ...], Callable[[Rows], jax.Array | None]]]:
+    """Return what each statistic is made from, and how; None where a group has nothing for it."""
+    kinds: dict[str, tuple[tuple[str, ...], Callable[[Rows], jax.Array | None]]] = {
+        "grad_norm": (("g",), _norm),
+        "update_norm": (("u",), _norm),
+        "param_norm": (("w",), _norm),
+        "update_mean": (("u",), _mean(jnp.abs)),
+        "signal_to_noise": (("mu", "nu"), _mean(lambda m, v: divide(squared_magnitude(m), v))),
+        "stuck_share": (("w", "u"), _stuck),
+    }
+    scalings = set()
+    for part in lifting.parts(tx):
+        if isinstance(part, rms_scaling) and isinstance(part.eps, float | int):
+            below = lifting.parts(part.second_moment)
+            decays = (c.decay for c in below if isinstance(c, bias_correction))
+            scalings.add((part.eps, *(decay for decay in decays if isinstance(decay, float))))
+    if len(scalings) == 1:
+        eps, *decays = scalings.pop()
+        kept = one_minus_power(decays[0], count) if decays else jnp.ones([])
+
+        def small(v: jax.Array) -> jax.Array:
+            return (jnp.sqrt(v / kept.astype(v.dtype)) < eps).astype(v.dtype)
+
+        kinds["eps_share"] = ("nu",), _mean(small)
+    return kinds
+
+
+def _norm(rows: Rows) -> jax.Array | None:
+    return global_norm(_wide([x for (x,) in rows])) if rows else None
+
+
+def _mean(function: Callable[..., jax.Array]) -> Callable[[Rows], jax.Array | None]:
+    """Return the mean of a function over all elements of a group."""
+
+    def mean(rows: Rows) -> jax.Array | None:
+        size = sum(row[0].size for row in rows)
+        sums = [jnp.sum(function(*_wide(row))).astype(jnp.float32) for row in rows]
+        return sum(sums, start=jnp.zeros([], jnp.float32)) / size if size else None
+
+    return mean
+
+
+def _stuck(rows: Rows) -> jax.Array | None:
+    rows = [(w, u) for w, u in rows if jnp.finfo(w.dtype).bits == 16]
+    stuck = [
+        jnp.sum((u != 0) & ((w.astype(jnp.float32) + u.astype(jnp.float32)).astype(w.dtype) == w))
+        for w, u in rows
+    ]
+    size = sum(w.size for w, _ in rows)
+    return sum(stuck, start=jnp.zeros([], jnp.int32)) / size if size else None
+
+
+def _wide(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    return [widen(x, compute_dtype(x.dtype)) for x in arrays]
+
+
+def statistics(state: Mapping[str, Any]) -> dict[str, float]:
+    """Return every scalar in a state, by path, as Python numbers: ready for any logger.
+
+    Args:
+        state: of any adamx transformation. That of `monitor` gives "grad_norm/dense/kernel" and so
+            on, and what follows from them: "update_to_param/..." = update_norm / param_norm, and
+            "step_size/..." = update_mean / learning_rate where there is one learning rate.
+
+    Returns:
+        A flat dict. It waits for the step that made the state.
+
+    Raises:
+        TypeError: if it is not a state of adamx.
+
+    Example:
+        >>> import adamx, jax.numpy as jnp
+        >>> statistics(adamx.adam(0.5).init(jnp.zeros(3)))
+        {'count': 0, 'learning_rate': 0.5}
+    """
+    errors.check_state(state)
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in flat}
+    scalars = jax.device_get({name: x for name, x in named.items() if jnp.ndim(x) == 0})
+    found = {
+        name.removeprefix(f"{STATISTICS}/").rstrip("/"): value.item()
+        for name, value in scalars.items()
+    }
+    for name, value in list(found.items()):
+        kind, slash, group = name.partition("/")
+        if kind == "update_norm" and found.get(f"param_norm{slash}{group}"):
+            found[f"update_to_param{slash}{group}"] = value / found[f"param_norm{slash}{group}"]
+        if kind == "update_mean" and found.get("learning_rate"):
+            found[f"step_size{slash}{group}"] = value / found["learning_rate"]
+    return found
