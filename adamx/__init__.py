@@ -44,6 +44,8 @@ from adamx.core.precision_warning import PrecisionWarning
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 from adamx.inspect.compare import Comparison, compare
+from adamx.interop.optax_state import from_optax, to_optax
+from adamx.interop.torch_state import from_torch, to_torch
 from adamx.optimizers.adabelief import adabelief
 from adamx.optimizers.adagrad import adagrad
 from adamx.optimizers.adam import adam, scale_by_adam
@@ -173,6 +175,8 @@ __all__ = [
     "ema_of_params",
     "ema_of_squares",
     "extrapolation",
+    "from_optax",
+    "from_torch",
     "growing_clip",
     "half_life_schedule",
     "identity",
@@ -219,6 +223,8 @@ __all__ = [
     "statistics",
     "stored",
     "sum_of_squares",
+    "to_optax",
+    "to_torch",
     "trace",
     "trust_ratio",
     "update_clipping",

@@ -1,5 +1,6 @@
 """Statistics of the steps: each against NumPy in float64, in groups, in two programs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,10 +38,10 @@ def trained(tx, steps, params=None, step=None):
     return params, state
 
 
-def by_hand(steps, leaves=lambda tree: tree):
+def by_hand(steps, leaves: Callable[[Any], Any] = lambda tree: tree):
     """Return the statistics of AdamW's last step in float64."""
     w = flat(leaves(start()))
-    m = v = u = g = np.zeros_like(w)
+    m = v = u = g = root = np.zeros_like(w)
     for t in range(1, steps + 1):
         w = w + u
         g = flat(leaves(gradients(t - 1, start())))
@@ -53,7 +54,7 @@ def by_hand(steps, leaves=lambda tree: tree):
         "param_norm": np.sqrt((w**2).sum()),
         "update_mean": np.abs(u).mean(),
         "signal_to_noise": (m**2 / v).mean(),
-        "eps_share": (root < EPS).mean(),
+        "eps_share": np.less(root, EPS).mean(),
         "update_to_param": np.sqrt((u**2).sum() / (w**2).sum()),
         "step_size": np.abs(u).mean() / LR,
     }
@@ -145,12 +146,11 @@ def test_two_programs_are_compiled_and_the_cheap_one_runs_in_between():
     assert step._between._cache_size() == step._last._cache_size() == 1  # pyright: ignore
     like = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
     programs = (step._between, tx), (adamx.make_step(adamw()), adamw())  # pyright: ignore
-    moved = [
-        p.lower(like, jax.eval_shape(t.init, like), like)
-        .compile()
-        .cost_analysis()["bytes accessed"]
-        for p, t in programs
+    costs: Any = [
+        program.lower(like, jax.eval_shape(of.init, like), like).compile().cost_analysis()
+        for program, of in programs
     ]
+    moved = [cost["bytes accessed"] for cost in costs]
     assert moved[0] == pytest.approx(moved[1], abs=1000)  # the scalars, of 40 MiB
 
 

@@ -10,11 +10,17 @@ the same bytes; another processor, with other vector instructions, may differ in
     cases                          JSON: {"torch": version, "cases": {CASE: {"class": name,
                                    "arguments": as given, "hyperparameters": all of them}}}
 
+and ``torch_states.npz``, with what the optimizers keep after STATE_STEPS of these steps::
+
+    CASE/INDEX/FIELD               of optimizer.state_dict()["state"]; the index of a is 0, of b 1
+    param_groups                   JSON: {CASE: optimizer.state_dict()["param_groups"]}
+
 All is float64. The gradients are given, not computed from the weights.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -23,8 +29,10 @@ import numpy as np
 import torch
 
 STEPS = 60
+STATE_STEPS = 7
 SHAPES = {"a": (3, 4), "b": (5,)}
 OUTPUT = Path(__file__).with_name("torch_trajectories.npz")
+STATES = Path(__file__).with_name("torch_states.npz")
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adam": ("Adam", {"lr": 1e-3}),
@@ -79,8 +87,8 @@ def record(
     arguments: dict[str, Any],
     initial: dict[str, np.ndarray],
     gradients: dict[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Runs one optimizer and returns the weights after each step and its hyperparameters."""
+) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
+    """Runs one optimizer: the weights after each step, its hyperparameters, an early state."""
     parameters = {name: torch.tensor(value, requires_grad=True) for name, value in initial.items()}
     implementation: dict[str, Any] = {"foreach": False}
     if class_name in ("Adam", "AdamW", "Adagrad", "SGD"):
@@ -89,24 +97,35 @@ def record(
         list(parameters.values()), **arguments, **implementation
     )
     after: dict[str, list[np.ndarray]] = {name: [] for name in parameters}
+    state: dict[str, Any] = {}
     for t in range(STEPS):
+        if t == STATE_STEPS:
+            state = copy.deepcopy(optimizer.state_dict())
         for name, parameter in parameters.items():
             parameter.grad = torch.tensor(gradients[name][t])
         optimizer.step()
         for name, parameter in parameters.items():
             after[name].append(parameter.detach().numpy().copy())
-    return {name: np.stack(values) for name, values in after.items()}, dict(optimizer.defaults)
+    weights = {name: np.stack(values) for name, values in after.items()}
+    return weights, dict(optimizer.defaults), state
 
 
 def main() -> None:
-    """Records all cases and writes them to `OUTPUT`."""
+    """Records all cases and writes them to `OUTPUT` and `STATES`."""
     initial, gradients = problem()
     arrays = {f"initial/{name}": value for name, value in initial.items()}
     arrays |= {f"gradients/{name}": value for name, value in gradients.items()}
     described = {}
+    states: dict[str, np.ndarray] = {}
+    groups = {}
     for case, (class_name, arguments) in CASES.items():
-        after, hyperparameters = record(class_name, arguments, initial, gradients)
+        after, hyperparameters, state = record(class_name, arguments, initial, gradients)
         arrays |= {f"{case}/{name}": value for name, value in after.items()}
+        for index, fields in state["state"].items():
+            for field, value in fields.items():
+                if value is not None:
+                    states[f"{case}/{index}/{field}"] = np.asarray(value)
+        groups[case] = state["param_groups"]
         described[case] = {
             "class": class_name,
             "arguments": arguments,
@@ -116,6 +135,8 @@ def main() -> None:
     arrays["cases"] = np.array(json.dumps(description))
     # Not compressed: the bytes then do not depend on the version of zlib.
     np.savez(OUTPUT, allow_pickle=False, **arrays)
+    states["param_groups"] = np.array(json.dumps(groups))
+    np.savez(STATES, allow_pickle=False, **states)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,322 @@
+"""Optax's state and adamx's, one from the other, in the middle of a run.
+
+    state[slot][leaf] = the field of Optax's state that means the slot, at the same leaf
+
+An Optax state is a tuple of named tuples, nested as the chain, the masks and the wrappers are.
+Those that `_FIELDS` lists are taken apart; what is not listed is an error, since nothing in adamx
+keeps it. What a state does not tell, the hyperparameters and the order of the stages, has to be the
+same on both sides.
+
+Two fields mean something else than adamx's slots. AdaBelief's `nu` holds `eps_root` summed up,
+
+    nu_optax = nu + eps_root (1 - b2^t) / (1 - b2)
+
+and `weight_sum` of schedule-free learning is in the unit of the weights, not of the last weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adamx.core import errors, lifting
+from adamx.core.errors import describe
+from adamx.core.lifting import State
+from adamx.core.transformation import Transformation
+from adamx.interop.slots import Found, assemble, by_path, check_plain, stands_before
+from adamx.transforms.bias_correction import bias_correction, one_minus_power
+from adamx.transforms.deviation import deviation
+from adamx.transforms.ema_of_squares import ema_of_squares
+from adamx.transforms.rms_scaling import rms_scaling
+from adamx.transforms.running_max import running_max
+from adamx.transforms.schedule_free import schedule_free
+
+_COUNT, _COUNT_FROM_1, _ZERO = "the count", "the count and one", "zero between two steps"
+_SCALAR, _INNER, _OWN = "a recorded scalar", "states inside", "Optax's own"
+_COUNTED = {"count": _COUNT}
+_MOMENTS = {"mu": "mu", "nu": "nu"}
+
+# What each field of each of Optax's states is: a slot of adamx, or one of the above.
+_FIELDS: dict[str, dict[str, str]] = {
+    "EmaState": {**_COUNTED, "ema": "mu"},
+    "ScaleByAdamState": {**_COUNTED, **_MOMENTS},
+    "ScaleByAdanState": {"t": _COUNT, "m": "mu", "v": "delta", "n": "nu", "g": "previous"},
+    "ScaleByAdemamixState": {
+        **{"count": _COUNT, "count_m2": _COUNT},
+        **{"m1": "mu", "m2": "mu_slow", "nu": "nu"},
+    },
+    "ScaleByAmsgradState": {**_COUNTED, **_MOMENTS, "nu_max": "nu_max"},
+    "ScaleByBeliefState": {**_COUNTED, **_MOMENTS},
+    "ScaleByLionState": {**_COUNTED, "mu": "mu"},
+    "ScaleByRStdDevState": _MOMENTS,
+    "ScaleByRStdDevWithCountState": {**_COUNTED, **_MOMENTS},
+    "ScaleByRmsState": {"nu": "nu"},
+    "ScaleByRmsWithCountState": {**_COUNTED, "nu": "nu"},
+    "ScaleByRssState": {"sum_of_squares": "sum_of_squares"},
+    "TraceState": {"trace": "trace"},
+    # schedules
+    "ScaleByScheduleState": _COUNTED,
+    "WeightDecaySchedule": _COUNTED,
+    "WrappedScheduleState": _COUNTED,
+    # wrappers
+    "ApplyIfFiniteState": {
+        **{"notfinite_count": _OWN, "last_finite": _OWN, "total_notfinite": _OWN},
+        "inner_state": _INNER,
+    },
+    "InjectStatefulHyperparamsState": {
+        **{"count": _COUNT, "hyperparams": _OWN, "hyperparams_states": _INNER},
+        "inner_state": _INNER,
+    },
+    "MaskedState": {"inner_state": _INNER},
+    "MultiStepsState": {
+        **{"mini_step": _ZERO, "gradient_step": _COUNT, "acc_grads": _OWN, "skip_state": _OWN},
+        "inner_opt_state": _INNER,
+    },
+    "PartitionState": {"inner_states": _INNER},
+    "ScheduleFreeState": {
+        **{"b1": _SCALAR, "weight_sum": _SCALAR, "max_lr": _SCALAR, "step_count": _COUNT_FROM_1},
+        **{"base_optimizer_state": _INNER, "z": "z"},
+    },
+}
+_SLOTS = {m for fields in _FIELDS.values() for m in fields.values() if " " not in m}
+
+Visit = Callable[[str, Any, str, str], Any]
+
+
+def _walk(function: str, node: Any, where: str, visit: Visit) -> Any:
+    """Rebuild an Optax state from what `visit(where, state, field, meaning)` makes of a field."""
+    name = type(node).__name__
+    if not jax.tree.leaves(node):
+        return node
+    if name in _FIELDS and hasattr(node, "_fields"):
+        meanings = _FIELDS[name]
+        new = {
+            field: _walk(function, getattr(node, field), f"{where}.{field}", visit)
+            if meaning == _INNER
+            else visit(f"{where}.{field}", node, field, meaning)
+            for field, meaning in meanings.items()
+            if meaning != _OWN
+        }
+        return node._replace(**new)
+    if not hasattr(node, "_fields") and not jax.tree_util.all_leaves([node]):
+        inside, treedef = jax.tree_util.tree_flatten_with_path(
+            node, is_leaf=lambda x: x is not node
+        )
+        return treedef.unflatten(
+            [_walk(function, x, where + jax.tree_util.keystr(key), visit) for key, x in inside]
+        )
+    raise TypeError(
+        f"{function}: {where} is {describe(node)}, which is no state of Optax that adamx has a "
+        "counterpart of: convert the other parts of the state alone, such as state[0], and merge "
+        "the results; a checkpoint that was read as dicts and lists has to be restored with the "
+        "state of the Optax transformation as its target"
+    )
+
+
+def from_optax(state: Any, tx: Transformation, params: Any, *, count: int | None = None) -> State:
+    """Return the state of `tx` with which an Optax run goes on in adamx.
+
+    Slots are found by the names of Optax's fields, wherever chains, masks, partitions and wrappers
+    have put them, and matched with the parameters by path. They are kept as `tx` keeps them:
+    moments that Optax held in 16 bits are widened. Arrays that need no other dtype are shared.
+
+    Args:
+        state: an Optax state of arrays, or a part of one: that of sgd, rmsprop, adagrad, adam,
+            adamw, adamax, nadam, radam, amsgrad, adabelief, yogi, lamb, lion, adan, ademamix,
+            adopt, ema or schedule_free, in chains, with schedules, in masked, partition,
+            inject_hyperparams, apply_if_finite, or in MultiSteps between two steps.
+        tx: the adamx transformation to go on with, of the same hyperparameters, which a state does
+            not tell, with float32 slots.
+        params: the parameters, as for `tx.init`.
+        count: the number of steps taken, >= 0, where the state has no counter (SGD, RMSprop and
+            AdaGrad without a schedule); None means 0 there, which only schedules notice.
+
+    Returns:
+        The state: count, slots, and the recorded scalars as they are after that many steps.
+
+    Raises:
+        TypeError: if `tx` is no adamx transformation, or a part of the state is none of the above.
+        ValueError: if counters differ, an array has two candidates, a slot is missing, is left
+            over or has another shape, or MultiSteps is in the middle of a sum.
+
+    Example:
+        >>> import adamx
+        >>> params, tx = jnp.array([1.0, 2.0]), adamx.adam(0.5)
+        >>> old = optax.ScaleByAdamState(jnp.int32(3), jnp.array([2.0, -4.0]), jnp.ones(2))
+        >>> state = from_optax((old, optax.EmptyState()), tx, params)
+        >>> print(state["count"], state["mu"], state["nu"], state["learning_rate"])
+        3 [ 2. -4.] [1. 1.] 0.5
+    """
+    check_plain("from_optax", tx)
+    found: Found = {}
+    counts: dict[str, int] = {} if count is None else {"count=": count}
+    given: dict[str, Any] = {}
+    belief = False
+
+    def take(where: str, node: Any, field: str, meaning: str) -> Any:
+        nonlocal belief
+        value = getattr(node, field)
+        if meaning in (_COUNT, _COUNT_FROM_1):
+            counts[where] = _number(where, value) - (meaning == _COUNT_FROM_1)
+        elif meaning == _ZERO:
+            if _number(where, value):
+                raise ValueError(
+                    f"from_optax: {where} is {value}: MultiSteps is in the middle of a sum of "
+                    "gradients: convert after the step that ends it, when it is 0"
+                )
+        elif meaning == _SCALAR:
+            given[field] = jnp.asarray(value, jnp.float32)
+        else:
+            belief |= type(node).__name__ == "ScaleByBeliefState"
+            for path, x in by_path(value).items():
+                _put(found, meaning, path, f"{where}{f'[{path!r}]' if path else ''}", x)
+        return value
+
+    _walk("from_optax", state, "state", take)
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"from_optax: the counters differ, {counts}, and adamx has one: replace those that "
+            "were added or restarted on the way, with state._replace(count=...)"
+        )
+    steps = next(iter(counts.values()), 0)
+    if "nu_max" in found and stands_before(tx, running_max, bias_correction):
+        raise ValueError(
+            "from_optax: nu_max of Optax's AMSGrad is the maximum of the corrected nu, and tx "
+            "corrects the maximum of the raw one: go on with adamx.amsgrad"
+        )
+    if belief:
+        _take_out_eps_root(tx, found["nu"], steps)
+    if "weight_sum" in given:
+        given["weight_sum"] = _in_units_of_the_last(tx, given)
+    return assemble("from_optax", "the Optax state", tx, params, found, steps, given)
+
+
+def _number(where: str, value: Any) -> int:
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"from_optax: {where} must be one number, got shape {list(jnp.shape(value))}: of a "
+            "state made under vmap, convert one member after the other"
+        )
+    return int(value)
+
+
+def _put(found: Found, slot: str, path: str, where: str, value: Any) -> None:
+    there = found.setdefault(slot, {})
+    if path in there:
+        raise ValueError(
+            f"from_optax: {there[path][0]} and {where} would both be {slot!r}: convert each part "
+            "of the Optax state alone, for a transformation that keeps it under a name of its own"
+        )
+    there[path] = where, value
+
+
+def _take_out_eps_root(tx: Transformation, nu: dict[str, tuple[str, Any]], count: int) -> None:
+    """Take from AdaBelief's nu the eps_root that Optax has added to it in each step."""
+    for part in lifting.parts(tx):
+        if isinstance(part, rms_scaling):
+            inside = [*lifting.parts(part.second_moment)]
+            decays = [p.decay for p in inside if isinstance(p, ema_of_squares)]
+            if any(isinstance(p, deviation) for p in inside) and decays and count:
+                total = part.eps_root * one_minus_power(decays[0], jnp.asarray(count))
+                for path, (where, x) in nu.items():
+                    wide = jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+                    nu[path] = where, jnp.maximum(wide - total.astype(wide.dtype), 0)
+
+
+def _in_units_of_the_last(tx: Transformation, given: Mapping[str, jax.Array]) -> jax.Array:
+    powers = [p.weight_lr_power for p in lifting.parts(tx) if isinstance(p, schedule_free)]
+    last = given["max_lr"] ** jnp.float32(powers[0] if powers else 0)
+    return jnp.where(last > 0, given["weight_sum"] / jnp.where(last > 0, last, 1), 0)
+
+
+def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any:
+    """Return the Optax state with which an adamx run goes on in Optax.
+
+    The reverse of `from_optax`. Every counter of the Optax state becomes the count, so that
+    schedules go on, and arrays get the dtypes that Optax keeps them in: the parameters'.
+
+    Args:
+        state: a state of adamx with float32 slots.
+        tx: the Optax transformation to go on with, of the same hyperparameters.
+        params: the parameters, as for `tx.init`.
+
+    Returns:
+        A state of the tree that `tx.init(params)` has.
+
+    Raises:
+        TypeError: if `tx` is a transformation of adamx or none at all, or has a state that adamx
+            has no counterpart of.
+        ValueError: if a slot is missing, is left over or has another shape, or if `tx` is Optax's
+            AdaBelief or schedule-free: what their states need from b2, eps_root and
+            weight_lr_power, an Optax transformation does not tell.
+
+    Example:
+        >>> import adamx
+        >>> params, tx = jnp.array([1.0, 2.0]), adamx.adam(0.5, b1=0.5, b2=0.75)
+        >>> _, state = tx.update(jnp.array([4.0, -8.0]), tx.init(params))
+        >>> found = to_optax(state, optax.adam(0.5, b1=0.5, b2=0.75), params)[0]
+        >>> print(found.count, found.mu, found.nu)
+        1 [ 2. -4.] [ 4. 16.]
+    """
+    if isinstance(tx, Transformation) or not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(f"to_optax: tx must be the Optax transformation to go on with, got {tx!r}")
+    errors.check_state(state)
+    count = state["count"]
+    slots = {name: by_path(tree) for name, tree in state.items() if _is_slot(name, tree)}
+    used: set[str] = set()
+
+    def fill(where: str, node: Any, field: str, meaning: str) -> Any:
+        start = getattr(node, field)
+        kind = type(node).__name__
+        if meaning == _SCALAR or (kind == "ScaleByBeliefState" and meaning == "nu"):
+            raise ValueError(
+                f"to_optax: {where} cannot be computed: "
+                + (
+                    "it needs weight_lr_power, which an Optax transformation does not tell"
+                    if meaning == _SCALAR
+                    else "it holds eps_root (1 - b2^t) / (1 - b2), and an Optax transformation "
+                    "does not tell its b2 and eps_root: convert for optax.scale_by_adam, whose "
+                    "fields are the same, and add that to nu"
+                )
+            )
+        if meaning in (_COUNT, _COUNT_FROM_1):
+            return (count + int(meaning == _COUNT_FROM_1)).astype(jnp.asarray(start).dtype)
+        if meaning == _ZERO:
+            return start
+        used.add(meaning)
+        flat, treedef = jax.tree_util.tree_flatten_with_path(start)
+        return treedef.unflatten([_slot_of(slots, where, meaning, p, x) for p, x in flat])
+
+    new = _walk("to_optax", tx.init(params), "state", fill)
+    if unused := sorted(slots.keys() - used):
+        raise ValueError(
+            f"to_optax: the state keeps {unused}, for which tx has no place, only for "
+            f"{sorted(used)}: give the Optax transformation that does what the adamx one did; what "
+            "it cannot have, such as masters, has to be taken out of the state"
+        )
+    return new
+
+
+def _is_slot(name: str, tree: Any) -> bool:
+    return name in _SLOTS or any(jnp.ndim(x) > 0 for x in jax.tree.leaves(tree))
+
+
+def _slot_of(slots: Mapping[str, Any], where: str, slot: str, path: Any, start: Any) -> jax.Array:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name not in slots.get(slot, {}):
+        raise ValueError(
+            f"to_optax: tx keeps {slot!r} of {name!r} ({where}), and the state of adamx has only "
+            f"{sorted(slots)}: give the Optax transformation that does what the adamx one did, and "
+            "of packed moments {'count': ..., **adamx.moments(state, tx)}"
+        )
+    value = slots[slot][name]
+    if jnp.shape(value) != jnp.shape(start) or jnp.iscomplexobj(value) != jnp.iscomplexobj(start):
+        raise ValueError(
+            f"to_optax: state[{slot!r}] of {name!r} is {describe(value)} where these parameters "
+            f"need {describe(start)}: is it the state of another model?"
+        )
+    return jnp.asarray(value).astype(start.dtype)
