@@ -12,11 +12,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from adamx.core.errors import describe
 from adamx.core.lifting import State
+from adamx.core.paths import flatten
 from adamx.core.transformation import Transformation
 
 
@@ -77,10 +77,12 @@ def adapt_state(tx: Transformation, params: Any, saved: Any) -> tuple[State, Ada
             "adapt_state: saved must be a state of adamx, with 'count' at the top, "
             f"got {describe(saved)} with {sorted(old)[:4]}"
         )
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tx.init(params))
+    names, starts, treedef = flatten(tx.init(params))
     leaves, filled = [], []
-    for path, start in flat:
-        name = _name(path)
+    for name, start in zip(names, starts, strict=True):
+        if start is None:
+            leaves.append(None)
+            continue
         if name not in old:
             filled.append(name)
             leaves.append(start)
@@ -102,9 +104,5 @@ def adapt_state(tx: Transformation, params: Any, saved: Any) -> tuple[State, Ada
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_name(path): value for path, value in flat}
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    names, leaves, _ = flatten(tree)
+    return {name: x for name, x in zip(names, leaves, strict=True) if x is not None}

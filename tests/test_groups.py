@@ -1,5 +1,6 @@
 """Parameter groups by path, masks by pattern, schedules of decays, averages of parameters."""
 
+import dataclasses
 import functools
 import pickle
 import re
@@ -14,7 +15,7 @@ import reference
 import reference_family
 
 import adamx
-from adamx.core.paths import matches
+from adamx.core.paths import matches, paths_of
 from adamx.transforms.bias_correction import one_minus_power
 
 ULP = 2.0**-23
@@ -51,6 +52,53 @@ def same(a, b):
 
 
 # --------------------------------------------------------------------------------------- groups
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Box:
+    value: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Attention:
+    key: Any
+    value: Any
+
+
+def test_a_box_around_an_array_is_no_part_of_its_path():
+    boxed = {"dense": {"bias": Box(1.0), "kernel": Box(None)}, "attention": Attention(1.0, 1.0)}
+    unboxed = {"dense": {"bias": 1.0, "kernel": None}, "attention": {"key": 1.0, "value": 1.0}}
+    assert paths_of(boxed) == paths_of(unboxed)
+    assert paths_of({"value": 1.0}) == ["value"], "a key of a dict is no box"
+
+
+def test_a_state_made_from_boxes_is_used_without_them_and_carried_over():
+    """As Flax NNX does: init sees its variables, update their arrays."""
+    params = start()
+    boxed = jax.tree.map(Box, params)
+    tx = adamx.by_path(
+        {"*/bias": adamx.sgd(0.1, momentum=0.5), "layers/1/kernel": None},
+        default=adamx.adamw(0.1, mask="layers/*", moments="packed16"),
+    )
+
+    def unbox(tree):
+        return jax.tree.map(
+            lambda box: box.value if isinstance(box, Box) else box,
+            tree,
+            is_leaf=lambda x: isinstance(x, Box),
+        )
+
+    same(unbox(tx.init(boxed)), tx.init(params))
+    state = tx.update(gradients()[0], tx.init(params), params)[1]
+    for have, saved in (
+        (boxed, state),
+        (params, {k: jax.tree.map(Box, x) for k, x in state.items()}),
+    ):
+        carried, adaptation = adamx.adapt_state(tx, have, saved)
+        assert adaptation == adamx.Adaptation((), ())
+        same(unbox(carried), state)
 
 
 def test_each_group_is_trained_as_it_would_be_alone():

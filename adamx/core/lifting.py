@@ -29,6 +29,7 @@ from adamx.core.arithmetic import (
     real_times_complex,
     widen,
 )
+from adamx.core.paths import flatten
 from adamx.core.step import Step
 
 if TYPE_CHECKING:
@@ -75,11 +76,10 @@ class Leaves:
 
 def take_apart(updates: Any, params: Any) -> Leaves:
     """Flatten the updates, and the parameters beside them; raise where they do not fit."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    paths, given, treedef = flatten(updates)
     values = [
         None if u is None else errors.floating(path, u)
-        for path, (_, u) in zip(paths, flat, strict=True)
+        for path, u in zip(paths, given, strict=True)
     ]
     beside = None
     if params is not None:
@@ -229,14 +229,13 @@ def reveal_leaves(tx: Transformation, state: Mapping[str, Any]) -> State:
     if not names:
         return {}
     kept = [errors.entry(state, name) for name in names]
-    flat, treedef = jax.tree_util.tree_flatten_with_path(kept[0], is_leaf=lambda x: x is None)
+    paths, _, treedef = flatten(kept[0])
     columns = [treedef.flatten_up_to(tree) for tree in kept]
     tx, revealed = tx.resolve(kept[0]), []
-    for (path, _), *values in zip(flat, *columns, strict=True):
+    for path, *values in zip(paths, *columns, strict=True):
         slots = {name: x for name, x in zip(names, values, strict=True) if x is not None}
         like = next(iter(slots.values()), None)
-        where = jax.tree_util.keystr(path, simple=True, separator="/")
-        revealed.append({} if like is None else tx.bind(where, like).reveal(slots))
+        revealed.append({} if like is None else tx.bind(path, like).reveal(slots))
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     return {
         name: treedef.unflatten([slots.get(name) for slots in revealed])

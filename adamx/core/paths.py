@@ -2,10 +2,14 @@
 
 A pattern is a string with `*`, `?` and `[...]` as in file names, where `*` stands for any
 characters, `/` among them; or a compiled regular expression. Either has to match the whole path.
+
+Flax puts arrays into boxes, an object whose one attribute is `value`, and takes them out again: it
+calls `init` with `Variable`s and `update` with arrays. A box is no part of a path.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import fnmatch
 import re
@@ -13,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.tree_util import GetAttrKey
 
 Pattern = str | re.Pattern[str]
 """What chooses leaves by their path."""
@@ -53,8 +58,26 @@ def paths_of(tree: Any) -> list[str]:
         >>> paths_of({"dense": [{"bias": 0.0, "kernel": None}]})
         ['dense/0/bias', 'dense/0/kernel']
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    return flatten(tree)[0]
+
+
+def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """Return the paths of a tree's leaves, the leaves, and the treedef; None counts as a leaf.
+
+    Example:
+        >>> flatten({"dense": [{"bias": 0.0, "kernel": None}]})[:2]
+        (['dense/0/bias', 'dense/0/kernel'], [0.0, None])
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    keys = [path for path, _ in flat]
+    if any(path[-1:] == _BOX for path in keys):  # beside other attributes it is no box
+        below = collections.Counter(path[:depth] for path in keys for depth in range(len(path)))
+        keys = [p[:-1] if p[-1:] == _BOX and below[p[:-1]] == 1 else p for p in keys]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in keys]
+    return names, [leaf for _, leaf in flat], treedef
+
+
+_BOX = (GetAttrKey("value"),)
 
 
 def check_all_used(function: str, patterns: Sequence[Pattern], paths: Sequence[str]) -> None:

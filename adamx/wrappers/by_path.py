@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import optax
 
 from adamx.core import errors, lifting, paths
@@ -136,8 +135,7 @@ class by_path(Transformation):
         if not names:
             return {}
         like = errors.entry(state, names[0])
-        flat, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=lambda x: x is None)
-        where = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+        where, _, treedef = paths.flatten(like)
         leaves = Leaves(where, [True] * len(where), None, [None] * len(where), treedef)
         entries = []
         for label, (tx, part) in zip(self._labels, self._parts(leaves), strict=True):
