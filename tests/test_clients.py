@@ -1,0 +1,506 @@
+"""The blocks of docs/clients.md train to the weights of the plain loop, or of the wrapper by hand.
+
+A block is found by its heading and goes on from the first one, as the page says. Two programs that
+do the same operations give the same bits. Where the operations come in another order the weights
+are rounded otherwise: below 4, each step rounds each of them by at most 2^-23, so that a run is
+within STEPS * 2^-23 of the exact one, and two runs within twice that; that all other rounding is
+small beside it is the first test.
+"""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.core import freeze
+from flax.training.train_state import TrainState
+
+import adamx
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "clients.md").read_text()
+BLOCKS = dict(
+    re.findall(r"^## (.+?)\n[^`]*(?:`[^`]+`[^`]*)*^```python\n(.*?)^```$", PAGE, re.M | re.S)
+)
+README = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+STEPS = 20
+ROUNDING = STEPS * 2.0**-23
+
+
+@pytest.fixture(autouse=True)
+def as_users_run():
+    """With JAX's own promotion: Optax's schedules and the libraries do not run under a strict one."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def run(source, namespace):
+    namespace = dict(namespace)
+    exec(compile(source, "docs/clients.md", "exec"), namespace)
+    return namespace
+
+
+@functools.cache
+def plain() -> dict[str, Any]:
+    return run(BLOCKS["The plain loop"], {})
+
+
+def client(heading):
+    return run(BLOCKS[heading], plain())
+
+
+def loop(tx, params, xs, ys):
+    state, step = tx.init(params), plain()["plain_step"](tx)
+    for x, y in zip(xs, ys, strict=True):
+        params, state = step(params, state, x, y)
+    return params, state
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def near(a, b, roundings=1):
+    """Assert that runs which round so many times a step, the one and the other, agree."""
+    atol = 2 * ROUNDING * roundings
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
+
+
+def far(a, b):
+    return any(
+        np.abs(x - y).max() > 100 * ROUNDING
+        for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    )
+
+
+def row(tree, *index):
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def test_every_block_has_a_test():
+    tests = Path(__file__).read_text()
+    assert len(BLOCKS) == PAGE.count("```python")
+    for heading in BLOCKS:
+        assert f'"{heading}"' in tests, heading
+
+
+def test_rounding_moves_a_weight_by_no_more_than_one_unit_a_step():
+    ns = client("Many seeds at once")
+    with jax.enable_x64(True):
+        exact_step = ns["plain_step"](ns["tx"])
+
+        def exact(params):
+            def wide(tree):
+                return jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), tree)
+
+            params = wide(params)
+            state = ns["tx"].init(params)
+            for x, y in zip(wide(ns["xs"]), wide(ns["ys"]), strict=True):
+                params, state = exact_step(params, state, x, y)
+            return params
+
+        starts = [ns["start"], *(row(ns["starts"], i) for i in range(3))]
+        wanted = [jax.tree.map(np.asarray, exact(start)) for start in starts]
+    for start, exactly in zip(starts, wanted, strict=True):
+        found, _ = loop(ns["tx"], start, ns["xs"], ns["ys"])
+        assert max(np.abs(p).max() for p in jax.tree.leaves(found)) < 4
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING), found, exactly
+        )
+        assert far(found, start), "it trains"
+
+
+# ----------------------------------------------------------------------------------- the libraries
+
+
+def nnx_weights(ns):
+    return nnx.to_pure_dict(nnx.state(ns["model"], nnx.Param))
+
+
+def test_flax_nnx():
+    ns = client("Flax NNX")
+    same(nnx_weights(ns), plain()["params"])
+    state = {name: x for name, x in ns["state"].items() if name not in ("mu", "nu")}
+    state |= {name: nnx.to_pure_dict(ns["state"][name]) for name in ("mu", "nu")}
+    same(state, plain()["state"])
+
+
+def test_flax_nnx_goes_on_from_split_and_merge_and_from_a_checkpoint(tmp_path):
+    ns = client("Flax NNX")
+    tx, step, x, y = (ns[name] for name in ("tx", "nnx_step", "x", "y"))
+    merged = nnx.merge(*nnx.split((ns["model"], ns["optimizer"])))
+
+    saved = {name: nnx.to_pure_dict(nnx.state(ns[name])) for name in ("model", "optimizer")}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "run", saved)
+    fresh = ns["Network"](nnx.Rngs(1))
+    fresh = fresh, nnx.Optimizer(fresh, tx, wrt=nnx.Param)
+    for made, pure in zip(fresh, (restored["model"], restored["optimizer"]), strict=True):
+        state = nnx.state(made)
+        nnx.replace_by_pure_dict(state, pure)
+        nnx.update(made, state)
+
+    for model, optimizer in ((ns["model"], ns["optimizer"]), merged, fresh):
+        step(model, optimizer, x, y)
+        assert set(optimizer.opt_state) == {"count", "learning_rate", "mu", "nu"}
+        assert int(optimizer.opt_state["count"][...]) == STEPS + 1
+        same(*(nnx.to_pure_dict(nnx.state(o)) for o in (optimizer, ns["optimizer"])))
+        same(*(nnx.to_pure_dict(nnx.state(m)) for m in (model, ns["model"])))
+
+
+def test_flax_nnx_has_the_paths_of_the_model():
+    """Its init sees variables, its update their arrays."""
+    ns = client("Flax NNX")
+    tx = adamx.by_path(
+        {"hidden/kernel": None, "*/bias": adamx.sgd(0.1)},
+        default=adamx.adamw(1e-2, mask=adamx.all_but("out/*", "hidden/*"), moments="packed16"),
+    )
+    model = ns["Network"](nnx.Rngs(0))
+    before = nnx_weights({"model": model})
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    ns["nnx_step"](model, optimizer, ns["x"], ns["y"])
+    after = nnx_weights({"model": model})
+    grads = jax.grad(ns["loss"])(before, ns["x"], ns["y"])
+    same(after["hidden"]["kernel"], before["hidden"]["kernel"])
+    for layer in ("hidden", "out"):
+        # one step of w - lr g of weights below 1, from gradients of another program
+        wanted = before[layer]["bias"] - 0.1 * grads[layer]["bias"]
+        np.testing.assert_allclose(after[layer]["bias"], wanted, rtol=0, atol=4 * 2.0**-23)
+    # the first step of Adam is the learning rate, whatever the gradient; moments of 16 bits
+    moved = np.abs(after["out"]["kernel"] - before["out"]["kernel"])
+    np.testing.assert_allclose(moved, 1e-2, rtol=2.0**-7)
+
+
+def test_flax_linen():
+    ns = client("Flax Linen")
+    assert int(ns["state"].step) == STEPS
+    same(ns["state"].params, plain()["params"])
+    same(ns["state"].opt_state, plain()["state"])
+
+
+def test_flax_linen_is_made_and_stepped_inside_jit_in_place():
+    ns = client("Flax Linen")
+    model, tx, step = ns["model"], ns["tx"], ns["linen_step"]
+
+    @jax.jit
+    def create(params):
+        return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+    state = create(jax.tree.map(jnp.copy, ns["start"]))
+    for x, y in zip(ns["xs"], ns["ys"], strict=True):
+        donated, state = jax.tree.leaves((state.params, state.opt_state)), step(state, x, y)
+        assert all(x.is_deleted() for x in donated)
+    same(state.params, plain()["params"])
+    same(state.opt_state, plain()["state"])
+
+
+def test_flax_linen_in_its_own_containers():
+    """Frozen dicts, and boxes around arrays that carry the names of mesh axes."""
+    kernel = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+    model, x = nn.Dense(2, kernel_init=kernel), jnp.ones((4, 3))
+    params = freeze(model.init(jax.random.key(0), x)["params"])
+    tx = adamx.adamw(0.5, eps=0.0, weight_decay=0.25, mask="kernel")
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    grads = jax.tree.map(jnp.ones_like, params)
+    state = jax.jit(lambda state: state.apply_gradients(grads=grads))(state)
+    assert jax.tree.structure(state.params) == jax.tree.structure(params)
+    assert jax.tree.structure(state.opt_state["mu"]) == jax.tree.structure(params)
+    # w - lr (1 + wd w): from 1 to 0.375, and the bias without decay from 0
+    np.testing.assert_allclose(state.params["kernel"].value, 0.375, rtol=1e-6)
+    np.testing.assert_allclose(state.params["bias"], -0.5, rtol=1e-6)
+
+
+def test_equinox():
+    ns = client("Equinox")
+    layers = zip(("hidden", "out"), ns["model"].layers, strict=True)
+    near({n: {"kernel": m.weight.T, "bias": m.bias} for n, m in layers}, plain()["params"])
+
+
+def test_equinox_keeps_none_where_a_model_has_no_weights_and_where_it_is_frozen():
+    ns = client("Equinox")
+    model, tx, x, y = (ns[name] for name in ("model", "tx", "x", "y"))
+    weights = eqx.filter(model, eqx.is_inexact_array)
+    # the activation is a leaf of the model, and no array
+    assert ns["state"]["mu"].activation is None and callable(model.activation)
+    assert jax.tree.structure(ns["state"]["mu"]) == jax.tree.structure(weights)
+
+    trained = eqx.tree_at(lambda m: m.layers[0].weight, weights, None)
+
+    @eqx.filter_jit
+    def step(model, state):
+        part, rest = eqx.partition(model, jax.tree.map(eqx.is_inexact_array, trained))
+        fixed = model.layers[0].weight
+        part, rest = eqx.tree_at(lambda m: m.layers[0].weight, part, None), rest
+        rest = eqx.tree_at(lambda m: m.layers[0].weight, rest, fixed, is_leaf=lambda x: x is None)
+
+        def loss(part):
+            return jnp.mean((jax.vmap(eqx.combine(part, rest))(x) - y) ** 2)
+
+        updates, state = tx.update(eqx.filter_grad(loss)(part), state, part)
+        return eqx.combine(eqx.apply_updates(part, updates), rest), state
+
+    state = tx.init(trained)
+    new, after = step(model, state)
+    assert after["mu"].layers[0].weight is None
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    same(new.layers[0].weight, model.layers[0].weight)
+    # the first step is the learning rate, but for the decay of 0.1 * lr * w
+    moved = np.abs(new.layers[1].weight - model.layers[1].weight)
+    np.testing.assert_allclose(
+        moved, 1e-2, rtol=0.1 * float(jnp.abs(model.layers[1].weight).max()) + 1e-4
+    )
+
+
+def test_haiku():
+    ns = client("Haiku")
+    named = {n: {"kernel": m["w"], "bias": m["b"]} for n, m in ns["params"].items()}
+    near(named, plain()["params"])
+
+
+def test_haiku_has_paths_of_two_levels():
+    network = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([4, 2, 1])(x)))
+    x = plain()["xs"][0]
+    params = network.init(jax.random.key(0), x)
+    grads = jax.grad(lambda params: jnp.sum(network.apply(params, x) ** 2))(params)
+    rates = {"*/b": 0.5, "mlp/~/linear_1/*": None, "mlp/~/linear_2/w": 0.25}
+    tx = adamx.by_path(
+        {path: rate and adamx.sgd(rate) for path, rate in rates.items()},
+        default=adamx.chain(
+            adamx.identity(), adamx.add_decayed_weights(0.5, "mlp/~/linear_0/w"), adamx.scale(-1.0)
+        ),
+    )
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert set(state["learning_rate"]) == {"*/b", "mlp/~/linear_2/w"}
+    for number in range(3):
+        name = f"mlp/~/linear_{number}"
+        same(updates[name]["b"], -0.5 * grads[name]["b"])
+    same(updates["mlp/~/linear_1"]["w"], jnp.zeros((4, 2)))
+    same(updates["mlp/~/linear_2"]["w"], -0.25 * grads["mlp/~/linear_2"]["w"])
+    first = "mlp/~/linear_0"
+    wanted = -(grads[first]["w"] + 0.5 * params[first]["w"])
+    np.testing.assert_array_max_ulp(updates[first]["w"], wanted, 1)  # with and without an FMA
+
+
+# --------------------------------------------------------------------------------- one compiled call
+
+
+def test_a_scan():
+    ns = client("A scan")
+    near(ns["params"], plain()["params"])
+    near(ns["state"], plain()["state"])
+    wanted = [ns["schedule"](t) for t in range(STEPS)]
+    np.testing.assert_allclose(ns["rates"], wanted, rtol=4 * 2.0**-23)
+
+
+def test_many_seeds_are_the_runs_of_each():
+    ns = client("Many seeds at once")
+    runs = [loop(ns["tx"], row(ns["starts"], i), ns["xs"], ns["ys"])[0] for i in range(3)]
+    for i, alone in enumerate(runs):
+        near(row(ns["many"], i), alone)
+    assert far(runs[0], runs[1])
+
+
+def test_a_grid_is_the_runs_of_each():
+    ns = client("A grid of hyperparameters in one call")
+    runs = {}
+    for i, rate in enumerate((1e-3, 3e-3, 1e-2)):
+        for j, decay in enumerate((0.0, 0.1)):
+            tx = adamx.adamw(rate, weight_decay=decay)
+            runs[i, j], _ = loop(tx, ns["start"], ns["xs"], ns["ys"])
+            near(row(ns["grid"], i, j), runs[i, j])
+    assert far(runs[0, 0], runs[0, 1]) and far(runs[0, 1], runs[1, 1])
+
+
+# --------------------------------------------------------------------------------- Optax's wrappers
+
+
+def test_inject_hyperparams_is_the_run_with_decays_of_float32():
+    ns = client("inject_hyperparams")
+    b1, b2 = float(np.float32(0.9)), float(np.float32(0.999))
+
+    def adamw(decay):
+        return adamx.adamw(ns["schedule"], b1, b2, weight_decay=decay)
+
+    alone, state = loop(adamw(0.1), ns["start"], ns["xs"], ns["ys"])
+    near(ns["params"], alone)
+    assert ns["state"].hyperparams["learning_rate"] == state["learning_rate"]
+    # the decay that was changed by hand holds in the next step
+    batch = ns["x"], ns["y"]
+    changed, _ = ns["step"](ns["params"], ns["state"], *batch)
+    inner = ns["params"], ns["state"].inner_state
+    near(changed, ns["plain_step"](adamw(0.0))(*inner, *batch)[0])
+    assert far(changed, ns["plain_step"](adamw(0.1))(*inner, *batch)[0])
+
+
+def test_inject_hyperparams_leaves_static_decays_as_they_are():
+    ns = client("inject_hyperparams")
+    static = optax.inject_hyperparams(adamx.adamw, static_args=("b1", "b2", "eps", "eps_root"))
+    wrapped = static(learning_rate=ns["schedule"], weight_decay=0.1)
+    params, state = loop(wrapped, ns["start"], ns["xs"], ns["ys"])
+    assert set(state.hyperparams) == {"learning_rate", "weight_decay"}
+    near(params, ns["params"])
+    near(params, plain()["params"])
+
+
+def test_multi_steps_is_the_step_of_the_large_batch():
+    ns = client("MultiSteps")
+    large = [x.reshape(5, 64, -1) for x in (ns["xs"], ns["ys"])]
+    near(ns["params"], loop(ns["tx"], ns["start"], *large)[0])
+    assert int(ns["state"].inner_opt_state["count"]) == 5
+
+
+def pick(tree, name):
+    return {layer: {name: leaves[name]} for layer, leaves in tree.items()}
+
+
+def merge(*trees):
+    return {layer: {k: v for tree in trees for k, v in tree[layer].items()} for layer in trees[0]}
+
+
+def grouped(transformations, start, xs, ys):
+    """Train each group, by the name of its leaves, with an optimizer that sees it alone."""
+
+    @jax.jit
+    def step(params, states, x, y):
+        grads = jax.grad(plain()["loss"])(params, x, y)
+        new = {}
+        for name, tx in transformations.items():
+            of = pick(params, name)
+            updates, states[name] = tx.update(pick(grads, name), states[name], of)
+            new[name] = adamx.apply_updates(of, updates)
+        fixed = [pick(params, name) for name in ("kernel", "bias") if name not in new]
+        return merge(*new.values(), *fixed), states
+
+    states = {name: tx.init(pick(start, name)) for name, tx in transformations.items()}
+    for x, y in zip(xs, ys, strict=True):
+        start, states = step(start, states, x, y)
+    return start
+
+
+def test_masked_moves_the_chosen_weights_alone():
+    ns = client("masked")
+    near(ns["params"], grouped({"kernel": ns["tx"]}, ns["start"], ns["xs"], ns["ys"]))
+    same(pick(ns["params"], "bias"), pick(ns["start"], "bias"))
+    ours, _ = loop(
+        adamx.by_path({"*/bias": None}, default=ns["tx"]), ns["start"], ns["xs"], ns["ys"]
+    )
+    near(ns["params"], ours)
+
+
+def test_partition_is_each_groups_own_run():
+    ns = client("partition")
+    groups = {"kernel": ns["tx"], "bias": adamx.adam(3e-3)}
+    near(ns["params"], grouped(groups, ns["start"], ns["xs"], ns["ys"]))
+    by_path = adamx.by_path({"*/bias": adamx.adam(3e-3)}, default=ns["tx"])
+    near(ns["params"], loop(by_path, ns["start"], ns["xs"], ns["ys"])[0])
+    assert optax.multi_transform is optax.partition
+
+
+def test_lookahead_written_out():
+    """Every fifth step the slow weights go half the way to the fast, which start again there."""
+    ns = client("lookahead")
+    fast = slow = ns["start"]
+    state, step = ns["tx"].init(fast), ns["plain_step"](ns["tx"])
+    for number, (x, y) in enumerate(zip(ns["xs"], ns["ys"], strict=True), 1):
+        fast, state = step(fast, state, x, y)
+        if number % 5 == 0:
+            fast = slow = jax.tree.map(lambda s, f: s + 0.5 * (f - s), slow, fast)
+    near(ns["params"].slow, slow)
+    near(ns["params"].fast, fast)
+
+
+def test_schedule_free_written_out():
+    """z steps, x averages evenly, y in between. Optax recovers x from y and z: six roundings a step."""
+    ns = client("schedule_free")
+    tx, grad = ns["base"], jax.jit(jax.grad(ns["loss"]))
+    x = y = z = ns["start"]
+    state = tx.init(y)
+    for number, batch in enumerate(zip(ns["xs"], ns["ys"], strict=True), 1):
+        updates, state = tx.update(grad(y, *batch), state, y)
+        z = jax.tree.map(jnp.add, z, updates)
+        x = jax.tree.map(lambda x, z, c=1 / number: (1 - c) * x + c * z, x, z)
+        y = jax.tree.map(lambda x, z: 0.9 * x + (1 - 0.9) * z, x, z)
+    near(ns["params"], y, roundings=6)
+    near(ns["averaged"], x, roundings=6)
+    ours = adamx.schedule_free(adamx.adam(1e-2, b1=0.0), 1e-2)
+    params, state = loop(ours, ns["start"], ns["xs"], ns["ys"])
+    near(params, y, roundings=6)
+    near(adamx.schedule_free_eval_params(state, params), x, roundings=6)
+
+
+# ------------------------------------------------------------------------------------- the README
+
+
+def readme(word):
+    """Run the README's first block, and the one in which a word stands."""
+    first = run(README[0], {})
+    (source,) = [text for text in README if word in text]
+    return run(source, first) if source != README[0] else first
+
+
+def test_the_readmes_own_loop_is_the_plain_one_with_optax_around():
+    ns = readme("warmup_cosine_decay_schedule")
+    schedule, x, y = ns["schedule"], ns["x"], ns["y"]
+    tx = adamx.adamw(schedule, weight_decay=1e-3)
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda p: jnp.mean((x @ p["w"] + p["b"] - y) ** 2))(params)
+        shrink = 1 / jnp.maximum(optax.global_norm(grads), 1.0)
+        grads = jax.tree.map(lambda g: g * shrink, grads)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    near(ns["params"], params)
+    assert ns["state"]["learning_rate"] == state["learning_rate"] == schedule(STEPS - 1)
+
+
+def test_the_readmes_nnx_step_is_the_plain_one():
+    ns = readme("nnx.Optimizer")
+    start = nnx.to_pure_dict(nnx.state(nnx.Linear(3, 2, rngs=nnx.Rngs(0))))
+    tx, x, y = adamx.adamw(1e-2), ns["x"], ns["y"]
+
+    @jax.jit
+    def step(params):
+        grads = jax.grad(lambda p: jnp.mean((x @ p["kernel"] + p["bias"] - y) ** 2))(params)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return adamx.apply_updates(params, updates)
+
+    near(nnx_weights(ns), step(start))
+    assert int(ns["optimizer"].opt_state["count"][...]) == 1
+
+
+def test_the_readmes_equinox_step_is_the_plain_one():
+    ns = readme("eqx.filter_jit")
+    start = eqx.nn.MLP(3, 2, width_size=8, depth=1, key=jax.random.key(0))
+    layers = [{"w": layer.weight, "b": layer.bias} for layer in start.layers]
+    tx, x, y = adamx.adamw(1e-2), ns["x"], ns["y"]
+
+    @jax.jit
+    def step(params):
+        def loss(params):
+            first, last = params
+            h = jax.nn.relu(x @ first["w"].T + first["b"])
+            return jnp.mean((h @ last["w"].T + last["b"] - y) ** 2)
+
+        updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
+        return adamx.apply_updates(params, updates)
+
+    near([{"w": layer.weight, "b": layer.bias} for layer in ns["mlp"].layers], step(layers))
+    assert int(ns["state"]["count"]) == 1
