@@ -179,6 +179,29 @@ def test_flax_nnx_has_the_paths_of_the_model():
     np.testing.assert_allclose(moved, 1e-2, rtol=2.0**-7)
 
 
+def test_the_state_in_flax_nnx_is_read_as_plain_dicts():
+    """Masters of one step from bfloat16 weights of 1 with gradients of 1: w - lr g, w - lr."""
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    nnx.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
+    tx = adamx.master_weights(
+        adamx.by_path({"bias": adamx.sgd(0.125)}, default=adamx.adam(0.25, eps=0.0))
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    state = nnx.to_pure_dict(nnx.state(optimizer))["opt_state"]
+    masters = adamx.masters(params, state)
+    np.testing.assert_allclose(masters["bias"], [0.875] * 2, rtol=1e-6)
+    np.testing.assert_allclose(masters["kernel"], np.full((3, 2), 0.75), rtol=1e-6)
+    average = adamx.moments(state, tx)["mu"]
+    assert average["bias"] is None
+    np.testing.assert_allclose(average["kernel"], np.full((3, 2), 0.1), rtol=1e-6)
+    for have, saved in ((params, state), (nnx.state(model, nnx.Param), optimizer.opt_state)):
+        carried, adaptation = adamx.adapt_state(tx, have, saved)
+        assert adaptation == adamx.Adaptation((), ())
+        assert int(carried["count"]) == 1
+
+
 def test_flax_linen():
     ns = client("Flax Linen")
     assert int(ns["state"].step) == STEPS
