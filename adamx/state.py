@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from adamx.core.errors import describe
 from adamx.core.lifting import State
-from adamx.core.paths import flatten
+from adamx.core.paths import flatten, leaves_by_path
 from adamx.core.transformation import Transformation
 
 
@@ -71,7 +71,7 @@ def adapt_state(tx: Transformation, params: Any, saved: Any) -> tuple[State, Ada
         >>> print(adaptation)
         adapt_state: filled in 1: nu/w.
     """
-    old = _by_path(saved)
+    old = leaves_by_path(saved)
     if "count" not in old:
         raise TypeError(
             "adapt_state: saved must be a state of adamx, with 'count' at the top, "
@@ -101,8 +101,3 @@ def adapt_state(tx: Transformation, params: Any, saved: Any) -> tuple[State, Ada
             )
         leaves.append(value if value.dtype == start.dtype else value.astype(start.dtype))
     return treedef.unflatten(leaves), Adaptation(tuple(filled), tuple(sorted(old)))
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    names, leaves, _ = flatten(tree)
-    return {name: x for name, x in zip(names, leaves, strict=True) if x is not None}

@@ -80,6 +80,17 @@ def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
 _BOX = (GetAttrKey("value"),)
 
 
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by their paths; None is left out.
+
+    Example:
+        >>> leaves_by_path({"dense": [1.0, None, 2.0]})
+        {'dense/0': 1.0, 'dense/2': 2.0}
+    """
+    paths, leaves, _ = flatten(tree)
+    return {path: x for path, x in zip(paths, leaves, strict=True) if x is not None}
+
+
 def check_all_used(function: str, patterns: Sequence[Pattern], paths: Sequence[str]) -> None:
     """Raise ValueError where a pattern matches no leaf of a tree that has leaves."""
     for pattern in patterns if paths else ():

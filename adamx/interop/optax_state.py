@@ -26,8 +26,9 @@ import optax
 from adamx.core import errors, lifting
 from adamx.core.errors import describe
 from adamx.core.lifting import State
+from adamx.core.paths import leaves_by_path
 from adamx.core.transformation import Transformation
-from adamx.interop.slots import Found, assemble, by_path, check_plain, stands_before
+from adamx.interop.slots import Found, assemble, check_plain, stands_before
 from adamx.transforms.bias_correction import bias_correction, one_minus_power
 from adamx.transforms.deviation import deviation
 from adamx.transforms.ema_of_squares import ema_of_squares
@@ -172,7 +173,7 @@ def from_optax(state: Any, tx: Transformation, params: Any, *, count: int | None
             given[field] = jnp.asarray(value, jnp.float32)
         else:
             belief |= type(node).__name__ == "ScaleByBeliefState"
-            for path, x in by_path(value).items():
+            for path, x in leaves_by_path(value).items():
                 _put(found, meaning, path, f"{where}{f'[{path!r}]' if path else ''}", x)
         return value
 
@@ -266,7 +267,7 @@ def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any
         raise TypeError(f"to_optax: tx must be the Optax transformation to go on with, got {tx!r}")
     errors.check_state(state)
     count = state["count"]
-    slots = {name: by_path(tree) for name, tree in state.items() if _is_slot(name, tree)}
+    slots = {name: leaves_by_path(tree) for name, tree in state.items() if _is_slot(name, tree)}
     used: set[str] = set()
 
     def fill(where: str, node: Any, field: str, meaning: str) -> Any:

@@ -16,6 +16,7 @@ from adamx.core import lifting
 from adamx.core.chain import chain
 from adamx.core.errors import describe
 from adamx.core.lifting import State
+from adamx.core.paths import flatten
 from adamx.core.transformation import Transformation
 from adamx.storage.storage import Storage
 
@@ -23,17 +24,6 @@ Found = dict[str, dict[str, tuple[str, Any]]]
 """By slot and by the leaf's path: where the array was found, for messages, and the array."""
 
 _RATE = "learning_rate"
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a tree by their paths, such as "dense/kernel".
-
-    Example:
-        >>> by_path({"dense": [1.0, None, 2.0]})
-        {'dense/0': 1.0, 'dense/2': 2.0}
-    """
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in flat}
 
 
 def check_plain(function: str, tx: Any) -> None:
@@ -101,10 +91,12 @@ def assemble(
     left = {slot: dict(leaves) for slot, leaves in found.items()}
     entries: State = {}
     for slot in tx.tree_names():
-        flat, treedef = jax.tree_util.tree_flatten_with_path(shapes[slot])
+        paths, starts, treedef = flatten(shapes[slot])
         values = []
-        for path, start in flat:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for name, start in zip(paths, starts, strict=True):
+            if start is None:
+                values.append(None)
+                continue
             if name not in left.get(slot, {}):
                 raise ValueError(
                     f"{function}: tx keeps {slot!r} of {name!r}, and {source} has nothing of the "

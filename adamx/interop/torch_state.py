@@ -29,9 +29,9 @@ import numpy as np
 from adamx.core import errors, lifting
 from adamx.core.errors import describe
 from adamx.core.lifting import State
-from adamx.core.paths import paths_of
+from adamx.core.paths import leaves_by_path, paths_of
 from adamx.core.transformation import Transformation
-from adamx.interop.slots import Found, assemble, by_path, check_plain, stands_before
+from adamx.interop.slots import Found, assemble, check_plain, stands_before
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.running_max import running_max
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
@@ -180,8 +180,8 @@ def to_torch(
     errors.check_state(state)
     groups = _groups(function, like)
     places = _places(function, params, names, groups)
-    slots = {name: by_path(errors.entry(state, name)) for name in tx.tree_names()}
-    weights = by_path(params)
+    slots = {name: leaves_by_path(errors.entry(state, name)) for name in tx.tree_names()}
+    weights = leaves_by_path(params)
     states: dict[int, Any] = {}
     for path, (index, axes) in places.items():
         left = {slot for slot, leaves in slots.items() if path in leaves}
@@ -235,7 +235,7 @@ def _places(
     function: str, params: Any, names: Mapping[str, Place], groups: Mapping[int, Any]
 ) -> dict[str, tuple[int, Sequence[int] | None]]:
     """Return index and axes of each leaf; raise unless names pairs them one to one."""
-    leaves = by_path(params)
+    leaves = leaves_by_path(params)
     places: dict[str, tuple[int, Sequence[int] | None]] = {
         path: (place, None) if isinstance(place, int) else place for path, place in names.items()
     }

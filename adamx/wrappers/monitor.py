@@ -253,8 +253,7 @@ def statistics(state: Mapping[str, Any]) -> dict[str, float]:
         {'count': 0, 'learning_rate': 0.5}
     """
     errors.check_state(state)
-    flat, _ = jax.tree_util.tree_flatten_with_path(state)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in flat}
+    named = paths.leaves_by_path(state)
     scalars = jax.device_get({name: x for name, x in named.items() if jnp.ndim(x) == 0})
     found = {
         name.removeprefix(f"{STATISTICS}/").rstrip("/"): value.item()
