@@ -29,6 +29,10 @@ Sample = Callable[[], float | tuple[float, ...]]
 _COPY = re.compile(r"= (?:\(\w+\[([\d,]*)\].*?\) copy-start|\w+\[([\d,]*)\]\S* copy)\(")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%(\S+) = ([a-z]+\d*)\[([\d,]*)\]\S* ([\w-]+)\((.*?)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OPCODE = re.compile(r"\s+(?:ROOT )?%?\S+ = (?:\(.*?\)|\S+) ([a-z][\w-]*)\(")
+_CALLED = re.compile(r"(?:to_apply|body|\w+_computation)=%?([\w.\-]+)|\w+_computations=\{(.*?)\}")
+_ENTERED = {"call", "while", "conditional"}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "conditional"}
 
 
@@ -258,3 +262,57 @@ def count_copies(hlo: str, sizes: set[int]) -> int:
     """
     shapes = ("".join(filter(None, found)) for found in _COPY.findall(hlo))
     return sum(math.prod(map(int, filter(None, shape.split(",")))) in sizes for shape in shapes)
+
+
+def count_kernels(hlo: str) -> tuple[int, int]:
+    """Return how many kernels a program starts, and how many of them are fusions.
+
+    These are the instructions of the entry, and of what it calls, loops over or branches into, but
+    for those that move nothing. A fusion is one kernel, whatever it holds.
+
+    Example:
+        >>> hlo = '''
+        ... %fused (x: f32[8]) -> f32[8] {
+        ...   %x = f32[8]{0} parameter(0)
+        ...   ROOT %n = f32[8]{0} negate(%x)
+        ... }
+        ... %wrapped (x: f32[8]) -> f32[8] {
+        ...   %x = f32[8]{0} parameter(0)
+        ...   ROOT %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused
+        ... }
+        ... ENTRY %main (g: f32[8]) -> (f32[8], f32[8]) {
+        ...   %g = f32[8]{0} parameter(0)
+        ...   %a = f32[8]{0} call(%g), to_apply=%wrapped
+        ...   %b = (f32[8]{0}, f32[]) fusion(%a), kind=kLoop, calls=%fused.1
+        ...   %c = f32[8]{0} copy(%a)
+        ...   ROOT %t = (f32[8]{0}, f32[8]{0}) tuple(%a, %c)
+        ... }
+        ... '''
+        >>> count_kernels(hlo)
+        (3, 2)
+    """
+    bodies: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in hlo.splitlines():
+        if found := _COMPUTATION.match(line):
+            name = found.group(1)
+            bodies[name] = []
+            entry = name if line.startswith("ENTRY") else entry
+        elif name:
+            bodies[name].append(line)
+
+    def count(name: str) -> np.ndarray:
+        total = np.zeros(2, int)
+        for line in bodies[name]:
+            found = _OPCODE.match(line)
+            opcode = found.group(1) if found else "parameter"
+            if opcode in _ENTERED:
+                for one, several in _CALLED.findall(line):
+                    for called in (one or several).split(","):
+                        total += count(called.strip(" %"))
+            elif opcode not in _FREE:
+                total += 1, opcode == "fusion"
+        return total
+
+    kernels, fusions = count(entry)
+    return int(kernels), int(fusions)
