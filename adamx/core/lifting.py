@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 State = dict[str, Any]
 Slots = dict[str, jax.Array]
+Start = Callable[["Transformation", str, Slots], Slots]
 Prepared = tuple[Any, tuple[Any, ...]]  # a concept's own scalars, and its children's
 
 _MAX_COUNT = np.iinfo(np.int32).max
@@ -53,6 +54,8 @@ class Leaves:
         params: the parameters, or None where `update` was called without.
         dtypes: the emit dtypes.
         treedef: what puts a list together again.
+        start: makes what `init` gives a leaf from its concept, its path and the concept's own start
+            values; None leaves these.
     """
 
     paths: list[str]
@@ -60,6 +63,7 @@ class Leaves:
     params: list[Any] | None
     dtypes: list[Any]
     treedef: Any
+    start: Start | None = None
 
     def tree(self, values: list[Any]) -> Any:
         """Put a parallel list together again."""
@@ -104,9 +108,9 @@ def disjoint(*parts: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------ the whole program
 
 
-def init(tx: Transformation, params: Any) -> State:
-    """Return the state before the first step; see `Transformation.init`."""
-    leaves = take_apart(params, None)
+def init(tx: Transformation, params: Any, start: Start | None = None) -> State:
+    """Return the state before the first step; see `Transformation.init`, and `Leaves` for start."""
+    leaves = dataclasses.replace(take_apart(params, None), start=start)
     tx = tx.resolve(params)
     entries = disjoint(*(segment.init_tree(leaves) for segment in tx.segments()))
     for name in tx.tree_names():
@@ -166,8 +170,12 @@ def init_leaves(tx: Transformation, leaves: Leaves) -> State:
     columns: dict[str, list[Any]] = {name: [None] * len(leaves.paths) for name in slot_names(tx)}
     for i, (path, param) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
         if param is not None:
-            for name, start in tx.bind(path, param).slots(param).items():
-                columns[name][i] = start
+            concept = tx.bind(path, param)
+            first = concept.slots(param)
+            if leaves.start:
+                first = leaves.start(concept, path, first)
+            for name, value in first.items():
+                columns[name][i] = value
     present = [p for p in leaves.values if p is not None]
     slots = {name: leaves.tree(column) for name, column in columns.items()}
     return disjoint(slots, recorded_first(tx, present))

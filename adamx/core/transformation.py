@@ -104,6 +104,12 @@ class Transformation(optax.GradientTransformationExtraArgs):
         mine = {name: x for name, x in own.items() if name in lifting.slot_names(self)}
         return lifting.disjoint(mine, *(child.reveal(slots) for child in self.children))
 
+    def conceal(self, seen: Slots) -> Slots:
+        """Return one leaf's slots as they are kept, from what `reveal` shows of them."""
+        inner = {name for child in self.children for name in lifting.slot_names(child)}
+        mine = {name: seen[name] for name in lifting.slot_names(self) if name not in inner}
+        return lifting.disjoint(mine, *(child.conceal(seen) for child in self.children))
+
     def resolve(self, tree: Any) -> Transformation:
         """Return this concept with what depends on the whole tree settled, such as a mask."""
         return self._with_children([child.resolve(tree) for child in self.children])

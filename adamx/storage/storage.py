@@ -98,6 +98,9 @@ class Storage(Transformation):
     def reveal(self, slots: Slots) -> Slots:
         return self.inner.reveal(self._decoded(slots))
 
+    def conceal(self, seen: Slots) -> Slots:
+        return _encoded(self, self.inner.conceal(seen))
+
     def _decoded(self, slots: Slots) -> Slots:
         """Return all of a leaf's slots, with those of the inner concept decoded."""
         names = lifting.slot_names(self)
@@ -111,7 +114,7 @@ class Storage(Transformation):
 
 @jax.jit
 def _encoded(storage: Storage, slots: Slots) -> Slots:
-    """Encode start values: compiled, since operation by operation it takes a second a shape."""
+    """Encode outside a step: compiled, since operation by operation it takes a second a shape."""
     return storage.encode(slots, _bits(step_key(0), slots))
 
 
