@@ -4,7 +4,10 @@
 
 The state is a flat dict of named slots, in which stages without memory have no entry: a schedule,
 a mask or a decay changes nothing in it. What does change it (another slot, a frozen leaf, another
-dtype) is matched here by path, so that the containers a checkpoint gives back do not matter.
+dtype) is matched here by path, so that the containers a checkpoint gives back do not matter. Where
+the storage changes, it is what the formula sees of the slots that is carried over:
+
+    stored = encode_new(decode_old(saved))
 """
 
 from __future__ import annotations
@@ -12,12 +15,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from adamx.core import lifting
 from adamx.core.errors import describe
-from adamx.core.lifting import State
-from adamx.core.paths import flatten, leaves_by_path
+from adamx.core.lifting import Slots, State
 from adamx.core.transformation import Transformation
+from adamx.storage.moments import moments
+from adamx.storage.storage import Storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,24 +50,34 @@ def _some(paths: tuple[str, ...]) -> str:
     return ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
 
 
-def adapt_state(tx: Transformation, params: Any, saved: Any) -> tuple[State, Adaptation]:
+def adapt_state(
+    tx: Transformation, params: Any, saved: Any, *, was: Transformation | None = None
+) -> tuple[State, Adaptation]:
     """Return the state that `tx` needs, with everything that `saved` has of it.
 
     Leaves are matched by path ("mu/dense/kernel") and cast to the dtype that `tx` keeps them in.
     The count and the recorded scalars come along, so that a schedule goes on where it was.
 
+    Where the two keep their slots in different storages, `was` says how to read the saved ones:
+    what the formula sees of them is carried over and encoded anew, rounded once, without bias.
+    Leaves that `tx` reads as `was` did stay as they are, bit for bit.
+
     Args:
         tx: the transformation to go on with.
         params: the parameters, as for `tx.init`.
         saved: a state of another composition, or the same in the containers of a checkpoint.
+        was: the transformation that made `saved`; needed where a storage changes: another
+            `moments=`, or other decays with "packed8", whose words depend on them. None otherwise.
 
     Returns:
-        The state, and what was filled in and dropped.
+        The state, and what was filled in and dropped; with `was`, by the names that the formula
+        uses, such as `mu`.
 
     Raises:
         TypeError: if `saved` has no `count`, so that it is no state of adamx.
         ValueError: if a saved leaf has another shape than the parameter's slot, or is complex
-            where that is real, as those of another model would.
+            where that is real, as those of another model would; if a storage changes and `was` is
+            not given, or is not what made `saved`; if `keep` of `master_weights` changes.
 
     Example:
         >>> import adamx
@@ -70,34 +86,125 @@ def adapt_state(tx: Transformation, params: Any, saved: Any) -> tuple[State, Ada
         >>> state, adaptation = adapt_state(adamx.adam(0.1), params, saved)
         >>> print(adaptation)
         adapt_state: filled in 1: nu/w.
+
+        And in another storage:
+
+        >>> packed = adamx.adam(0.1, moments="packed16")
+        >>> state, adaptation = adapt_state(packed, params, state, was=adamx.adam(0.1))
+        >>> print(state["moments"]["w"].dtype, adaptation)
+        uint32 adapt_state: everything was carried over.
     """
-    old = leaves_by_path(saved)
+    if was is None:
+        return _matched(tx.init(params), saved)
+    before, misfit = _matched(was.init(params), saved)
+    if misfit.filled or misfit.dropped:
+        raise ValueError(
+            "adapt_state: was must be the transformation that made saved, and these paths do not "
+            f"fit it: {_some(misfit.filled + misfit.dropped)}"
+        )
+    after, adaptation = _matched(_revealed(tx.init(params), tx), _revealed(before, was))
+    words, seen = _by_path(before), _by_path(after)
+
+    def start(concept: Transformation, path: str, first: Slots) -> Slots:
+        """Return one leaf's slots: the saved words where they say the same here, else new ones."""
+        wanted = {
+            name: seen[f"{name}/{path}" if path else name]
+            for name in jax.eval_shape(concept.reveal, first)
+        }
+        same = {name: words.get(f"{name}/{path}" if path else name) for name in first}
+        if all(x is not None and x.dtype == first[name].dtype for name, x in same.items()):
+            read = concept.reveal(same)
+            if all(jnp.array_equal(read[name], x, equal_nan=True) for name, x in wanted.items()):
+                return same
+        return concept.conceal(wanted)
+
+    stored = lifting.init(tx, params, start)
+    in_storages = _in_storages(tx)
+    state = {name: x if name in in_storages else after[name] for name, x in stored.items()}
+    return state, adaptation
+
+
+def _in_storages(tx: Transformation) -> set[str]:
+    """Return the names of what the storages in a transformation keep."""
+    storages = [part for part in lifting.parts(tx) if isinstance(part, Storage)]
+    return {name for storage in storages for name in lifting.slot_names(storage)}
+
+
+def _revealed(state: State, tx: Transformation) -> State:
+    """Return the state with its slots as the formula sees them."""
+    in_storages = _in_storages(tx)
+    return {n: x for n, x in state.items() if n not in in_storages} | moments(state, tx)
+
+
+def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
+    """Return a state with the saved leaves in the place of its own, matched by path, and cast."""
+    old = _by_path(saved)
     if "count" not in old:
         raise TypeError(
             "adapt_state: saved must be a state of adamx, with 'count' at the top, "
             f"got {describe(saved)} with {sorted(old)[:4]}"
         )
-    names, starts, treedef = flatten(tx.init(params))
-    leaves, filled = [], []
-    for name, start in zip(names, starts, strict=True):
-        if start is None:
-            leaves.append(None)
-            continue
+    filled = {}
+
+    def carried(path: Any, first: jax.Array) -> jax.Array:
+        name = _name(path)
         if name not in old:
-            filled.append(name)
-            leaves.append(start)
-            continue
+            filled[name] = first
+            return first
         value = old.pop(name)
-        if jnp.shape(value) != start.shape:
+        if jnp.shape(value) != first.shape:
             raise ValueError(
                 f"adapt_state: {name!r} was saved with shape {list(jnp.shape(value))} and has "
-                f"shape {list(start.shape)} here: is it the state of another model?"
+                f"shape {list(first.shape)} here: is it the state of another model?"
             )
         value = jnp.asarray(value)
-        if jnp.iscomplexobj(value) and not jnp.iscomplexobj(start):
+        if value.dtype == first.dtype:
+            return value
+        if jnp.iscomplexobj(value) and not jnp.iscomplexobj(first):
             raise ValueError(
-                f"adapt_state: {name!r} was saved as {value.dtype} and is {start.dtype} here: is "
+                f"adapt_state: {name!r} was saved as {value.dtype} and is {first.dtype} here: is "
                 "it the state of another model?"
             )
-        leaves.append(value if value.dtype == start.dtype else value.astype(start.dtype))
-    return treedef.unflatten(leaves), Adaptation(tuple(filled), tuple(sorted(old)))
+        if first.dtype != jnp.int32 and (_is_word(value) or _is_word(first)):
+            raise _kept_otherwise(name, first, name, value)
+        return value.astype(first.dtype)
+
+    state = jax.tree_util.tree_map_with_path(carried, start)
+    lost = {_place(name): name for name in sorted(old, key=lambda name: _is_word(old[name]))}
+    for name, first in filled.items():
+        other = lost.get(_place(name))
+        if other and (_is_word(first) or _is_word(old[other])):
+            raise _kept_otherwise(name, first, other, old[other])
+    return state, Adaptation(tuple(filled), tuple(sorted(old)))
+
+
+def _place(name: str) -> tuple[str, bool]:
+    """Return whose slot it is, the parameter's path, and whether it is that of a master."""
+    entry, _, path = name.partition("/")
+    return path, entry in ("remainder", "master")
+
+
+def _is_word(x: Any) -> bool:
+    """Say whether only what made it can read it; counters are int32, all else is floating."""
+    dtype = jnp.asarray(x).dtype
+    return not jnp.issubdtype(dtype, jnp.inexact) and dtype != jnp.int32
+
+
+def _kept_otherwise(name: str, first: Any, other: str, value: Any) -> ValueError:
+    what = f"adapt_state: {name!r} is kept as {first.dtype}, and {other!r} was saved as "
+    what += f"{jnp.asarray(value).dtype}: "
+    if _place(name)[1]:
+        return ValueError(what + "keep= of master_weights cannot change in the middle of a run")
+    return ValueError(
+        what + "the storage is another one: say which transformation made what was saved, "
+        "adapt_state(tx, params, saved, was=old_tx)"
+    )
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_name(path): value for path, value in flat}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
