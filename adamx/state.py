@@ -107,12 +107,9 @@ def adapt_state(
 
     def start(concept: Transformation, path: str, first: Slots) -> Slots:
         """Return one leaf's slots: the saved words where they say the same here, else new ones."""
-        wanted = {
-            name: seen[f"{name}/{path}" if path else name]
-            for name in jax.eval_shape(concept.reveal, first)
-        }
-        same = {name: words.get(f"{name}/{path}" if path else name) for name in first}
-        if all(x is not None and x.dtype == first[name].dtype for name, x in same.items()):
+        wanted = {name: seen[_at(name, path)] for name in jax.eval_shape(concept.reveal, first)}
+        same = {name: words[_at(name, path)] for name in first if _at(name, path) in words}
+        if {n: x.dtype for n, x in same.items()} == {n: x.dtype for n, x in first.items()}:
             read = concept.reveal(same)
             if all(jnp.array_equal(read[name], x, equal_nan=True) for name, x in wanted.items()):
                 return same
@@ -204,6 +201,10 @@ def _kept_otherwise(name: str, first: Any, other: str, value: Any) -> ValueError
 def _by_path(tree: Any) -> dict[str, Any]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {_name(path): value for path, value in flat}
+
+
+def _at(name: str, path: str) -> str:
+    return f"{name}/{path}" if path else name
 
 
 def _name(path: Any) -> str:

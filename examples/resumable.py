@@ -1,0 +1,222 @@
+"""Train a digit classifier that can be killed at any moment and goes on where it was.
+
+    python examples/resumable.py
+    python examples/resumable.py --steps 4000 --every 100 --directory run
+
+The first run starts from nothing. Stop it with Ctrl-C, kill it or pull the plug, and give the same
+command again: it goes on from the newest complete checkpoint, and ends with the parameters and the
+state of a run that was never stopped, bit for bit. For that
+
+- what is saved is all that there is: the parameters and the optimizer's state, in one checkpoint,
+  which Orbax writes under another name and renames when it is complete;
+- everything else follows from the number of the step: which images are in a batch, and the random
+  bits with which adamx rounds the moments, here kept in 4 bytes a parameter instead of 8.
+
+Writing takes place in the background while the training goes on; `save` returns when it has a copy
+of its own, so that the next step may overwrite the arrays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import adamx
+
+TX = adamx.adamw(3e-3, weight_decay=1e-2, moments="packed16")
+BATCH = 64
+
+Report = Callable[[str, int], None]
+
+
+# ------------------------------------------------------------------- the model and its train step
+
+
+def start() -> tuple[Any, Any]:
+    """Return the first parameters and the optimizer's state."""
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "hidden": {"kernel": jax.random.normal(keys[0], (64, 128)) / 8, "bias": jnp.zeros(128)},
+        "output": {"kernel": jax.random.normal(keys[1], (128, 10)) / 12, "bias": jnp.zeros(10)},
+    }
+    return params, TX.init(params)
+
+
+def logits(params: Any, images: jax.Array) -> jax.Array:
+    """Return a number for each image and digit."""
+    hidden = jax.nn.gelu(images @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    return hidden @ params["output"]["kernel"] + params["output"]["bias"]
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def train_step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
+    """Return the parameters and the state after one step; the old ones are donated."""
+
+    def loss(params: Any) -> jax.Array:
+        found = logits(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(found, labels).mean()
+
+    updates, state = TX.update(jax.grad(loss)(params), state, params)
+    return adamx.apply_updates(params, updates), state
+
+
+def load() -> list[np.ndarray]:
+    """Return training images, test images, training labels and test labels."""
+    images, labels = load_digits(return_X_y=True)
+    images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
+    return train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=42)
+
+
+def batch(number: int, count: int) -> np.ndarray:
+    """Return the indices of the images of a step: it depends on nothing but the step's number."""
+    epoch, place = divmod(number, count // BATCH)
+    return np.random.default_rng(epoch).permutation(count)[place * BATCH : (place + 1) * BATCH]
+
+
+# ----------------------------------------------------------------------------- train, save, resume
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out.
+
+    Attributes:
+        params: the parameters at the end.
+        state: the optimizer's state at the end.
+        resumed_from: the number of steps that the checkpoint had behind it; None without one.
+        accuracy: the share of the test images that are recognised.
+    """
+
+    params: Any
+    state: Any
+    resumed_from: int | None
+    accuracy: float
+
+
+def train(steps: int, every: int, directory: Path, report: Report) -> Result:
+    """Train from the newest complete checkpoint, or from nothing, and save on the way.
+
+    Args:
+        steps: how many steps the whole training has, those of earlier runs included.
+        every: after how many steps to save; the last one is saved in any case.
+        directory: where the checkpoints are; the two newest ones are kept.
+        report: told what happens, and after how many steps: "loaded", "step" or "saving".
+    """
+    images, test_images, labels, test_labels = load()
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+        newest = manager.latest_step()
+        if newest is None:
+            params, state = start()
+        else:
+            wanted = ocp.args.StandardRestore(jax.eval_shape(start))
+            params, state = manager.restore(newest, args=wanted)
+        report("loaded", newest or 0)
+        for number in range(newest or 0, steps):
+            chosen = batch(number, len(images))
+            params, state = train_step(params, state, images[chosen], labels[chosen])
+            done = number + 1
+            report("step", done)
+            if done % every == 0 or done == steps:
+                report("saving", done)
+                manager.save(done, args=ocp.args.StandardSave((params, state)))
+        manager.wait_until_finished()
+    accuracy = (logits(params, test_images).argmax(axis=-1) == test_labels).mean()
+    return Result(params, state, newest, float(accuracy))
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def above_zero(text: str) -> int:
+    """Return a whole number > 0, for argparse."""
+    with contextlib.suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number > 0, got {text!r}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train a digit classifier, saving through Orbax. The same command again goes "
+        "on from the newest complete checkpoint, bit for bit, however the last run ended.",
+    )
+    parser.add_argument(
+        "--steps",
+        metavar="N",
+        type=above_zero,
+        default=2000,
+        help="of the whole training, those of earlier runs included (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--every",
+        metavar="N",
+        type=above_zero,
+        default=50,
+        help="save after as many steps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--directory",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("checkpoints"),
+        help="of the checkpoints (default: %(default)s)",
+    )
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    """Run the example.
+
+    Args:
+        argv: the command line; None means the program's own.
+
+    Returns:
+        The parameters and the state at the end, and from which step on they were trained.
+    """
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if options.directory.exists() and not options.directory.is_dir():
+        parser.error(f"argument --directory: is no folder: {str(options.directory)!r}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(), disable=options.no_progress
+    ) as progress:
+        bar = progress.add_task("starting", total=options.steps)
+
+        def report(what: str, step: int) -> None:
+            if what == "loaded":
+                progress.update(bar, description=f"training, from step {step}")
+            progress.update(bar, completed=step)
+
+        result = train(options.steps, options.every, options.directory, report)
+    print(f"Steps: {int(result.state['count'])}, resumed from {result.resumed_from}")
+    print(f"Checkpoints: {options.directory}")
+    print(f"Test accuracy: {result.accuracy:.1%}")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("Stopped: the same command goes on from the newest checkpoint.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,150 @@
+"""A training that is killed fifty times ends where an undisturbed one does, bit for bit.
+
+What is killed is `examples/resumable.py`, which saves through orbax while it trains: a process of
+its own each time, ended by SIGKILL, which no process can handle or clean up after. When it dies is
+drawn from a fixed seed: while it loads, after some step, or so long after it began to save.
+
+The processes are forked by a server that has the modules imported and no backend of JAX started,
+since importing takes longer than all the rest.
+"""
+
+import dataclasses
+import importlib.util
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+TESTS = Path(__file__).parent
+STEPS, EVERY, KILLS = 300, 3, 50
+PATIENCE = 300  # seconds until something that has to come is missed
+
+spec = importlib.util.spec_from_file_location("resumable", TESTS.parent / "examples/resumable.py")
+assert spec is not None and spec.loader is not None
+resumable: Any = importlib.util.module_from_spec(spec)
+sys.modules["resumable"] = resumable  # dataclasses look their module up
+spec.loader.exec_module(resumable)
+
+
+def train(directory, pipe):
+    """Run the example, in a process of its own, and say through the pipe what it does."""
+    resumable.train(STEPS, EVERY, directory, lambda what, step: pipe.send((what, step)))
+
+
+@dataclasses.dataclass
+class Life:
+    """What was seen of one process: what it said and when (in seconds from its start), its end."""
+
+    said: list[tuple[str, int, float]]
+    exitcode: int | None = None
+
+    def steps(self, what):
+        return [step for word, step, _ in self.said if word == what]
+
+    def times(self, what):
+        return [when for word, _, when in self.said if word == what]
+
+
+def live(server, directory, until=None, delay=0.0):
+    """Start the training; kill it some time after it has said (what, how often), if it is to die."""
+    pipe, theirs = server.Pipe(duplex=False)
+    process = server.Process(target=train, args=(directory, theirs))
+    process.start()
+    theirs.close()
+    begun, life = time.monotonic(), Life([])
+    try:
+        while until is None or len(life.steps(until[0])) < until[1]:
+            assert pipe.poll(PATIENCE), f"nothing was said for {PATIENCE} s after {life.said[-3:]}"
+            life.said.append((*pipe.recv(), time.monotonic() - begun))
+    except EOFError:  # it has ended
+        pass
+    else:
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+    process.join(PATIENCE)
+    life.exitcode = process.exitcode
+    while life.exitcode and pipe.poll():  # what it had said before it died
+        try:
+            life.said.append((*pipe.recv(), time.monotonic() - begun))
+        except (EOFError, OSError):
+            break
+    return life
+
+
+def complete(directory):
+    """Return the steps of the checkpoints that are complete."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
+def last_checkpoint(directory):
+    """Return the parameters and the state at the end of the training."""
+    with ocp.CheckpointManager(directory) as manager:
+        wanted = ocp.args.StandardRestore(jax.eval_shape(resumable.start))
+        return manager.restore(STEPS, args=wanted)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Return a fork server: its processes start with everything imported."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *sys.path])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    context.Process(target=int).start()
+    yield context
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
+def test_killed_fifty_times_it_ends_where_an_undisturbed_run_does(server, tmp_path):
+    undisturbed, directory = tmp_path / "undisturbed", tmp_path / "killed"
+    whole = live(server, undisturbed)
+    assert whole.exitcode == 0 and whole.steps("step") == list(range(1, STEPS + 1))
+    loading = whole.times("loaded")[0]
+    saving = statistics.median(np.diff(whole.times("saving")))  # each waits for the one before
+
+    generator = np.random.default_rng(0)
+    plans = [(None, generator.uniform(0, loading)) for _ in range(14)]
+    plans += [(("step", int(generator.integers(1, 11))), 0.0) for _ in range(16)]
+    plans += [
+        (("saving", int(generator.integers(1, 4))), generator.uniform(0, saving)) for _ in range(20)
+    ]
+    lives, before_loading, incomplete, repeated = [], 0, 0, 0
+    for index in generator.permutation(KILLS):
+        until, delay = plans[index]
+        newest = max(complete(directory), default=0)
+        reached = lives[-1].steps("step")[-1:] if lives else []
+        life = live(server, directory, until or ("", 0), delay)
+        lives.append(life)
+        # it was killed, and not before it had gone on from the newest complete checkpoint
+        assert life.exitcode == -signal.SIGKILL
+        assert life.steps("loaded") in ([], [newest])
+        done = life.steps("step")
+        assert done == list(range(newest + 1, newest + 1 + len(done)))
+        before_loading += not life.steps("loaded")
+        repeated += bool(done) and bool(reached) and done[0] <= reached[0]
+        begun = life.steps("saving")[-1:]
+        incomplete += any((directory / f"{step}.orbax-checkpoint-tmp").exists() for step in begun)
+
+    print(
+        f"{before_loading=} {incomplete=} {repeated=} newest={complete(directory)} {loading=} {saving=}"
+    )
+    last = live(server, directory)
+    assert last.exitcode == 0 and last.steps("loaded")[0] > 0
+    assert complete(directory)[-1] == STEPS
+    expected, found = last_checkpoint(undisturbed), last_checkpoint(directory)
+    assert (
+        int(found[1]["count"]) == STEPS and found[1]["moments"]["hidden"]["bias"].dtype == "uint32"
+    )
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
