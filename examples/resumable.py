@@ -7,13 +7,13 @@ The first run starts from nothing. Stop it with Ctrl-C, kill it or pull the plug
 command again: it goes on from the newest complete checkpoint, and ends with the parameters and the
 state of a run that was never stopped, bit for bit. For that
 
-- what is saved is all that there is: the parameters and the optimizer's state, in one checkpoint,
-  which Orbax writes under another name and renames when it is complete;
+- the parameters and the optimizer's state are saved together, in one checkpoint, which Orbax writes
+  under another name and renames when it is complete;
 - everything else follows from the number of the step: which images are in a batch, and the random
   bits with which adamx rounds the moments, here kept in 4 bytes a parameter instead of 8.
 
-Writing takes place in the background while the training goes on; `save` returns when it has a copy
-of its own, so that the next step may overwrite the arrays.
+Orbax writes in the background while the training goes on; the arrays that `save` was given may be
+donated to the next step at once.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def train_step(params: Any, state: Any, images: jax.Array, labels: jax.Array) ->
     return adamx.apply_updates(params, updates), state
 
 
-def load() -> list[np.ndarray]:
+def load() -> Sequence[Any]:
     """Return training images, test images, training labels and test labels."""
     images, labels = load_digits(return_X_y=True)
     images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)

@@ -226,7 +226,7 @@ def test_a_guard_added_to_a_saved_run_guards_it(saved, checkpointer):
 # --------------------------------------------------------------------------------- another storage
 
 STORAGES = ("float32", "bfloat16", "packed16", "packed8")
-BETAS = {"b1": 0.9, "b2": 0.999}
+BETAS: dict[str, Any] = {"b1": 0.9, "b2": 0.999}
 
 
 def adam(moments, **betas):
@@ -365,8 +365,8 @@ def test_groups_with_masters_change_their_storages_leaf_by_leaf():
     assert_same(carried["moments"]["v"], state["moments"]["v"])
     read, found = adamx.moments(state, old), adamx.moments(carried, new)
     for leaf, moments in {"w": "bfloat16", "b": "packed16", "v": "float32"}.items():
-        one = [{name: tree[name][leaf] for name in ("mu", "nu")} for tree in (found, read)]
-        moments_within(*one, moments)
+        here, there = ({name: x[name][leaf] for name in ("mu", "nu")} for x in (found, read))
+        moments_within(here, there, moments)
     back, _ = adapt_state(old, params, carried, was=new)
     assert_same(back["moments"]["v"], state["moments"]["v"])
     step = adamx.make_step(new)

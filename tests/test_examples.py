@@ -310,3 +310,59 @@ def test_four_optimizers_explains_a_missing_folder(four_optimizers, capsys):
         four_optimizers.main(["--output", "nowhere/four.png"])
     assert exit_.value.code == 2
     assert "there is no folder 'nowhere'" in capsys.readouterr().err
+
+
+# --- resumable -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resumable() -> ModuleType:
+    return load("resumable")
+
+
+def test_resumable_goes_on_with_the_same_command_bit_for_bit(resumable, tmp_path, capsys):
+    def run(directory: str, steps: int) -> Any:
+        argv = ["--steps", str(steps), "--every", "20", "--directory", str(tmp_path / directory)]
+        return resumable.main([*argv, "--no-progress"])
+
+    whole = run("whole", 100)
+    assert whole.resumed_from is None and int(whole.state["count"]) == 100
+    # 95.0 % was measured; a guess is right in 10 %
+    assert whole.accuracy > 0.85
+    assert f"Test accuracy: {whole.accuracy:.1%}" in capsys.readouterr().out
+    # the two newest checkpoints, those of 80 and 100 steps
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["100", "80"]
+
+    run("stopped", 50)
+    resumed = run("stopped", 100)
+    assert resumed.resumed_from == 50
+    assert "Steps: 100, resumed from 50" in capsys.readouterr().out
+    ends = [jax.tree.leaves((result.params, result.state)) for result in (whole, resumed)]
+    for a, b in zip(*ends, strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert run("stopped", 100).resumed_from == 100
+
+
+def test_resumable_sees_each_image_once_an_epoch_in_another_order(resumable):
+    epochs = [
+        np.concatenate([resumable.batch(22 * epoch + place, 1437) for place in range(22)])
+        for epoch in range(2)
+    ]
+    for seen in epochs:
+        assert len(set(seen.tolist())) == len(seen) == 22 * 64
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--steps", "0"], "--steps: must be a whole number > 0, got '0'"),
+        (["--every", "some"], "--every: must be a whole number > 0, got 'some'"),
+        (["--directory", __file__], "--directory: is no folder"),
+    ],
+)
+def test_resumable_explains_bad_arguments(resumable, capsys, argv, message):
+    with pytest.raises(SystemExit) as exit_:
+        resumable.main(argv)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
