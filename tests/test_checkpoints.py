@@ -286,6 +286,13 @@ def test_the_moments_are_carried_over_to_any_storage(of, to, runs):
         assert_same(back, state)  # what has been rounded is rounded to itself
 
 
+def test_every_word_of_a_storage_that_stays_stays_as_it_is():
+    params, tx = jnp.zeros(2**16), adam("packed8")
+    state = tx.init(params) | {"moments": jnp.arange(2**16).astype(jnp.uint16)}
+    guarded = adamx.skip_nonfinite(tx)
+    assert_same(adapt_state(guarded, params, state, was=tx)[0]["moments"], state["moments"])
+
+
 def test_a_storage_added_to_a_saved_run_makes_no_jump(saved, checkpointer, runs):
     params, state = runs["float32"]
     old, new = adam("float32"), adam("packed16")
