@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from adamx.core import lifting
 from adamx.core.errors import describe
 from adamx.core.lifting import Slots, State
+from adamx.core.paths import flatten, leaves_by_path
 from adamx.core.transformation import Transformation
 from adamx.storage.moments import moments
 from adamx.storage.storage import Storage
@@ -103,7 +104,7 @@ def adapt_state(
             f"fit it: {_some(misfit.filled + misfit.dropped)}"
         )
     after, adaptation = _matched(_revealed(tx.init(params), tx), _revealed(before, was))
-    words, seen = _by_path(before), _by_path(after)
+    words, seen = leaves_by_path(before), leaves_by_path(after)
 
     def start(concept: Transformation, path: str, first: Slots) -> Slots:
         """Return one leaf's slots: the saved words where they say the same here, else new ones."""
@@ -135,7 +136,7 @@ def _revealed(state: State, tx: Transformation) -> State:
 
 def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
     """Return a state with the saved leaves in the place of its own, matched by path, and cast."""
-    old = _by_path(saved)
+    old = leaves_by_path(saved)
     if "count" not in old:
         raise TypeError(
             "adapt_state: saved must be a state of adamx, with 'count' at the top, "
@@ -143,8 +144,9 @@ def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
         )
     filled = {}
 
-    def carried(path: Any, first: jax.Array) -> jax.Array:
-        name = _name(path)
+    def carried(name: str, first: Any) -> Any:
+        if first is None:
+            return None
         if name not in old:
             filled[name] = first
             return first
@@ -166,7 +168,8 @@ def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
             raise _kept_otherwise(name, first, name, value)
         return value.astype(first.dtype)
 
-    state = jax.tree_util.tree_map_with_path(carried, start)
+    paths, firsts, treedef = flatten(start)
+    state = treedef.unflatten(map(carried, paths, firsts))
     lost = {_place(name): name for name in sorted(old, key=lambda name: _is_word(old[name]))}
     for name, first in filled.items():
         other = lost.get(_place(name))
@@ -198,14 +201,5 @@ def _kept_otherwise(name: str, first: Any, other: str, value: Any) -> ValueError
     )
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_name(path): value for path, value in flat}
-
-
 def _at(name: str, path: str) -> str:
     return f"{name}/{path}" if path else name
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
