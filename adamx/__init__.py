@@ -43,6 +43,7 @@ from adamx.core.paths import all_but
 from adamx.core.precision_warning import PrecisionWarning
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
+from adamx.inspect.audit import Audit, audit
 from adamx.inspect.compare import Comparison, compare
 from adamx.interop.optax_state import from_optax, to_optax
 from adamx.interop.torch_state import from_torch, to_torch
@@ -129,6 +130,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adaptation",
+    "Audit",
     "Comparison",
     "PrecisionWarning",
     "Step",
@@ -154,6 +156,7 @@ __all__ = [
     "all_but",
     "amsgrad",
     "apply_updates",
+    "audit",
     "bfloat16",
     "bias_correction",
     "by_path",

@@ -26,13 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import Loop, count_kernels, ratio, read_program
+from measure import Loop, ratio
 from report import AGAIN, OPTAX, TORCH, Meter, Table, elements, median, torch_loop, tree
 from rich.console import Console
 from rich.progress import Progress
 from side_by_side import environment, size
 
 import adamx
+from adamx.inspect.program import count_kernels, read_program
 
 COPY = "copy"
 LARGEST_COPY = 2**31  # bytes read; larger ones are not faster

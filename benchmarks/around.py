@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from measure import Loop, Program, Sample, ratio, read_program
+from measure import Loop, Sample, ratio
 from report import (
     QUICK,
     Meter,
@@ -33,6 +33,7 @@ from rich.progress import Progress
 from side_by_side import environment
 
 import adamx
+from adamx.inspect.program import Program, read_program
 
 EVERY = 4
 ALONE, AGAIN = "adamw alone", "adamw again"

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import Loop, Program, Sample, ratio, read_program, stages
+from measure import Loop, Sample, ratio, stages
 from report import (
     ADAMX,
     AGAIN,
@@ -53,6 +53,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from storages import compiling_storages, memory_of_storages, storages
 
 import adamx
+from adamx.inspect.program import Program, read_program
 
 BAR_STEP = 1.0  # of Optax's time, for arrays from BAR_STEP_FROM elements on
 BAR_STEP_FROM = 2**24

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from measure import Loop, Sample, ratio, read_program, stages
+from measure import Loop, Sample, ratio, stages
 from report import (
     AGAIN,
     OPTAX,
@@ -30,6 +30,7 @@ from report import (
 )
 
 import adamx
+from adamx.inspect.program import read_program
 
 BAR_PACKED16 = 0.65  # of Optax's time, from BAR_FROM elements on
 BAR_FROM = 2**26

@@ -19,6 +19,7 @@ import pytest
 from rich.progress import Progress
 
 import adamx
+from adamx.inspect.program import count_copies, read_program
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 around: Any = importlib.import_module("around")
@@ -126,7 +127,7 @@ def test_a_loop_threads_donated_buffers_through() -> None:
     ],
 )
 def test_copies_are_counted_by_the_size_of_their_result(line: str, copies: int) -> None:
-    assert measure.count_copies(f"ENTRY {{\n  {line}\n}}\n", {32}) == copies
+    assert count_copies(f"ENTRY {{\n  {line}\n}}\n", {32}) == copies
 
 
 def test_a_step_in_the_wrong_order_is_seen_to_copy() -> None:
@@ -139,7 +140,7 @@ def test_a_step_in_the_wrong_order_is_seen_to_copy() -> None:
 
     state = jax.eval_shape(tx.init, like)
     compiled = jax.jit(step, donate_argnums=(1, 2)).lower(like, state, like).compile()
-    assert measure.read_program(compiled, like).copies > 0
+    assert read_program(compiled, like).copies > 0
 
 
 # --- The report ----------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def steps() -> dict[str, Any]:
     pair = {"adamx": adamx.adamw(1e-3), "optax": optax.adamw(1e-3)}
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         return {
-            name: measure.read_program(side_by_side.compile_step(tx, like), like)
+            name: read_program(side_by_side.compile_step(tx, like), like)
             for name, tx in pair.items()
         }
 
@@ -300,7 +301,7 @@ def around_steps() -> dict[tuple[str, int], Any]:
             [side_by_side.single(MILLION + i) for i in range(3)],
         ):
             for name, (compiled, _, _) in around.compiled_steps(like).items():
-                found[name, len(jax.tree.leaves(like))] = measure.read_program(compiled, like)
+                found[name, len(jax.tree.leaves(like))] = read_program(compiled, like)
     return found
 
 
@@ -335,7 +336,7 @@ def test_the_two_counts_of_bytes_agree_where_there_is_no_branch(
 def test_a_train_step_copies_no_more_than_with_optax() -> None:
     like = side_by_side.network(64)
     ours, theirs = (
-        measure.read_program(side_by_side.train_step(tx, like), like)
+        read_program(side_by_side.train_step(tx, like), like)
         for tx in (adamx.adamw(1e-3), optax.adamw(1e-3))
     )
     assert ours.copies <= theirs.copies

@@ -1,0 +1,361 @@
+"""What a compiled program says about itself: the one place that reads the text of XLA's programs.
+
+A program's text names its computations, one of them the entry; each is a list of instructions
+
+    %name = f32[4,8]{1,0} opcode(%operand, ...), attributes
+
+and its first line says which result is written over which argument: `input_output_alias`.
+The format is that of XLA: https://openxla.org/xla/operation_semantics
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+
+_INSTRUCTION = re.compile(r"\s*(ROOT )?%(\S+) = (.+?) ([a-z][\w-]*)\((.*?)\)(.*)")
+_COMPUTATION = re.compile(r"\s*(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_ARRAY = re.compile(r"([a-z]+\d*)[a-z0-9]*\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|computation|computations)=(?:\{([^}]*)\}|(%[\w.\-]+))"
+)
+_ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{\d*\}, \w+-alias\)")
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "conditional"}
+
+_SAME = {"bitcast", "bitcast-convert", "copy", "copy-start", "copy-done", "convert", "reshape"}
+_SAME |= {"reduce-precision", "optimization-barrier"}
+_FIRST = {"dynamic-update-slice", "scatter"}
+_ELEMENTWISE = {"add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "clamp"}
+_ELEMENTWISE |= {"negate", "abs", "sign", "sqrt", "rsqrt", "exponential", "log", "tanh"}
+_ELEMENTWISE |= {"and", "or", "xor", "not", "shift-left", "shift-right-logical", "broadcast"}
+_ELEMENTWISE |= {"shift-right-arithmetic", "floor", "round-nearest-even"}
+
+
+# ------------------------------------------------------------------------------------ in one number
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a compiled program says about itself.
+
+    Attributes:
+        bytes_per_param: bytes that its kernels read and write, by XLA's count, per parameter.
+        always: the same without what stands in branches, of which a usual step takes none: bytes
+            of the arguments and results of the instructions outside them, per parameter.
+        copies: `copy` instructions whose result is as large as one of the parameters.
+        temp_bytes: memory beyond arguments and results.
+    """
+
+    bytes_per_param: float
+    always: float
+    copies: int
+    temp_bytes: int
+
+
+def read_program(compiled: jax.stages.Compiled, params: Any) -> Program:
+    """Read a compiled program that works on a tree of parameters, or on their shapes."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    cost: Any = compiled.cost_analysis()
+    memory: Any = compiled.memory_analysis()
+    return Program(
+        bytes_per_param=cost["bytes accessed"] / sum(sizes),
+        always=bytes_outside_branches(compiled.as_text() or "") / sum(sizes),
+        copies=count_copies(compiled.as_text() or "", set(sizes)),
+        temp_bytes=memory.temp_size_in_bytes,
+    )
+
+
+def bytes_outside_branches(hlo: str) -> int:
+    """Return the bytes that the instructions of a program's entry read and write.
+
+    XLA's own count adds up both sides of every conditional. Here the conditional itself counts
+    nothing, nor do instructions that move nothing.
+
+    Example:
+        >>> hlo = '''
+        ... %branch (x: f32[8]) -> f32[] {
+        ...   ROOT %r = f32[] reduce(%x, %zero)
+        ... }
+        ... ENTRY %main (g: f32[8], p: bf16[2,2]) -> f32[8] {
+        ...   %g = f32[8]{0} parameter(0)
+        ...   %p = bf16[2,2]{1,0} parameter(1)
+        ...   %c.1 = (f32[]) conditional(%s, %g, %g), branch_computations={%branch, %branch}
+        ...   ROOT %fusion = f32[8]{0} fusion(%g, %p), kind=kLoop
+        ... }
+        ... '''
+        >>> bytes_outside_branches(hlo)
+        72
+    """
+    text = Text(hlo)
+    arrays = [x for x in text.instructions.values() if x.in_entry and not x.shape.startswith("(")]
+    size = {x.name: x.bytes for x in arrays}
+    return sum(
+        size[x.name] + sum(size.get(operand, 0) for operand in x.operands)
+        for x in arrays
+        if x.opcode not in _FREE
+    )
+
+
+def count_copies(hlo: str, sizes: set[int]) -> int:
+    """Return how many copies in the text of a program make an array of one of these sizes.
+
+    Sizes are numbers of elements, so that a copy into another layout or shape counts too.
+
+    Example:
+        >>> hlo = '''
+        ...   %copy.1 = f32[4,8]{1,0} copy(%params)
+        ...   %copy.2 = s32[] copy(%count)
+        ...   %start = (f32[32]{0}, f32[32]{0}, u32[]) copy-start(%mu)
+        ... '''
+        >>> count_copies(hlo, {32})
+        2
+    """
+    return sum(1 for _ in Text(hlo).copies(sizes))
+
+
+def count_kernels(hlo: str) -> tuple[int, int]:
+    """Return how many kernels a program starts, and how many of them are fusions.
+
+    These are the instructions of the entry, and of what it calls, loops over or branches into, but
+    for those that move nothing. A fusion is one kernel, whatever it holds.
+
+    Example:
+        >>> hlo = '''
+        ... %fused (x: f32[8]) -> f32[8] {
+        ...   %x = f32[8]{0} parameter(0)
+        ...   ROOT %n = f32[8]{0} negate(%x)
+        ... }
+        ... %wrapped (y: f32[8]) -> f32[8] {
+        ...   %y = f32[8]{0} parameter(0)
+        ...   ROOT %f = f32[8]{0} fusion(%y), kind=kLoop, calls=%fused
+        ... }
+        ... ENTRY %main (g: f32[8]) -> (f32[8], f32[8]) {
+        ...   %g = f32[8]{0} parameter(0)
+        ...   %a = f32[8]{0} call(%g), to_apply=%wrapped
+        ...   %b = (f32[8]{0}, f32[]) fusion(%a), kind=kLoop, calls=%fused.1
+        ...   %c = f32[8]{0} copy(%a)
+        ...   ROOT %t = (f32[8]{0}, f32[8]{0}) tuple(%a, %c)
+        ... }
+        ... '''
+        >>> count_kernels(hlo)
+        (3, 2)
+    """
+    bodies: dict[str, list[Instruction]] = {}
+    for x in Text(hlo).instructions.values():
+        bodies.setdefault(x.computation, []).append(x)
+
+    def kernels(computation: str) -> Iterator[Instruction]:
+        for x in bodies.get(computation, ()):
+            if x.opcode in ("call", "while", "conditional"):
+                for called in _called(x.attributes):
+                    yield from kernels(called)
+            elif x.opcode not in _FREE:
+                yield x
+
+    found = [x for name, body in bodies.items() if body[0].in_entry for x in kernels(name)]
+    return len(found), sum(x.opcode == "fusion" for x in found)
+
+
+# ------------------------------------------------------------------------------- line by line
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a program.
+
+    Attributes:
+        name: unique in the program.
+        shape: of its result, as it is written: "f32[4,8]{1,0}", or a tuple of such in parentheses.
+        opcode: what it does: "copy", "fusion", "parameter".
+        operands: names of the instructions whose results it takes.
+        computation: the name of the list it stands in.
+        in_entry: whether that is the program's entry.
+        attributes: what stands behind the operands, up to the metadata.
+        label: the operation in the source that it comes from; of an argument the path.
+        literal: what stands between the parentheses, which is a number for "parameter".
+    """
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    computation: str
+    in_entry: bool
+    attributes: str
+    label: str
+    literal: str
+
+    @functools.cached_property
+    def elements(self) -> int:
+        """The number of elements of its result, or of the first of several."""
+        found = _ARRAY.search(self.shape)
+        return _elements(found[2]) if found else 0
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of its result, or of all of them."""
+        return sum(_bytes(*array) for array in _ARRAY.findall(self.shape))
+
+    @property
+    def array(self) -> str:
+        """Dtype and shape of its result, or of the first of several: "f32[4,8]"."""
+        found = _ARRAY.search(self.shape)
+        return found[0] if found else self.shape
+
+
+def _elements(dims: str) -> int:
+    return math.prod(map(int, filter(None, dims.split(","))))
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    bits = int("".join(filter(str.isdigit, dtype)) or 8)  # "pred" is a byte
+    return _elements(dims) * bits // 8
+
+
+Value = tuple[str, int | None]
+"""An instruction's result: its name, and which one where it has several."""
+
+
+class Text:
+    """The text of a program, taken apart.
+
+    Attributes:
+        instructions: by name.
+        aliases: for each argument that a result is written over, by number, the result's number.
+        parameters: the instructions that stand for the arguments, by number.
+        results: the values that are the results, in order.
+    """
+
+    def __init__(self, hlo: str) -> None:
+        """Take the text of an optimized program apart."""
+        self.name = hlo.split(",", 1)[0].removeprefix("HloModule ") if hlo else ""
+        self.instructions: dict[str, Instruction] = {}
+        self._roots: dict[str, str] = {}
+        self._callers: dict[str, list[str]] = {}
+        computation, in_entry = "", False
+        for line in hlo.splitlines():
+            if found := _INSTRUCTION.match(line):
+                root, name, shape, opcode, literal, rest = found.groups()
+                attributes, _, metadata = rest.partition("metadata=")
+                label = metadata.partition('op_name="')[2].partition('"')[0].replace("\\'", "'")
+                operands = tuple(_NAME.findall(literal))
+                self.instructions[name] = Instruction(
+                    name, shape, opcode, operands, computation, in_entry, attributes, label, literal
+                )
+                if root:
+                    self._roots[computation] = name
+                for called in _called(attributes):
+                    self._callers.setdefault(called, []).append(name)
+            elif found := _COMPUTATION.match(line):
+                computation, in_entry = found[2], bool(found[1])
+        alias = hlo[: hlo.find("\n")].partition("input_output_alias={")[2]
+        self.aliases = {int(i): int(j or 0) for j, i in _ALIAS.findall(alias)}
+        entry = [x for x in self.instructions.values() if x.in_entry]
+        self.parameters = {int(x.literal): x for x in entry if x.opcode == "parameter"}
+        last = next((x for x in entry if self._roots.get(x.computation) == x.name), None)
+        self.results: list[Value] = []
+        if last and last.opcode == "tuple":
+            self.results = [(name, None) for name in last.operands]
+        elif last and last.shape.startswith("("):
+            self.results = [(last.name, i) for i in range(len(_ARRAY.findall(last.shape)))]
+        elif last:
+            self.results = [(last.name, None)]
+
+    def copies(self, sizes: set[int]) -> Iterator[Instruction]:
+        """Yield the copies, the asynchronous ones too, of as many elements as one of these."""
+        for x in self.instructions.values():
+            if x.opcode in ("copy", "copy-start") and x.elements in sizes:
+                yield x
+
+    def source(self, x: Instruction) -> int | None:
+        """Return the number of the argument that a copy copies, None where it is no argument."""
+        free = _SAME - {"convert", "bitcast-convert", "reduce-precision"}
+        for number, _ in self._reach((x.name, None), free, set()):
+            return number
+        return None
+
+    def sources(self, result: int) -> dict[int, int]:
+        """Return the arguments that a result is made of element by element.
+
+        Returns:
+            For each such argument its number and how many operations stand between: 0 for an
+            argument that is handed through, converted or copied, 1 for the w of w + u.
+        """
+        return dict(self._reach(self.results[result], _SAME, _ELEMENTWISE))
+
+    def _reach(self, start: Value, free: set[str], counted: set[str]) -> Iterator[tuple[int, int]]:
+        """Yield the arguments that a value is reached from, nearest first, with the distance."""
+        queue: list[tuple[int, int, Value]] = [(0, 0, start)]
+        seen: set[Value] = set()
+        pushed = 0
+        while queue:
+            distance, _, value = heapq.heappop(queue)
+            if value in seen or value[0] not in self.instructions:
+                continue
+            seen.add(value)
+            x = self.instructions[value[0]]
+            if x.opcode == "parameter" and x.in_entry:
+                yield int(x.literal), distance
+            for cost, before in self._before(x, value[1], free, counted):
+                pushed += 1
+                heapq.heappush(queue, (distance + cost, pushed, before))
+
+    def _before(
+        self, x: Instruction, index: int | None, free: set[str], counted: set[str]
+    ) -> Iterable[tuple[int, Value]]:
+        """Return what an instruction's result, or one of them, is made of, and at which cost."""
+        if x.opcode == "parameter":
+            return [(0, (up, index)) for up in self._above(x)]
+        if x.opcode == "get-tuple-element":
+            return [(0, (x.operands[0], int(x.attributes.partition("index=")[2].split(",")[0])))]
+        if x.opcode == "tuple":
+            return [(0, (x.operands[index or 0], None))]
+        if x.opcode == "while":
+            return [(0, (x.operands[0], index))]
+        if called := _called(x.attributes) if x.opcode in _CALLS else []:
+            return [(0, (self._roots[name], index)) for name in called if name in self._roots]
+        if x.opcode in free:
+            return [(0, (x.operands[0], index if x.opcode == "optimization-barrier" else None))]
+        if not counted:
+            return []
+        if x.opcode == "select":
+            return [(0, (name, None)) for name in x.operands[1:]]
+        if x.opcode in _FIRST:
+            return [(1, (x.operands[0], None))]
+        if x.opcode in counted:
+            scalar = {name for name in x.operands if self._elements_of(name) == 1}
+            return [(1, (n, None)) for n in x.operands if n not in scalar or x.elements == 1]
+        return []
+
+    def _above(self, x: Instruction) -> Iterator[str]:
+        """Yield the operands that a computation's parameter stands for, one for each caller."""
+        for name in self._callers.get(x.computation, ()):
+            caller, number = self.instructions[name], int(x.literal)
+            if caller.opcode == "conditional":
+                number = 1 + _called(caller.attributes).index(x.computation)
+            if caller.opcode in _CALLS and number < len(caller.operands):
+                yield caller.operands[number]
+
+    def bytes_of(self, value: Value) -> int:
+        """Return the bytes of a result."""
+        arrays = _ARRAY.findall(self.instructions[value[0]].shape)
+        return sum(_bytes(*array) for array in (arrays if value[1] is None else [arrays[value[1]]]))
+
+    def _elements_of(self, name: str) -> int:
+        return self.instructions[name].elements if name in self.instructions else 0
+
+
+_CALLS = {"fusion", "call", "conditional"}
+
+
+def _called(attributes: str) -> list[str]:
+    """Return the computations that an instruction calls, in order."""
+    return [name for many in _CALLED.findall(attributes) for name in _NAME.findall("".join(many))]
