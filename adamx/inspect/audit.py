@@ -8,17 +8,22 @@ warning, and the numbers are right.
 from __future__ import annotations
 
 import dataclasses
-import re
+import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
+from adamx.inspect.carried import Array, carry, read_arguments, read_results
 from adamx.inspect.program import Instruction, Text
 
-_NEAR = 2  # operations between an array and its successor: w + u, b * m + (1 - b) * g
+_SMALL = 100  # what is smaller by this factor than all that is carried on need not be donated
 _NAMES = ("params", "model", "weights")
+_COMPILERS = (
+    "No array is paired wrongly: these copies are the compiler's, of an array that is still "
+    "read when its successor is written, or into another layout."
+)
 _NOT_USABLE = "Some donated buffers were not usable"
 
 
@@ -53,7 +58,7 @@ class Audit:
         program: the name of the compiled program, such as "jit_step".
         platform: "cpu", "gpu", ...
         devices: how many it runs on.
-        donated: how many arrays are donated.
+        donated: how many arrays are donated, scalars left out.
         in_place: how many of them hold the result that replaces them.
         copies: the copies of arrays as large as one that is carried on (scalars left out).
         bytes_accessed: what the program reads and writes, by XLA's own count: both sides of a
@@ -65,6 +70,15 @@ class Audit:
         params: the name of what the bytes are divided by, and its number of elements on one
             device; None where nothing is carried on.
         advice: what to change, in sentences; empty where there is nothing.
+
+    Example:
+        SGD reads w, g and the count, and writes w, the count and the learning rate:
+
+        >>> import adamx, jax.numpy as jnp
+        >>> tx, w = adamx.sgd(0.1), jax.ShapeDtypeStruct((1000,), jnp.float32)
+        >>> found = audit(adamx.make_step(tx), w, jax.eval_shape(tx.init, w), w)
+        >>> found.floor_bytes == (4000 + 4000 + 4) + (4000 + 4 + 4)
+        True
     """
 
     program: str
@@ -86,31 +100,28 @@ class Audit:
 
     def __str__(self) -> str:
         name, size = self.params or ("", 0)
-        per = f"per element of {name}" if size else ""
         where = f"{self.devices} {self.platform} device{'s' if self.devices > 1 else ''}"
         many = ", bytes on each" if self.devices > 1 else ""
-        verdict = "ok" if self.ok else f"{len(self.advice)} to change"
+        count = len(self.advice)
+        verdict = "ok" if self.ok else f"{count} thing{'s' if count > 1 else ''} to change"
 
         def line(what: str, number: int | None) -> str:
-            if number is None:
-                return f"  {what:<17} {'not told':>15}"
-            return f"  {what:<17} {number:>15,}" + (f" {number / size:>10.2f} {per}" * bool(size))
+            share = f"{number / size:>12.2f}" if size and number is not None else ""
+            return f"  {what:<18}{'not told' if number is None else f'{number:,}':>16}{share}"
 
         rows = [
             f"{self.program} on {where}{many}: {verdict}",
-            line("bytes accessed", self.bytes_accessed),
-            line("floor", self.floor_bytes) + "  (arguments and results, once)",
-            line("temporary bytes", self.temp_bytes),
-            f"  donated arrays    {self.donated:>15,}, {self.in_place:,} updated in place",
-            f"  copies            {len(self.copies):>15,}",
-            *(f"    {copy}" for copy in _few(self.copies)),
+            f"{'bytes':>36}" + (f"   per element of {name}" if size else ""),
+            line("accessed", self.bytes_accessed),
+            line("floor", self.floor_bytes),
+            line("temporary", self.temp_bytes),
+            f"  donated arrays: {self.donated:,}, {self.in_place:,} of them updated in place",
+            f"  copies: {len(self.copies):,}",
+            *(f"    {copy}" for copy in _few(self.copies, 6)),
         ]
         if self.ok and self.copies:
-            rows.append(
-                "  Every donated array is paired right: these copies are the compiler's (an array "
-                "that is\n  still read when its successor is written, or another layout)."
-            )
-        rows += [f"  {number}. {text}" for number, text in enumerate(self.advice, start=1)]
+            rows.append(_filled("  ", _COMPILERS))
+        rows += [_filled(f"  {i}. ", text) for i, text in enumerate(self.advice, start=1)]
         return "\n".join(rows)
 
 
@@ -157,14 +168,9 @@ def audit(step: Any, *args: Any, **kwargs: Any) -> Audit:
     """
     lowered, compiled = _compiled(step, args, kwargs)
     text = Text(compiled.as_text() or "")
-    arguments = _arguments(lowered, compiled, text)
-    results = _results(lowered, compiled)
-    if len(results) != len(text.results):
-        raise ValueError(
-            f"audit: the program has {len(text.results)} results where the step has {len(results)}:"
-            " its text is in a form that is not known here"
-        )
-    carried = _carried(arguments, results, text)
+    arguments = read_arguments(lowered, compiled, text)
+    results = read_results(lowered, compiled, text)
+    carried = carry(arguments, results, text)
     by_number = {x.number: x for x in arguments if x.number is not None}
     placed = {by_number[i].place: j for i, j in text.aliases.items() if i in by_number}
     cost: Any = compiled.cost_analysis() or {}
@@ -174,8 +180,11 @@ def audit(step: Any, *args: Any, **kwargs: Any) -> Audit:
         program=text.name,
         platform=next(iter(devices)).platform if devices else jax.default_backend(),
         devices=max(len(devices), 1),
-        donated=sum(x.donated for x in arguments),
-        in_place=sum(carried.get(place) == j for place, j in placed.items()),
+        donated=sum(x.donated and x.aval.size > 1 for x in arguments),
+        in_place=sum(
+            carried.get(place) == j and arguments[place].aval.size > 1
+            for place, j in placed.items()
+        ),
         copies=_copies(text, arguments, results, carried),
         bytes_accessed=int(cost["bytes accessed"]) if "bytes accessed" in cost else None,
         floor_bytes=_floor(text, by_number, placed),
@@ -185,40 +194,7 @@ def audit(step: Any, *args: Any, **kwargs: Any) -> Audit:
     )
 
 
-# ---------------------------------------------------------------------------- arguments and results
-
-
-@dataclasses.dataclass(frozen=True)
-class _Array:
-    """One array among the arguments or the results.
-
-    Attributes:
-        place: its position among them.
-        top: the argument that it is in, or the position in a tuple of results, as JAX names it.
-        name: of that argument.
-        path: where in it, in components.
-        aval: shape, dtype and whether the dtype is weak.
-        sharding: None where the program does not use it.
-        donated: whether it is.
-        number: its number in the program; None where the program does not use it.
-    """
-
-    place: int
-    top: Any
-    name: str
-    path: tuple[str, ...]
-    aval: Any
-    sharding: Any
-    donated: bool = False
-    number: int | None = None
-
-    def __str__(self) -> str:
-        return "/".join((self.name, *self.path))
-
-    @property
-    def kind(self) -> str:
-        weak = " (weak)" if getattr(self.aval, "weak_type", False) else ""
-        return f"{self.aval.dtype}{list(self.aval.shape)}{weak}"
+# ------------------------------------------------------------------------------------ the program
 
 
 def _compiled(step: Any, args: Any, kwargs: Any) -> tuple[Any, jax.stages.Compiled]:
@@ -249,112 +225,25 @@ def _compiled(step: Any, args: Any, kwargs: Any) -> tuple[Any, jax.stages.Compil
         return lowered, lowered if isinstance(lowered, jax.stages.Compiled) else lowered.compile()
 
 
-def _arguments(lowered: Any, compiled: Any, text: Text) -> list[_Array]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(lowered.args_info)
-    avals = jax.tree.leaves(lowered.in_avals)
-    shardings = _leaves(compiled.input_shardings)
-    used = [i for i, sharding in enumerate(shardings) if sharding is not None]
-    first = len(text.parameters) - len(used)  # constants of the step may come before
-    numbers = {place: first + k for k, place in enumerate(used)}
-    names: dict[Any, str] = {}
-    for place, (path, _) in enumerate(flat):
-        label = text.parameters[numbers[place]].label if place in numbers else ""
-        if found := re.match(r"[A-Za-z_]\w*", label):
-            names.setdefault(path[:2], found[0])
-    return [
-        _Array(
-            place,
-            path[:2],
-            names.get(path[:2], f"argument {_components(path[1:2])[0]}"),
-            _components(path[2:]),
-            aval,
-            sharding,
-            info.donated,
-            numbers.get(place),
-        )
-        for place, ((path, info), aval, sharding) in enumerate(
-            zip(flat, avals, shardings, strict=True)
-        )
-    ]
-
-
-def _results(lowered: Any, compiled: Any) -> list[_Array]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(lowered.out_info)
-    shardings = _leaves(compiled.output_shardings)
-    found = []
-    for place, ((path, info), sharding) in enumerate(zip(flat, shardings, strict=True)):
-        in_tuple = path and isinstance(path[0], jax.tree_util.SequenceKey)
-        head, rest = (path[:1], path[1:]) if in_tuple else ((), path)
-        name = "/".join(("result", *_components(head)))
-        found.append(_Array(place, head, name, _components(rest), info, sharding))
-    return found
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=lambda x: x is None)
-
-
-def _components(path: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-# ------------------------------------------------------------------------------ what replaces what
-
-
-def _carried(arguments: list[_Array], results: list[_Array], text: Text) -> dict[int, int]:
-    """Return for each argument that has a successor among the results the place of that result."""
-    by_number = {x.number: x for x in arguments if x.number is not None}
-    pairs = []
-    for result in results:
-        near = [
-            (by_number[number], distance)
-            for number, distance in text.sources(result.place).items()
-            if number in by_number
-        ]
-        alike = [_alike(argument.path, result.path) for argument, _ in near]
-        for (argument, distance), common in zip(near, alike, strict=True):
-            named = common > 0 and common == max(alike) and alike.count(common) == 1
-            same_shape = argument.aval.shape == result.aval.shape
-            likely = named or argument.donated or distance <= _NEAR
-            if named if argument.aval.size == 1 or not same_shape else likely:
-                rank = (-common, not argument.donated, distance, argument.place)
-                pairs.append((rank, argument.place, result.place))
-    carried: dict[int, int] = {}
-    taken: set[int] = set()
-    for _, argument, result in sorted(pairs):
-        if argument not in carried and result not in taken:
-            carried[argument] = result
-            taken.add(result)
-    return carried
-
-
-def _alike(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    """Return how many components two paths have in common at their ends."""
-    common = 0
-    while common < min(len(a), len(b)) and a[-1 - common] == b[-1 - common]:
-        common += 1
-    return common
-
-
 def _copies(
-    text: Text, arguments: list[_Array], results: list[_Array], carried: dict[int, int]
+    text: Text, arguments: list[Array], results: list[Array], carried: dict[int, int]
 ) -> tuple[Copy, ...]:
     by_number = {x.number: x for x in arguments if x.number is not None}
-    kept = [x for x in by_number.values() if x.donated or x.place in carried]
-    sizes = {text.parameters[x.number].elements for x in kept or by_number.values()} - {0, 1}
+    kept = [i for i, x in by_number.items() if x.donated or x.place in carried]
+    sizes = {text.parameters[i].elements for i in kept or by_number} - {0, 1}
     result_of = {name: str(results[i]) for i, (name, _) in enumerate(text.results)}
     done = {x.operands[0]: x.name for x in text.instructions.values() if x.opcode == "copy-done"}
 
     def describe(x: Instruction) -> Copy:
         number = text.source(x)
-        argument = by_number.get(number)
+        argument = None if number is None else by_number[number]
         result = result_of.get(x.name) or result_of.get(done.get(x.name, ""))
         return Copy(x.array, str(argument) if argument else None, result)
 
     return tuple(map(describe, text.copies(sizes)))
 
 
-def _floor(text: Text, by_number: dict[Any, _Array], placed: dict[int, int]) -> int:
+def _floor(text: Text, by_number: dict[Any, Array], placed: dict[int, int]) -> int:
     read = sum(text.parameters[number].bytes for number in by_number)
     written = sum(text.bytes_of(value) for value in text.results)
     through = sum(
@@ -366,7 +255,7 @@ def _floor(text: Text, by_number: dict[Any, _Array], placed: dict[int, int]) -> 
     return read + written - through
 
 
-def _params(text: Text, arguments: list[_Array], carried: dict[int, int]) -> tuple[str, int] | None:
+def _params(text: Text, arguments: list[Array], carried: dict[int, int]) -> tuple[str, int] | None:
     """Return what to divide bytes by: what is called params, or the first that is carried on."""
     kept = sorted((x for x in arguments if x.place in carried), key=lambda x: carried[x.place])
     if not kept:
@@ -380,111 +269,126 @@ def _params(text: Text, arguments: list[_Array], carried: dict[int, int]) -> tup
     return name, sum(text.parameters[x.number].elements for x in chosen if x.number is not None)
 
 
-# ------------------------------------------------------------------------------------- what to change
+# ---------------------------------------------------------------------------------- what to change
 
 
 def _advice(
-    arguments: list[_Array], results: list[_Array], carried: dict[int, int], placed: dict[int, int]
-) -> Iterable[str]:
+    arguments: list[Array], results: list[Array], carried: dict[int, int], placed: dict[int, int]
+) -> Iterator[str]:
+    """Yield what to change: one sentence or two for each kind of fault."""
+    pairs = [(x, results[carried[x.place]]) for x in arguments if x.place in carried]
+    cast = [f"{x} goes in as {x.kind}, comes out as {y.kind}" for x, y in pairs if x.kind != y.kind]
+    if cast:
+        yield (
+            f"{_listed(cast)}: a donated array cannot hold that, and the second call compiles the "
+            "step anew. Give the result the shape and dtype of the argument: x.astype(old.dtype), "
+            "as adamx.apply_updates does for the parameters."
+        )
+    if weak := [x for x, y in pairs if x.kind == y.kind and x.weak != y.weak]:
+        yield (
+            f"{_listed(weak)} has the dtype of a Python number on one side of the step and a dtype "
+            "of its own on the other: the second call compiles the step anew. Start from an array, "
+            "such as jnp.zeros((), jnp.int32), and cast the result to its dtype."
+        )
+    moved = [(x, y) for x, y in pairs if x.kind == y.kind and _is_moved(x, y)]
+    if moved:
+        where = [f"{x} goes in on {_spec(x)}, comes out on {_spec(y)}" for x, y in moved]
+        yield (
+            f"{_listed(where)}: a donated array cannot hold that, and the second call compiles the "
+            "step anew. Keep it where it was: out_shardings, or jax.lax.with_sharding_constraint."
+        )
+    altered = {x.place for x, y in pairs if x.kind != y.kind or _is_moved(x, y)}
+    kept = [x for x in arguments if x.aval.size > 1 and x.place not in altered]
     owner = {result: argument for argument, result in carried.items()}
-    changed = [
-        (x, results[carried[x.place]])
-        for x in arguments
-        if x.place in carried and _changes(x, results[carried[x.place]])
-    ]
-    other = {x.place for x, _ in changed}
-    kept = [x for x in arguments if x.aval.size > 1 and x.place not in other]
     wrong = [
-        (x, results[placed[x.place]])
+        f"{results[j]} is written over {x}"
         for x in kept
-        if (x.place in placed and carried.get(x.place, placed[x.place]) != placed[x.place])
-        or (x.place in placed and owner.get(placed[x.place], x.place) != x.place)
+        if (j := placed.get(x.place)) is not None
+        and (carried.get(x.place, j) != j or owner.get(j, x.place) != x.place)
     ]
-    replaced = {owner[result.place] for _, result in wrong if result.place in owner}
-    in_vain = [x for x in kept if x.donated and x.place not in placed and x.place not in replaced]
-    missed = [x for x in kept if not x.donated and x.place in carried]
-    order = _Order(arguments, carried)
-    if changed:
-        pairs = [f"{x} goes in as {x.kind}, comes out as {y.kind}" for x, y in changed]
-        if any(x.kind == y.kind for x, y in changed):
-            pairs = [
-                f"{x} goes in as {x.kind} {_spec(x)}, comes out as {y.kind} {_spec(y)}"
-                for x, y in changed
-            ]
-        yield (
-            f"{_listed(pairs)}: the step is compiled again at its second call, and cannot be in "
-            "place. Give the result the kind of the argument: astype (adamx.apply_updates does it "
-            "for params), an init without Python numbers, out_shardings."
-        )
     if wrong:
-        pairs = [f"{y} is written over {x}" for x, y in wrong]
         yield (
-            f"{_listed(pairs)}: JAX pairs donated arguments with results by shape and dtype, first "
-            f"come, first served, and XLA copies what stands in the way. {order.advice()}"
+            f"{_listed(wrong)}: JAX pairs donated arguments with results by shape and dtype, first "
+            f"come, first served, and XLA copies what it would lose. {_order(arguments, carried)}"
         )
+    in_vain = [x for x in kept if x.donated and x.place not in placed and x.place not in carried]
     if in_vain:
+        names = _tops(in_vain, arguments)
         yield (
-            f"No result takes the memory of the donated {_listed(_tops(in_vain))}: the arrays are "
-            "gone, and nothing is gained. Do not donate "
-            f"{'them' if len(_tops(in_vain)) > 1 else 'it'}."
+            f"No result takes the memory of the donated {_listed(names)}: gone for the caller, and "
+            f"nothing gained. Do not donate {'them' if len(names) > 1 else 'it'}."
         )
+    size = {x.place: x.aval.size * x.aval.dtype.itemsize for x in arguments}
+    missed = [x for x in kept if not x.donated and x.place in carried]
+    enough = sum(size[place] for place in carried) / _SMALL
+    missed = [x for x in missed if sum(size[y.place] for y in missed if y.top == x.top) >= enough]
     if missed and not wrong:
+        names = _tops(missed, arguments)
         yield (
-            f"{_listed(_tops(missed))} could be updated in place and "
-            f"{'are' if len(_tops(missed)) > 1 else 'is'} not donated: the results take as much "
-            f"memory again. {order.advice()}"
+            f"{_listed(names)} could be updated in place and {'are' if len(names) > 1 else 'is'} "
+            "not donated: the results take as much memory again. "
+            f"{_order(arguments, carried)}"
         )
 
 
-class _Order:
-    """Which arguments to donate, and in which order."""
-
-    def __init__(self, arguments: list[_Array], carried: dict[int, int]) -> None:
-        first: dict[Any, int] = {}
-        self.names: dict[Any, str] = {}
-        self.given: list[Any] = []
-        for x in arguments:
-            if x.top not in self.names:
-                self.names[x.top] = x.name
-                self.given.append(x.top)
-            if x.place in carried and x.aval.size > 1:
-                first[x.top] = min(first.get(x.top, carried[x.place]), carried[x.place])
-        self.donate = sorted(first, key=lambda top: first[top])
-
-    def advice(self) -> str:
-        """Say it."""
-        among = [top for top in self.given if top in self.donate]
-        names = f"({', '.join(self.names[top] for top in self.donate)})"
-        rest = [self.names[top] for top in self.given if top not in self.donate]
-        if among == self.donate:
-            return f"Donate {names} and nothing else, and return them in that order."
-        signature = ", ".join([*(self.names[top] for top in self.donate), *rest])
+def _order(arguments: list[Array], carried: dict[int, int]) -> str:
+    """Say which arguments to donate, and in which order."""
+    names = {x.top: x.name for x in arguments}
+    first: dict[Any, int] = {}
+    for x in arguments:
+        if x.place in carried and x.aval.size > 1:
+            first[x.top] = min(first.get(x.top, carried[x.place]), carried[x.place])
+    donate = sorted(first, key=lambda top: first[top])
+    rest = [names[top] for top in names if top not in first]
+    listed = ", ".join(names[top] for top in donate)
+    if len(donate) == 1:
         return (
-            f"Donate {names} and return them in that order: the step should take ({signature}), "
-            "as the results stand."
+            f"Donate {listed} alone; the result must hold its arrays in the order in which it does."
         )
+    if donate == list(first):
+        return f"Donate ({listed}) and nothing else, and return them in that order."
+    return (
+        f"Donate ({listed}) and return them in that order: as the results stand, the step should "
+        f"take ({', '.join([listed, *rest])})."
+    )
 
 
-def _changes(x: _Array, y: _Array) -> bool:
-    if x.kind != y.kind:
-        return True
+def _is_moved(x: Array, y: Array) -> bool:
     if x.sharding is None or y.sharding is None:
         return False
     return not x.sharding.is_equivalent_to(y.sharding, len(x.aval.shape))
 
 
-def _spec(x: _Array) -> str:
-    return f"as {getattr(x.sharding, 'spec', x.sharding)}"
+def _spec(x: Array) -> str:
+    return str(getattr(x.sharding, "spec", x.sharding))
 
 
-def _tops(arrays: Iterable[_Array]) -> list[str]:
-    """Return the names of the arguments that they are in."""
-    return list(dict.fromkeys(x.name for x in arrays))
+def _tops(arrays: list[Array], arguments: list[Array]) -> list[str]:
+    """Return the names of the arguments of which these are all arrays, else the arrays' paths."""
+    whole = {x.top for x in arguments}
+    ours = {x.place for x in arrays}
+    for x in arguments:
+        if x.aval.size > 1 and x.place not in ours:
+            whole.discard(x.top)
+    return list(dict.fromkeys(x.name if x.top in whole else str(x) for x in arrays))
 
 
-def _few(many: Sequence[Any], most: int = 6) -> list[str]:
+def _few(many: Sequence[Any], most: int) -> list[str]:
     more = [f"and {len(many) - most + 1} more"] if len(many) > most else []
     return [*map(str, many[: most - 1 if more else most]), *more]
+
+
+def _filled(start: str, text: str) -> str:
+    """Return a paragraph of lines of at most 100 characters."""
+    indent = " " * len(start)
+    return textwrap.fill(
+        text,
+        100,
+        initial_indent=start,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _listed(many: Sequence[Any]) -> str:

@@ -32,11 +32,13 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "cond
 
 _SAME = {"bitcast", "bitcast-convert", "copy", "copy-start", "copy-done", "convert", "reshape"}
 _SAME |= {"reduce-precision", "optimization-barrier"}
+_MOVED = {"all-gather", "all-gather-start", "all-gather-done", "dynamic-slice"}
 _FIRST = {"dynamic-update-slice", "scatter"}
 _ELEMENTWISE = {"add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "clamp"}
 _ELEMENTWISE |= {"negate", "abs", "sign", "sqrt", "rsqrt", "exponential", "log", "tanh"}
 _ELEMENTWISE |= {"and", "or", "xor", "not", "shift-left", "shift-right-logical", "broadcast"}
-_ELEMENTWISE |= {"shift-right-arithmetic", "floor", "round-nearest-even"}
+_ELEMENTWISE |= {"shift-right-arithmetic", "floor", "ceil", "round-nearest-even"}
+_ELEMENTWISE |= {"round-nearest-afz", "exponential-minus-one", "log-plus-one", "cbrt", "remainder"}
 
 
 # ------------------------------------------------------------------------------------ in one number
@@ -287,9 +289,10 @@ class Text:
 
         Returns:
             For each such argument its number and how many operations stand between: 0 for an
-            argument that is handed through, converted or copied, 1 for the w of w + u.
+            argument that is handed through, converted, copied or brought to other devices, 1 for
+            the w of w + u and of w - u, where u counts 2 for its sign.
         """
-        return dict(self._reach(self.results[result], _SAME, _ELEMENTWISE))
+        return dict(self._reach(self.results[result], _SAME | _MOVED, _ELEMENTWISE))
 
     def _reach(self, start: Value, free: set[str], counted: set[str]) -> Iterator[tuple[int, int]]:
         """Yield the arguments that a value is reached from, nearest first, with the distance."""
@@ -332,7 +335,12 @@ class Text:
             return [(1, (x.operands[0], None))]
         if x.opcode in counted:
             scalar = {name for name in x.operands if self._elements_of(name) == 1}
-            return [(1, (n, None)) for n in x.operands if n not in scalar or x.elements == 1]
+            costs = (0,) if x.opcode == "broadcast" else (1, 2 if x.opcode == "subtract" else 1, 1)
+            return [
+                (cost, (name, None))
+                for cost, name in zip(costs, x.operands, strict=False)
+                if name not in scalar or x.elements == 1
+            ]
         return []
 
     def _above(self, x: Instruction) -> Iterator[str]:
