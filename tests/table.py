@@ -135,6 +135,9 @@ TRANSFORMATIONS: dict[str, Callable[[], adamx.Transformation]] = {
     "adamw_independent": lambda: adamx.adamw_independent(0.1, multiplier=_schedule),
     "adam_scheduled_decays": lambda: adamx.adam(0.1, b1=_rising, b2=_rising),
     "adam_nesterov_scheduled": lambda: adamx.adam(0.1, b1=_rising, nesterov=True),
+    "ema_of_params_scheduled": lambda: adamx.chain(adamx.sgd(0.1), adamx.ema_of_params(_rising)),
+    "sgd_scheduled": lambda: adamx.sgd(0.1, momentum=_rising, nesterov=True),
+    "stable_adamw_scheduled": lambda: adamx.stable_adamw(0.1, b1=_rising, b2=_rising),
     # other denominators and second moments
     "ratio": lambda: adamx.ratio(denominator=adamx.decaying_max(0.9, 1e-3)),
     "decaying_max": lambda: adamx.decaying_max(0.9, 1e-3),
@@ -194,7 +197,7 @@ WHOLE = {"clip_by_global_norm", "clip_then_adamw", "clip_last", "skip_nonfinite_
 WHOLE |= {"skip_nonfinite", "accumulate_skip", "monitor", "monitor_skip"}
 WHOLE |= {"cautious", "cautious_adamw", "cautious_lion"}
 WHOLE |= {"clip_by_rms", "adaptive_clip", "trust_ratio", "update_clipping", "ema_of_mean_squares"}
-WHOLE |= {"lamb", "stable_adamw"}
+WHOLE |= {"lamb", "stable_adamw", "stable_adamw_scheduled"}
 WHOLE |= {"adam_mini", "adam_mini_by_path", "adam_mini_bfloat16"}
 """Those for which an update depends on a whole leaf or tree: split over devices without telling
 the compiler so (`shard_map`), they see their part only."""

@@ -18,9 +18,9 @@ import adamx
 
 # ------------------------------------------------------------- hyperparameters, at construction
 
-DECAY, FRACTION, POSITIVE, RATE, FINITE = "decay", "fraction", "non-negative", "rate", "finite"
+DECAY, POSITIVE, RATE, FINITE = "decay", "non-negative", "rate", "finite"
 OPEN_DECAY, SCHEDULED_DECAY, SCHEDULED = "open decay", "scheduled decay", "scheduled"
-SHARE = "share"
+SHARE, SCHEDULED_FRACTION = "share", "scheduled fraction"
 
 # every function of adamx that takes hyperparameters, with the range of each
 HYPERPARAMETERS: dict[str, dict[str, str]] = {
@@ -52,7 +52,7 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
         "decay": SCHEDULED_DECAY,
         "eps": POSITIVE,
         "initial_scale": POSITIVE,
-        "momentum": FRACTION,
+        "momentum": SCHEDULED_FRACTION,
     },
     "scale": {"step_size": SCHEDULED},
     "scale_by_adam": {
@@ -63,9 +63,9 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
     },
     "scale_by_learning_rate": {"learning_rate": RATE},
     "scale_by_rms": {"decay": SCHEDULED_DECAY, "eps": POSITIVE, "initial_scale": POSITIVE},
-    "sgd": {"learning_rate": RATE, "momentum": FRACTION},
+    "sgd": {"learning_rate": RATE, "momentum": SCHEDULED_FRACTION},
     "sum_of_squares": {"initial": POSITIVE},
-    "trace": {"decay": FRACTION},
+    "trace": {"decay": SCHEDULED_FRACTION},
     "adamw_independent": {
         "learning_rate": POSITIVE,
         "b1": SCHEDULED_DECAY,
@@ -75,87 +75,92 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
         "multiplier": RATE,
     },
     "clip_by_global_norm": {"max_norm": RATE},
-    "ema_of_params": {"decay": DECAY},
+    "ema_of_params": {"decay": SCHEDULED_DECAY},
     # lion, adan, ademamix, adopt, sgdw, cautious
     "add_cautious_decayed_weights": {"weight_decay": RATE},
     "adan": {
         "learning_rate": RATE,
-        "b1": DECAY,
-        "b2": DECAY,
-        "b3": DECAY,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "b3": SCHEDULED_DECAY,
         "eps": POSITIVE,
         "eps_root": POSITIVE,
         "weight_decay": RATE,
-        "look_ahead": FINITE,
+        "look_ahead": SCHEDULED,
     },
     "ademamix": {
         "learning_rate": RATE,
-        "b1": DECAY,
-        "b2": DECAY,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
         "b3": SCHEDULED_DECAY,
         "alpha": SCHEDULED,
         "eps": POSITIVE,
         "eps_root": POSITIVE,
         "weight_decay": RATE,
     },
-    "adopt": {"learning_rate": RATE, "b1": DECAY, "b2": DECAY, "eps": POSITIVE},
+    "adopt": {"learning_rate": RATE, "b1": SCHEDULED_DECAY, "b2": SCHEDULED_DECAY, "eps": POSITIVE},
     "cautious": {"xi": POSITIVE},
     "cautious_adamw": {
         "learning_rate": RATE,
-        "b1": DECAY,
-        "b2": DECAY,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
         "eps": POSITIVE,
         "eps_root": POSITIVE,
         "weight_decay": RATE,
     },
     "cautious_lion": {
         "learning_rate": RATE,
-        "b1": DECAY,
+        "b1": SCHEDULED_DECAY,
         "b2": OPEN_DECAY,
         "weight_decay": RATE,
     },
     "delayed_rms_scaling": {"eps": POSITIVE},
-    "extrapolation": {"factor": FINITE},
+    "extrapolation": {"factor": SCHEDULED},
     "growing_clip": {"power": POSITIVE},
-    "interpolated_ema": {"blend": DECAY, "decay": OPEN_DECAY},
-    "lion": {"learning_rate": RATE, "b1": DECAY, "b2": OPEN_DECAY, "weight_decay": RATE},
-    "seeded_ema_of_squares": {"decay": DECAY},
-    "sgdw": {"learning_rate": RATE, "momentum": FRACTION, "weight_decay": RATE},
+    "interpolated_ema": {"blend": SCHEDULED_DECAY, "decay": OPEN_DECAY},
+    "lion": {"learning_rate": RATE, "b1": SCHEDULED_DECAY, "b2": OPEN_DECAY, "weight_decay": RATE},
+    "seeded_ema_of_squares": {"decay": SCHEDULED_DECAY},
+    "sgdw": {"learning_rate": RATE, "momentum": SCHEDULED_FRACTION, "weight_decay": RATE},
     # other denominators and second moments
-    "adabelief": dict.fromkeys(("b1", "b2"), DECAY)
+    "adabelief": {"b1": SCHEDULED_DECAY, "b2": DECAY}
     | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE},
-    "adamax": {"learning_rate": RATE, "b1": DECAY, "b2": DECAY, "eps": POSITIVE},
-    "adamaxw": dict.fromkeys(("b1", "b2"), DECAY)
+    "adamax": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+    },
+    "adamaxw": dict.fromkeys(("b1", "b2"), SCHEDULED_DECAY)
     | {"learning_rate": RATE, "eps": POSITIVE, "weight_decay": RATE},
-    "additive_average_of_squares": {"decay": DECAY, "initial": POSITIVE},
-    "amsgrad": dict.fromkeys(("b1", "b2"), DECAY)
+    "additive_average_of_squares": {"decay": SCHEDULED_DECAY, "initial": POSITIVE},
+    "amsgrad": dict.fromkeys(("b1", "b2"), SCHEDULED_DECAY)
     | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE},
-    "decaying_max": {"decay": DECAY, "eps": POSITIVE},
-    "nadam": dict.fromkeys(("b1", "b2"), DECAY)
+    "decaying_max": {"decay": SCHEDULED_DECAY, "eps": POSITIVE},
+    "nadam": dict.fromkeys(("b1", "b2"), SCHEDULED_DECAY)
     | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE},
-    "nadamw": dict.fromkeys(("b1", "b2"), DECAY)
+    "nadamw": dict.fromkeys(("b1", "b2"), SCHEDULED_DECAY)
     | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE, "weight_decay": RATE},
-    "radam": dict.fromkeys(("b1", "b2"), DECAY)
+    "radam": {"b1": SCHEDULED_DECAY, "b2": DECAY}
     | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE, "threshold": POSITIVE},
     "rectified": {"decay": DECAY, "threshold": POSITIVE},
     "scheduled_nesterov_ema": {"decay": DECAY, "momentum_decay": POSITIVE},
-    "yogi": {"learning_rate": RATE, "b1": DECAY, "b2": DECAY, "eps": POSITIVE},
+    "yogi": {"learning_rate": RATE, "b1": SCHEDULED_DECAY, "b2": SCHEDULED_DECAY, "eps": POSITIVE},
     # clips, ratios and blocks
     "adam_mini": {
         "learning_rate": RATE,
-        "b1": DECAY,
-        "b2": DECAY,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
         "eps": POSITIVE,
         "weight_decay": RATE,
     },
     "adaptive_clip": {"clipping": POSITIVE, "eps": POSITIVE},
     "clip_by_rms": {"threshold": POSITIVE},
     "clip_by_value": {"max_delta": POSITIVE},
-    "ema_of_mean_squares": {"decay": DECAY},
+    "ema_of_mean_squares": {"decay": SCHEDULED_DECAY},
     "lamb": {
         "learning_rate": RATE,
-        "b1": DECAY,
-        "b2": DECAY,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
         "eps": POSITIVE,
         "eps_root": POSITIVE,
         "weight_decay": RATE,
@@ -164,29 +169,29 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
     "schedule_free_adamw": {
         "learning_rate": RATE,
         "b1": SHARE,
-        "b2": DECAY,
+        "b2": SCHEDULED_DECAY,
         "eps": POSITIVE,
         "weight_decay": RATE,
         "weight_lr_power": POSITIVE,
     },
     "stable_adamw": {
         "learning_rate": RATE,
-        "b1": DECAY,
-        "b2": DECAY,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
         "eps": POSITIVE,
         "weight_decay": RATE,
     },
     "trust_ratio": {"trust_coefficient": POSITIVE, "eps": POSITIVE},
-    "update_clipping": {"decay": DECAY, "eps": POSITIVE},
+    "update_clipping": {"decay": SCHEDULED_DECAY, "eps": POSITIVE},
 }
 DERIVED = {("adabelief", "eps_root")}  # what is kept is computed from it
 OPTIONAL = {("rmsprop", "momentum"), ("sgd", "momentum")}
 OPTIONAL |= {("adan", "look_ahead"), ("sgdw", "momentum")}
-SCHEDULES = {RATE, SCHEDULED_DECAY, SCHEDULED}
+SCHEDULES = {RATE, SCHEDULED_DECAY, SCHEDULED, SCHEDULED_FRACTION, OPEN_DECAY}
 
 TEXT = {
     DECAY: "in [0, 1)",
-    FRACTION: "in [0, 1]",
+    SCHEDULED_FRACTION: "in [0, 1]",
     SHARE: "in (0, 1]",
     POSITIVE: "finite and >= 0",
     RATE: "finite and >= 0",
@@ -199,7 +204,7 @@ TEXT = {
 NOT_FINITE: list[Any] = [math.nan, math.inf, -math.inf, np.float32(math.nan), 10**400]
 OUTSIDE: dict[str, list[Any]] = {
     DECAY: [1.0, 1, True, -1, -1e-9, 1.5, np.float32(1.0), np.float64(-0.5)],
-    FRACTION: [1.0 + 2**-52, 2, -1, -1e-9, np.float32(1.5)],
+    SCHEDULED_FRACTION: [1.0 + 2**-52, 2, -1, -1e-9, np.float32(1.5)],
     SHARE: [0, 0.0, -0.0, 1.0 + 2**-52, -1e-9],
     POSITIVE: [-1, -1e-300, np.float32(-1e-8)],
     RATE: [-1, -1e-300, np.float32(-1e-8)],
@@ -211,12 +216,12 @@ OUTSIDE: dict[str, list[Any]] = {
 # 1 - 2^-53 is the largest double below 1
 INSIDE: dict[str, list[Any]] = {
     DECAY: [0, 1 - 2**-53],
-    FRACTION: [0.0, 1],
+    SCHEDULED_FRACTION: [0.0, 1, lambda _: 0.1],
     SHARE: [1e-300, 1],
     POSITIVE: [0, 1e30],
     RATE: [0.0, lambda _: 0.1],
     FINITE: [-1e30, np.float32(0.5)],
-    OPEN_DECAY: [5e-324, 1 - 2**-53],
+    OPEN_DECAY: [5e-324, 1 - 2**-53, lambda _: 0.1],
     SCHEDULED_DECAY: [0, 1 - 2**-53, lambda _: 0.1],
     SCHEDULED: [-1e30, lambda _: 0.1],
 }
@@ -288,6 +293,30 @@ def test_what_is_no_number_is_refused_by_the_function_called(function, argument)
 def test_only_some_may_be_schedules(function, argument):
     if HYPERPARAMETERS[function][argument] not in SCHEDULES:
         with pytest.raises(TypeError, match=f"^{function}: {argument} must be a number or a "):
+            build(function, **{argument: lambda _: 0.5})
+
+
+# decays that may not be scheduled, and a word of why
+CONSTANT = {
+    ("adabelief", "b2"): "with an eps_root of rms_scaling",
+    ("radam", "b2"): "rho_inf",
+    ("rectified", "decay"): "rho_inf",
+    ("scheduled_nesterov_ema", "decay"): "nesterov_ema takes any",
+    ("schedule_free", "b1"): "x is made of them with one b1",
+    ("schedule_free_adamw", "b1"): "x is made of them with one b1",
+}
+
+
+def test_a_decay_that_may_not_be_scheduled_says_why():
+    decays = {
+        (function, argument)
+        for function, table in HYPERPARAMETERS.items()
+        for argument, range_ in table.items()
+        if range_ in (DECAY, SHARE)
+    }
+    assert decays == set(CONSTANT)
+    for (function, argument), why in CONSTANT.items():
+        with pytest.raises(TypeError, match=f"^{function}: {argument} must be .*: .*{why}"):
             build(function, **{argument: lambda _: 0.5})
 
 

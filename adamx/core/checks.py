@@ -30,7 +30,10 @@ R = TypeVar("R")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The values a hyperparameter may have: an interval, and whether None or a schedule may be."""
+    """The values a hyperparameter may have: an interval, and whether None or a schedule may be.
+
+    Where the method has no meaning with a schedule, `constant` says why, for the error.
+    """
 
     low: float
     high: float
@@ -38,6 +41,7 @@ class Range:
     open_above: bool = False
     schedule: bool = False
     optional: bool = False
+    constant: str = ""
 
     def check(self, function: str, argument: str, value: Any) -> None:
         """Raise ValueError (TypeError for a wrong kind of value) unless value is in the range."""
@@ -62,7 +66,8 @@ class Range:
         if value is None:
             raise ValueError(f"{where} {self.text}, got None")
         if not isinstance(value, numbers.Real):
-            raise TypeError(f"{where} {kinds} {self.text}, got {value!r}")
+            why = f": {self.constant}" if callable(value) and self.constant else ""
+            raise TypeError(f"{where} {kinds} {self.text}, got {value!r}{why}")
         try:
             number = float(value)
         except OverflowError:
@@ -76,7 +81,7 @@ class Range:
 
 DECAY = Range(0.0, 1.0, "in [0, 1)", open_above=True)
 DECAY_OR_SCHEDULE = dataclasses.replace(DECAY, schedule=True)
-FRACTION = Range(0.0, 1.0, "in [0, 1]")
+FRACTION_OR_SCHEDULE = Range(0.0, 1.0, "in [0, 1]", schedule=True)
 NON_NEGATIVE = Range(0.0, math.inf, "finite and >= 0")
 FINITE = Range(-math.inf, math.inf, "finite")
 FINITE_OR_SCHEDULE = dataclasses.replace(FINITE, schedule=True)

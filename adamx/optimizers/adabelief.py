@@ -12,13 +12,26 @@ sums up to e (1 - b2^t) / (1 - b2), and after the correction to e / (1 - b2): a 
 root, where it stands here. The updates are the same, and the slot `nu` is the plain average. The
 paper has one eps for both; the authors' code makes it 1e-16, in Optax too the default of both.
 
+With a scheduled b2 the sum would not be a constant, so that b2 may not be scheduled here; the same
+pieces take any schedule, with an eps_root of `rms_scaling`.
+
 Source: Zhuang et al. (2020), Algorithm 2, https://arxiv.org/abs/2010.07468
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.checks import (
+    DECAY,
+    DECAY_OR_SCHEDULE,
+    NON_NEGATIVE,
+    RATE,
+    Scalar,
+    ScalarOrSchedule,
+    checked,
+)
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.deviation import deviation
@@ -28,11 +41,23 @@ from adamx.transforms.nesterov_ema import nesterov_ema
 from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
+CONSTANT_DECAY = dataclasses.replace(
+    DECAY,
+    constant="eps_root, added in every step, sums up to a constant under the root only with a "
+    "constant b2: compose the pieces, with an eps_root of rms_scaling",
+)
 
-@checked(learning_rate=RATE, b1=DECAY, b2=DECAY, eps=NON_NEGATIVE, eps_root=NON_NEGATIVE)
+
+@checked(
+    learning_rate=RATE,
+    b1=DECAY_OR_SCHEDULE,
+    b2=CONSTANT_DECAY,
+    eps=NON_NEGATIVE,
+    eps_root=NON_NEGATIVE,
+)
 def adabelief(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
+    b1: ScalarOrSchedule = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-16,
     eps_root: Scalar = 1e-16,
@@ -44,8 +69,9 @@ def adabelief(
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average of gradients, in [0, 1).
-        b2: weight of the past in the average of squared deviations, in [0, 1).
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+        b2: weight of the past in the average of squared deviations, in [0, 1): a number or array,
+            and no schedule, with which eps_root would not sum up to a constant.
         eps: >= 0, added to the root, in the unit of the gradients.
         eps_root: >= 0, added to the average of squares in every step, in the squared unit of the
             gradients; it keeps the steps finite where gradients are constant.
@@ -54,6 +80,7 @@ def adabelief(
             (4), or a function that wraps a transformation, such as a `Storage`.
 
     Raises:
+        TypeError: if `b2` is a schedule.
         ValueError: if a number is out of its range, or the slots cannot be kept so.
 
     Example:
@@ -65,7 +92,7 @@ def adabelief(
         Array([-1.,  1.], dtype=float32)
     """
     scaling = rms_scaling(
-        nesterov_ema(b1) if nesterov else chain(ema(b1), bias_correction(b1)),
+        nesterov_ema(b1) if nesterov else chain(ema(b1), bias_correction(b1, "mu_correction")),
         second_moment=chain(deviation(), ema_of_squares(b2), bias_correction(b2)),
         eps=eps,
         eps_root=eps_root / (1 - b2),

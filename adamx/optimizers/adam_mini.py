@@ -29,7 +29,14 @@ from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.checks import (
+    DECAY_OR_SCHEDULE,
+    NON_NEGATIVE,
+    RATE,
+    Scalar,
+    ScalarOrSchedule,
+    checked,
+)
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.bias_correction import bias_correction
@@ -39,11 +46,17 @@ from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(learning_rate=RATE, b1=DECAY, b2=DECAY, eps=NON_NEGATIVE, weight_decay=RATE)
+@checked(
+    learning_rate=RATE,
+    b1=DECAY_OR_SCHEDULE,
+    b2=DECAY_OR_SCHEDULE,
+    eps=NON_NEGATIVE,
+    weight_decay=RATE,
+)
 def adam_mini(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.95,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.95,
     eps: Scalar = 1e-8,
     weight_decay: ScalarOrSchedule = 0.1,
     mask: Any | Callable[[Any], Any] = None,
@@ -55,8 +68,9 @@ def adam_mini(
 
     Args:
         learning_rate: >= 0: a number, array or schedule; AdamW's serves.
-        b1: weight of the past in the average of gradients, in [0, 1).
-        b2: weight of the past in the average of mean squares, in [0, 1).
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+        b2: weight of the past in the average of mean squares, in [0, 1): a number, array or
+            schedule.
         eps: >= 0, added to the root, in the unit of the gradients.
         weight_decay: >= 0: a number, array or schedule; the weights shrink by
             `learning_rate * weight_decay` a step.
@@ -84,8 +98,10 @@ def adam_mini(
     """
     return chain(
         rms_scaling(
-            chain(stored(ema(b1), moments), bias_correction(b1)),
-            second_moment=chain(ema_of_mean_squares(b2, axes), bias_correction(b2)),
+            chain(stored(ema(b1), moments), bias_correction(b1, "mu_correction")),
+            second_moment=chain(
+                ema_of_mean_squares(b2, axes), bias_correction(b2, "nu_correction")
+            ),
             eps=eps,
         ),
         add_decayed_weights(weight_decay, mask),

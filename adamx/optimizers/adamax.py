@@ -15,7 +15,14 @@ Source: Kingma & Ba (2015), Algorithm 2, https://arxiv.org/abs/1412.6980
 from __future__ import annotations
 
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.checks import (
+    DECAY_OR_SCHEDULE,
+    NON_NEGATIVE,
+    RATE,
+    Scalar,
+    ScalarOrSchedule,
+    checked,
+)
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.decaying_max import decaying_max
@@ -24,11 +31,11 @@ from adamx.transforms.ratio import ratio
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(learning_rate=RATE, b1=DECAY, b2=DECAY, eps=NON_NEGATIVE)
+@checked(learning_rate=RATE, b1=DECAY_OR_SCHEDULE, b2=DECAY_OR_SCHEDULE, eps=NON_NEGATIVE)
 def adamax(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
     eps: Scalar = 1e-8,
     *,
     moments: Moments = "float32",
@@ -37,8 +44,9 @@ def adamax(
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average of gradients, in [0, 1).
-        b2: what is left of the largest magnitude after a step, in [0, 1).
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+        b2: what is left of the largest magnitude after a step, in [0, 1): a number, array or
+            schedule.
         eps: >= 0, added to each magnitude, in the unit of the gradients; with 0 an element that has
             had no gradient stays where it is.
         moments: how `mu` and `nu` are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16"
@@ -55,5 +63,7 @@ def adamax(
         >>> tx.update(jnp.array([4.0, -0.001]), tx.init(jnp.zeros(2)))[0].round(3)
         Array([-0.5,  0.5], dtype=float32)
     """
-    scaling = ratio(chain(ema(b1), bias_correction(b1)), denominator=decaying_max(b2, eps))
+    scaling = ratio(
+        chain(ema(b1), bias_correction(b1, "mu_correction")), denominator=decaying_max(b2, eps)
+    )
     return chain(stored(scaling, moments), scale_by_learning_rate(learning_rate))

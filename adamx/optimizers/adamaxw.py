@@ -15,7 +15,14 @@ from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.checks import (
+    DECAY_OR_SCHEDULE,
+    NON_NEGATIVE,
+    RATE,
+    Scalar,
+    ScalarOrSchedule,
+    checked,
+)
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.bias_correction import bias_correction
@@ -25,11 +32,17 @@ from adamx.transforms.ratio import ratio
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(learning_rate=RATE, b1=DECAY, b2=DECAY, eps=NON_NEGATIVE, weight_decay=RATE)
+@checked(
+    learning_rate=RATE,
+    b1=DECAY_OR_SCHEDULE,
+    b2=DECAY_OR_SCHEDULE,
+    eps=NON_NEGATIVE,
+    weight_decay=RATE,
+)
 def adamaxw(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
     eps: Scalar = 1e-8,
     weight_decay: ScalarOrSchedule = 1e-4,
     mask: Any | Callable[[Any], Any] = None,
@@ -40,8 +53,9 @@ def adamaxw(
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average of gradients, in [0, 1).
-        b2: what is left of the largest magnitude after a step, in [0, 1).
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+        b2: what is left of the largest magnitude after a step, in [0, 1): a number, array or
+            schedule.
         eps: >= 0, added to each magnitude, in the unit of the gradients.
         weight_decay: >= 0: a number, array or schedule; the weights shrink by
             `learning_rate * weight_decay` a step.
@@ -60,7 +74,9 @@ def adamaxw(
         >>> tx.update(jnp.array([4.0]), tx.init(w), w)[0]
         Array([-0.75], dtype=float32)
     """
-    scaling = ratio(chain(ema(b1), bias_correction(b1)), denominator=decaying_max(b2, eps))
+    scaling = ratio(
+        chain(ema(b1), bias_correction(b1, "mu_correction")), denominator=decaying_max(b2, eps)
+    )
     return chain(
         stored(scaling, moments),
         add_decayed_weights(weight_decay, mask),

@@ -64,7 +64,8 @@ def adamw_independent(
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
         eps: >= 0, added to the root, in the unit of the gradients.
-        weight_decay: lambda, >= 0: the share of each weight that a step takes away;
+        weight_decay: lambda, >= 0: a number, array or schedule; the share of each weight that a
+            step takes away;
             `normalized_weight_decay` computes it from the length of the training.
         mask: which leaves decay; see `add_decayed_weights`.
         multiplier: eta_t, >= 0, the schedule of learning rate and decay alike, such as

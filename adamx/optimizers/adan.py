@@ -32,8 +32,8 @@ from typing import Any
 
 from adamx.core.chain import chain
 from adamx.core.checks import (
-    DECAY,
-    FINITE,
+    DECAY_OR_SCHEDULE,
+    FINITE_OR_SCHEDULE,
     NON_NEGATIVE,
     RATE,
     Scalar,
@@ -56,42 +56,43 @@ from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 @checked(
     learning_rate=RATE,
-    b1=DECAY,
-    b2=DECAY,
-    b3=DECAY,
+    b1=DECAY_OR_SCHEDULE,
+    b2=DECAY_OR_SCHEDULE,
+    b3=DECAY_OR_SCHEDULE,
     eps=NON_NEGATIVE,
     eps_root=NON_NEGATIVE,
     weight_decay=RATE,
-    look_ahead=optional(FINITE),
+    look_ahead=optional(FINITE_OR_SCHEDULE),
 )
 def adan(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.98,
-    b2: Scalar = 0.92,
-    b3: Scalar = 0.99,
+    b1: ScalarOrSchedule = 0.98,
+    b2: ScalarOrSchedule = 0.92,
+    b3: ScalarOrSchedule = 0.99,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 1e-8,
     weight_decay: ScalarOrSchedule = 0.0,
     mask: Any | Callable[[Any], Any] = None,
     *,
-    look_ahead: Scalar | None = None,
+    look_ahead: ScalarOrSchedule | None = None,
     moments: Moments = "float32",
 ) -> chain:
     """Return Adan; arguments as `optax.adan`'s.
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average of gradients, in [0, 1).
-        b2: weight of the past in the average of the gradients' differences, in [0, 1).
-        b3: weight of the past in the average of squares, in [0, 1).
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+        b2: weight of the past in the average of the gradients' differences, in [0, 1): a number,
+            array or schedule.
+        b3: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
         eps: >= 0, added to the root, in the unit of the gradients.
         eps_root: >= 0, added under the root, in the squared unit of the gradients.
         weight_decay: >= 0: a number, array or schedule; the weights shrink by
             `learning_rate * weight_decay` a step.
         mask: which leaves decay: a tree of bools, or a function that makes one from the
             parameters; None means all.
-        look_ahead: how much of the difference is added to the gradient; None means b2, as in the
-            paper; Optax 0.2.8 has 1 - b2.
+        look_ahead: how much of the difference is added to the gradient: a number, array or
+            schedule; None means b2, as in the paper; Optax 0.2.8 has 1 - b2.
         moments: how the slots `mu`, `delta`, `nu` and `previous` are kept: "float32" (16 bytes a
             parameter), "bfloat16" (8, rounded stochastically), or a function that wraps a
             transformation, such as a `Storage`.
@@ -111,10 +112,14 @@ def adan(
         [-0.5] [-0.4375]
     """
     factor = b2 if look_ahead is None else look_ahead
-    change = chain(difference(), ema(b2, name="delta"), bias_correction(b2), scale(factor))
+    change = chain(
+        difference(), ema(b2, name="delta"), bias_correction(b2, "delta_correction"), scale(factor)
+    )
     scaling = rms_scaling(
-        combine(operator.add, chain(ema(b1), bias_correction(b1)), change),
-        second_moment=chain(extrapolation(factor), ema_of_squares(b3), bias_correction(b3)),
+        combine(operator.add, chain(ema(b1), bias_correction(b1, "mu_correction")), change),
+        second_moment=chain(
+            extrapolation(factor), ema_of_squares(b3), bias_correction(b3, "nu_correction")
+        ),
         eps=eps,
         eps_root=eps_root,
     )

@@ -32,7 +32,6 @@ from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
 from adamx.core.checks import (
-    DECAY,
     DECAY_OR_SCHEDULE,
     FINITE_OR_SCHEDULE,
     NON_NEGATIVE,
@@ -54,8 +53,8 @@ from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 @checked(
     learning_rate=RATE,
-    b1=DECAY,
-    b2=DECAY,
+    b1=DECAY_OR_SCHEDULE,
+    b2=DECAY_OR_SCHEDULE,
     b3=DECAY_OR_SCHEDULE,
     alpha=FINITE_OR_SCHEDULE,
     eps=NON_NEGATIVE,
@@ -64,8 +63,8 @@ from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 )
 def ademamix(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
     b3: ScalarOrSchedule = 0.9999,
     alpha: ScalarOrSchedule = 5.0,
     eps: Scalar = 1e-8,
@@ -80,8 +79,9 @@ def ademamix(
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the fast average of gradients, in [0, 1).
-        b2: weight of the past in the average of squares, in [0, 1).
+        b1: weight of the past in the fast average of gradients, in [0, 1): a number, array or
+            schedule.
+        b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
         b3: weight of the past in the slow average of gradients, in [0, 1): a number, array or
             schedule, such as `half_life_schedule(b1, 0.9999, steps)`.
         alpha: how much of the slow average is added to the fast one: a number, array or schedule.
@@ -110,8 +110,8 @@ def ademamix(
     """
     slow = chain(ema(b3, name="mu_slow"), scale(alpha))
     scaling = rms_scaling(
-        combine(operator.add, chain(ema(b1, mu_dtype), bias_correction(b1)), slow),
-        second_moment=chain(ema_of_squares(b2), bias_correction(b2)),
+        combine(operator.add, chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction")), slow),
+        second_moment=chain(ema_of_squares(b2), bias_correction(b2, "nu_correction")),
         eps=eps,
         eps_root=eps_root,
     )

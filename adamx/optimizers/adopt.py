@@ -22,7 +22,14 @@ from __future__ import annotations
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.checks import (
+    DECAY_OR_SCHEDULE,
+    NON_NEGATIVE,
+    RATE,
+    Scalar,
+    ScalarOrSchedule,
+    checked,
+)
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.delayed_rms_scaling import delayed_rms_scaling
 from adamx.transforms.ema import ema
@@ -31,11 +38,11 @@ from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.seeded_ema_of_squares import seeded_ema_of_squares
 
 
-@checked(learning_rate=RATE, b1=DECAY, b2=DECAY, eps=NON_NEGATIVE)
+@checked(learning_rate=RATE, b1=DECAY_OR_SCHEDULE, b2=DECAY_OR_SCHEDULE, eps=NON_NEGATIVE)
 def adopt(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.9999,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.9999,
     eps: Scalar = 1e-6,
     mu_dtype: DTypeLike | None = None,
     *,
@@ -45,8 +52,9 @@ def adopt(
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average of the scaled gradients, in [0, 1).
-        b2: weight of the past in the average of squares, in [0, 1).
+        b1: weight of the past in the average of the scaled gradients, in [0, 1): a number, array or
+            schedule.
+        b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
         eps: >= 0, the smallest root to divide by, in the unit of the gradients.
         mu_dtype: dtype of the slot `mu`, rounded to nearest; None means float32, or wider where
             the parameter is.

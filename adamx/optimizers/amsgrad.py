@@ -21,7 +21,14 @@ from __future__ import annotations
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.checks import (
+    DECAY_OR_SCHEDULE,
+    NON_NEGATIVE,
+    RATE,
+    Scalar,
+    ScalarOrSchedule,
+    checked,
+)
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.ema import ema
@@ -31,11 +38,17 @@ from adamx.transforms.running_max import running_max
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(learning_rate=RATE, b1=DECAY, b2=DECAY, eps=NON_NEGATIVE, eps_root=NON_NEGATIVE)
+@checked(
+    learning_rate=RATE,
+    b1=DECAY_OR_SCHEDULE,
+    b2=DECAY_OR_SCHEDULE,
+    eps=NON_NEGATIVE,
+    eps_root=NON_NEGATIVE,
+)
 def amsgrad(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
     mu_dtype: DTypeLike | None = None,
@@ -46,8 +59,8 @@ def amsgrad(
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average of gradients, in [0, 1).
-        b2: weight of the past in the average of squares, in [0, 1).
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+        b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
         eps: >= 0, added to the root, in the unit of the gradients.
         eps_root: >= 0, added under the root.
         mu_dtype: dtype of the slot `mu`, rounded to nearest as in Optax; None means float32, or
@@ -70,8 +83,10 @@ def amsgrad(
         Array([-0.125], dtype=float32)
     """
     scaling = rms_scaling(
-        chain(ema(b1, mu_dtype), bias_correction(b1)),
-        second_moment=chain(ema_of_squares(b2), bias_correction(b2), running_max()),
+        chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction")),
+        second_moment=chain(
+            ema_of_squares(b2), bias_correction(b2, "nu_correction"), running_max()
+        ),
         eps=eps,
         eps_root=eps_root,
     )

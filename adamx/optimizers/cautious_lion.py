@@ -20,7 +20,7 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.checks import DECAY_OR_SCHEDULE, RATE, ScalarOrSchedule, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.cautious import cautious
@@ -29,11 +29,11 @@ from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.sign import sign
 
 
-@checked(learning_rate=RATE, b1=DECAY, b2=POSITIVE_DECAY, weight_decay=RATE)
+@checked(learning_rate=RATE, b1=DECAY_OR_SCHEDULE, b2=POSITIVE_DECAY, weight_decay=RATE)
 def cautious_lion(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.99,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.99,
     mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 1e-3,
     mask: Any | Callable[[Any], Any] = None,
@@ -44,8 +44,9 @@ def cautious_lion(
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average whose sign is taken, in [0, 1).
-        b2: weight of the past in the average that is kept, in (0, 1).
+        b1: weight of the past in the average whose sign is taken, in [0, 1): a number, array or
+            schedule.
+        b2: weight of the past in the average that is kept, in (0, 1): a number, array or schedule.
         mu_dtype: dtype of the slot `mu`, rounded to nearest; None means float32, or wider where
             the parameter is.
         weight_decay: >= 0: a number, array or schedule; the weights shrink by

@@ -17,7 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.checks import (
+    DECAY_OR_SCHEDULE,
+    NON_NEGATIVE,
+    RATE,
+    Scalar,
+    ScalarOrSchedule,
+    checked,
+)
 from adamx.optimizers.adam import scale_by_adam
 from adamx.storage.choice import Moments
 from adamx.transforms.add_decayed_weights import add_decayed_weights
@@ -27,16 +34,16 @@ from adamx.transforms.trust_ratio import trust_ratio
 
 @checked(
     learning_rate=RATE,
-    b1=DECAY,
-    b2=DECAY,
+    b1=DECAY_OR_SCHEDULE,
+    b2=DECAY_OR_SCHEDULE,
     eps=NON_NEGATIVE,
     eps_root=NON_NEGATIVE,
     weight_decay=RATE,
 )
 def lamb(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
     eps: Scalar = 1e-6,
     eps_root: Scalar = 0.0,
     weight_decay: ScalarOrSchedule = 0.0,
@@ -49,8 +56,8 @@ def lamb(
     Args:
         learning_rate: >= 0: a number, array or schedule: the fraction of its norm by which an array
             changes in a step.
-        b1: weight of the past in the average of gradients, in [0, 1).
-        b2: weight of the past in the average of squares, in [0, 1).
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+        b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
         eps: >= 0, added to the root, in the unit of the gradients.
         eps_root: >= 0, added under the root.
         weight_decay: >= 0: a number, array or schedule.

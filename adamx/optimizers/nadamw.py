@@ -17,7 +17,14 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.checks import (
+    DECAY_OR_SCHEDULE,
+    NON_NEGATIVE,
+    RATE,
+    Scalar,
+    ScalarOrSchedule,
+    checked,
+)
 from adamx.optimizers.adam import scale_by_adam
 from adamx.storage.choice import Moments
 from adamx.transforms.add_decayed_weights import add_decayed_weights
@@ -26,16 +33,16 @@ from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 @checked(
     learning_rate=RATE,
-    b1=DECAY,
-    b2=DECAY,
+    b1=DECAY_OR_SCHEDULE,
+    b2=DECAY_OR_SCHEDULE,
     eps=NON_NEGATIVE,
     eps_root=NON_NEGATIVE,
     weight_decay=RATE,
 )
 def nadamw(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
     mu_dtype: DTypeLike | None = None,
@@ -48,8 +55,8 @@ def nadamw(
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average of gradients, in [0, 1).
-        b2: weight of the past in the average of squares, in [0, 1).
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+        b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
         eps: >= 0, added to the root, in the unit of the gradients.
         eps_root: >= 0, added under the root.
         mu_dtype: dtype of the slot `mu`; None means float32, or wider where the parameter is.

@@ -19,28 +19,35 @@ Source: Liu et al. (2020), Algorithm 2, https://arxiv.org/abs/1908.03265
 from __future__ import annotations
 
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.checks import (
+    DECAY_OR_SCHEDULE,
+    NON_NEGATIVE,
+    RATE,
+    Scalar,
+    ScalarOrSchedule,
+    checked,
+)
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.ema import ema
 from adamx.transforms.ema_of_squares import ema_of_squares
 from adamx.transforms.nesterov_ema import nesterov_ema
-from adamx.transforms.rectified import rectified
+from adamx.transforms.rectified import CONSTANT_DECAY, rectified
 from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
 @checked(
     learning_rate=RATE,
-    b1=DECAY,
-    b2=DECAY,
+    b1=DECAY_OR_SCHEDULE,
+    b2=CONSTANT_DECAY,
     eps=NON_NEGATIVE,
     eps_root=NON_NEGATIVE,
     threshold=NON_NEGATIVE,
 )
 def radam(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
+    b1: ScalarOrSchedule = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
@@ -53,9 +60,9 @@ def radam(
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average of gradients, in [0, 1).
-        b2: weight of the past in the average of squares, in [0, 1). With b2 <= 2/3 the threshold 5
-            is never reached.
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+        b2: weight of the past in the average of squares, in [0, 1): a number or array, and no
+            schedule, which has no rho_inf. With b2 <= 2/3 the threshold 5 is never reached.
         eps: >= 0, added to the root, in the unit of the gradients.
         eps_root: >= 0, added under the root.
         threshold: >= 0: from what rho_t on to divide by the root; 4, as in the paper, or less means
@@ -65,6 +72,7 @@ def radam(
             `scale_by_adam`.
 
     Raises:
+        TypeError: if `b2` is a schedule.
         ValueError: if a number is out of its range, or the moments cannot be kept so.
 
     Example:
@@ -76,7 +84,7 @@ def radam(
         Array([-2.,  4.], dtype=float32)
     """
     scaling = rms_scaling(
-        nesterov_ema(b1) if nesterov else chain(ema(b1), bias_correction(b1)),
+        nesterov_ema(b1) if nesterov else chain(ema(b1), bias_correction(b1, "mu_correction")),
         second_moment=chain(ema_of_squares(b2), bias_correction(b2)),
         eps=eps,
         eps_root=eps_root,

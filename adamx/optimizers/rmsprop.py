@@ -17,7 +17,7 @@ from adamx.core.arithmetic import squared_magnitude
 from adamx.core.chain import chain
 from adamx.core.checks import (
     DECAY_OR_SCHEDULE,
-    FRACTION,
+    FRACTION_OR_SCHEDULE,
     NON_NEGATIVE,
     RATE,
     Scalar,
@@ -83,7 +83,7 @@ def variance(mean_of_squares: jax.Array, mean: jax.Array) -> jax.Array:
     decay=DECAY_OR_SCHEDULE,
     eps=NON_NEGATIVE,
     initial_scale=NON_NEGATIVE,
-    momentum=optional(FRACTION),
+    momentum=optional(FRACTION_OR_SCHEDULE),
 )
 def rmsprop(
     learning_rate: ScalarOrSchedule,
@@ -92,7 +92,7 @@ def rmsprop(
     initial_scale: Scalar = 0.0,
     eps_in_sqrt: bool = False,
     centered: bool = False,
-    momentum: Scalar | None = None,
+    momentum: ScalarOrSchedule | None = None,
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
@@ -107,7 +107,8 @@ def rmsprop(
         initial_scale: the average before the first step, >= 0.
         eps_in_sqrt: True adds eps under the root, which is Optax's default.
         centered: whether to scale by the standard deviation of the gradients: one slot more, `mu`.
-        momentum: decay of a heavy ball over the steps, in [0, 1]; None keeps none.
+        momentum: decay of a heavy ball over the steps, in [0, 1]: a number, array or schedule; None
+            keeps none.
         nesterov: whether that heavy ball looks one step ahead.
         bias_correction: whether to divide the averages by 1 - decay^t.
         moments: how `nu` and the heavy ball are kept: "float32", "bfloat16" (2 bytes instead of 4,

@@ -29,7 +29,7 @@ import optax
 
 from adamx.core.chain import chain
 from adamx.core.checks import (
-    DECAY,
+    DECAY_OR_SCHEDULE,
     NON_NEGATIVE,
     RATE,
     Scalar,
@@ -48,7 +48,7 @@ from adamx.transforms.schedule_free import SHARE, schedule_free
 @checked(
     learning_rate=RATE,
     b1=SHARE,
-    b2=DECAY,
+    b2=DECAY_OR_SCHEDULE,
     eps=NON_NEGATIVE,
     weight_decay=RATE,
     weight_lr_power=NON_NEGATIVE,
@@ -57,7 +57,7 @@ def schedule_free_adamw(
     learning_rate: ScalarOrSchedule = 0.0025,
     warmup_steps: int | None = None,
     b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
+    b2: ScalarOrSchedule = 0.999,
     eps: Scalar = 1e-8,
     weight_decay: ScalarOrSchedule = 0.0,
     weight_lr_power: Scalar = 2.0,
@@ -73,8 +73,9 @@ def schedule_free_adamw(
             decay.
         warmup_steps: >= 1: the number of steps over which the rate rises linearly, the first one
             being `learning_rate / warmup_steps`; None means no warm-up.
-        b1: how much of the average is in the parameters, in (0, 1].
-        b2: weight of the past in the average of squares, in [0, 1).
+        b1: how much of the average is in the parameters, in (0, 1]: a number or array, and no
+            schedule; see `schedule_free`.
+        b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
         eps: >= 0, added to the root, in the unit of the gradients.
         weight_decay: >= 0: a number, array or schedule; z moves by `learning_rate * weight_decay`
             of the parameters a step.
@@ -83,6 +84,7 @@ def schedule_free_adamw(
             stochastically), or a function that wraps a transformation, such as a `Storage`.
 
     Raises:
+        TypeError: if `b1` is a schedule.
         ValueError: if a number is out of its range, `nu` cannot be kept so, or a schedule is given
             together with `warmup_steps`.
 
@@ -108,7 +110,10 @@ def schedule_free_adamw(
         learning_rate = optax.linear_schedule(first, learning_rate, warmup_steps - 1)
     steps = chain(
         stored(
-            rms_scaling(second_moment=chain(ema_of_squares(b2), bias_correction(b2)), eps=eps),
+            rms_scaling(
+                second_moment=chain(ema_of_squares(b2), bias_correction(b2, "nu_correction")),
+                eps=eps,
+            ),
             moments,
         ),
         add_decayed_weights(weight_decay),

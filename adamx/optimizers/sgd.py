@@ -13,16 +13,16 @@ from __future__ import annotations
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
-from adamx.core.checks import FRACTION, RATE, Scalar, ScalarOrSchedule, checked, optional
+from adamx.core.checks import FRACTION_OR_SCHEDULE, RATE, ScalarOrSchedule, checked, optional
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.trace import trace
 
 
-@checked(learning_rate=RATE, momentum=optional(FRACTION))
+@checked(learning_rate=RATE, momentum=optional(FRACTION_OR_SCHEDULE))
 def sgd(
     learning_rate: ScalarOrSchedule,
-    momentum: Scalar | None = None,
+    momentum: ScalarOrSchedule | None = None,
     nesterov: bool = False,
     accumulator_dtype: DTypeLike | None = None,
     *,
@@ -32,8 +32,9 @@ def sgd(
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        momentum: decay of the heavy ball's `trace`, in [0, 1]; None keeps no memory. For the
-            notes' Momentum, an average and not a sum, see `adamx.momentum`.
+        momentum: decay of the heavy ball's `trace`, in [0, 1]: a number, array or schedule; None
+            keeps no memory. For the notes' Momentum, an average and not a sum, see
+            `adamx.momentum`.
         nesterov: whether to look one step ahead.
         accumulator_dtype: dtype of the trace, rounded to nearest; None means float32 or wider.
         moments: how the trace is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded

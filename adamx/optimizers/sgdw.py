@@ -20,17 +20,17 @@ from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
-from adamx.core.checks import FRACTION, RATE, Scalar, ScalarOrSchedule, checked, optional
+from adamx.core.checks import FRACTION_OR_SCHEDULE, RATE, ScalarOrSchedule, checked, optional
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.trace import trace
 
 
-@checked(learning_rate=RATE, momentum=optional(FRACTION), weight_decay=RATE)
+@checked(learning_rate=RATE, momentum=optional(FRACTION_OR_SCHEDULE), weight_decay=RATE)
 def sgdw(
     learning_rate: ScalarOrSchedule,
-    momentum: Scalar | None = None,
+    momentum: ScalarOrSchedule | None = None,
     nesterov: bool = False,
     weight_decay: ScalarOrSchedule = 1e-4,
     mask: Any | Callable[[Any], Any] = None,
@@ -41,7 +41,8 @@ def sgdw(
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        momentum: decay of the heavy ball's `trace`, in [0, 1]; None keeps no memory.
+        momentum: decay of the heavy ball's `trace`, in [0, 1]: a number, array or schedule; None
+            keeps no memory.
         nesterov: whether to look one step ahead.
         weight_decay: >= 0: a number, array or schedule; the weights shrink by
             `learning_rate * weight_decay` a step.

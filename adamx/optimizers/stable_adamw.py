@@ -21,7 +21,14 @@ from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.checks import (
+    DECAY_OR_SCHEDULE,
+    NON_NEGATIVE,
+    RATE,
+    Scalar,
+    ScalarOrSchedule,
+    checked,
+)
 from adamx.optimizers.adam import scale_by_adam
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.add_decayed_weights import add_decayed_weights
@@ -29,11 +36,17 @@ from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.update_clipping import update_clipping
 
 
-@checked(learning_rate=RATE, b1=DECAY, b2=DECAY, eps=NON_NEGATIVE, weight_decay=RATE)
+@checked(
+    learning_rate=RATE,
+    b1=DECAY_OR_SCHEDULE,
+    b2=DECAY_OR_SCHEDULE,
+    eps=NON_NEGATIVE,
+    weight_decay=RATE,
+)
 def stable_adamw(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.99,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.99,
     eps: Scalar = 1e-6,
     weight_decay: ScalarOrSchedule = 1e-2,
     mask: Any | Callable[[Any], Any] = None,
@@ -44,8 +57,8 @@ def stable_adamw(
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average of gradients, in [0, 1).
-        b2: weight of the past in the average of squares, in [0, 1).
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+        b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
         eps: >= 0, added to the root, and the least root in RMS_t, in the unit of the gradients.
         weight_decay: >= 0: a number, array or schedule; the weights shrink by `lr_t * weight_decay`
             a step.

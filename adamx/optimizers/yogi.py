@@ -20,7 +20,14 @@ https://papers.nips.cc/paper/2018/hash/90365351ccc7437a1309dc64e4db32a3-Abstract
 from __future__ import annotations
 
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY, NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.checks import (
+    DECAY_OR_SCHEDULE,
+    NON_NEGATIVE,
+    RATE,
+    Scalar,
+    ScalarOrSchedule,
+    checked,
+)
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.additive_average_of_squares import additive_average_of_squares
 from adamx.transforms.bias_correction import bias_correction
@@ -29,11 +36,11 @@ from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(learning_rate=RATE, b1=DECAY, b2=DECAY, eps=NON_NEGATIVE)
+@checked(learning_rate=RATE, b1=DECAY_OR_SCHEDULE, b2=DECAY_OR_SCHEDULE, eps=NON_NEGATIVE)
 def yogi(
     learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
+    b1: ScalarOrSchedule = 0.9,
+    b2: ScalarOrSchedule = 0.999,
     eps: Scalar = 1e-3,
     *,
     moments: Moments = "float32",
@@ -42,8 +49,8 @@ def yogi(
 
     Args:
         learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average of gradients, in [0, 1).
-        b2: weight of the past in the average of squares, in [0, 1).
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+        b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
         eps: >= 0, added to the root, in the unit of the gradients.
         moments: how `mu` and `nu` are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16"
             (4), or a function that wraps a transformation, such as a `Storage`.
@@ -62,8 +69,10 @@ def yogi(
         (Array([1.5], dtype=float32), Array([-0.35], dtype=float32))
     """
     scaling = rms_scaling(
-        chain(ema(b1, initial=1e-6), bias_correction(b1)),
-        second_moment=chain(additive_average_of_squares(b2, initial=1e-6), bias_correction(b2)),
+        chain(ema(b1, initial=1e-6), bias_correction(b1, "mu_correction")),
+        second_moment=chain(
+            additive_average_of_squares(b2, initial=1e-6), bias_correction(b2, "nu_correction")
+        ),
         eps=eps,
     )
     return chain(stored(scaling, moments), scale_by_learning_rate(learning_rate))

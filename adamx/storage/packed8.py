@@ -24,6 +24,7 @@ linear there, so without bias, save that m fades out where v comes down to 2^-92
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -36,6 +37,9 @@ from adamx.core.rounding import INFINITY, bits_of, from_bits
 from adamx.storage.packed16 import check_pair, others, pair
 from adamx.storage.storage import Storage
 
+CONSTANT_DECAY = dataclasses.replace(
+    DECAY, constant='the bound is that of constant decays: moments="packed16" needs none'
+)
 _STEPS = 223.0  # 1 + x ends with the code 62: 224 = 2^7 * 1.75
 _ONE = np.uint32(1016)  # the bits of 1.0, cut as those of 1 + x are
 _FIRST = np.uint32(140)  # code k stands for the float32 with the bits (k + 140) << 21, less 2^-92
@@ -46,7 +50,7 @@ _INFINITE = np.uint32(510 << 7 | 63)  # m infinite, beside the largest v
 _NAN = np.uint32(511 << 7 | 63)
 
 
-@checked(b1=DECAY, b2=DECAY)
+@checked(b1=CONSTANT_DECAY, b2=CONSTANT_DECAY)
 def ratio_bound(b1: float | jax.Array, b2: float | jax.Array) -> float | jax.Array:
     """Return the largest |m| / sqrt(v) that any sequence of gradients can give.
 

@@ -19,17 +19,18 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, real_dtype, squared_magnitude
-from adamx.core.checks import DECAY, NON_NEGATIVE, Scalar, check
+from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
+from adamx.transforms.scale_by_learning_rate import scheduled_decay
 
 
 class additive_average_of_squares(Transformation):
     """Replace the updates by an average of their squares that moves by small steps.
 
     Attributes:
-        decay: weight of the past, in [0, 1).
+        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step.
         initial: the average before the first step, >= 0.
         name: the slot that keeps the average: real, float32 or wider, shaped like the parameter,
             in the squared unit of the incoming updates.
@@ -47,25 +48,26 @@ class additive_average_of_squares(Transformation):
         Array([8.  , 3.75], dtype=float32)
     """
 
-    decay: Scalar
+    decay: ScalarOrSchedule
     initial: Scalar = 0.0
     name: str = "nu"
 
     def __post_init__(self) -> None:
-        check(self, decay=DECAY, initial=NON_NEGATIVE)
+        check(self, decay=DECAY_OR_SCHEDULE, initial=NON_NEGATIVE)
 
     def slots(self, param: jax.Array) -> Slots:
         dtype = real_dtype(compute_dtype(param.dtype))
         return {self.name: jnp.full_like(param, self.initial, dtype)}
 
     def prepare(self, step: Step) -> Any:
-        return 1 - self.decay  # in the precision in which decay was given
+        return scheduled_decay(self.decay, step.count)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
         nu = slots[self.name]
         largest = jnp.finfo(nu.dtype).max
         square = jnp.minimum(squared_magnitude(u), largest)
-        change = step.scalars * jnp.sign(square - nu) * square
+        _, weight = step.scalars
+        change = weight * jnp.sign(square - nu) * square
         return {self.name: nu + jnp.minimum(change, largest - nu)}
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:

@@ -5,7 +5,8 @@
 
 w_t is what the parameters become in step t. The first is the exponential moving average with its
 bias correction, avg_t / (1 - decay^t), in one recurrence, so that the slot itself can be evaluated
-from the first step on; the second is Polyak's and Ruppert's mean over all steps.
+from the first step on (where the decay is scheduled, 1 - decay_t over 1 - decay_1 ... decay_t); the
+second is Polyak's and Ruppert's mean over all steps.
 
 Source: Kingma & Ba (2015), section 7.2, https://arxiv.org/abs/1412.6980; Polyak & Juditsky (1992),
 https://doi.org/10.1137/0330046
@@ -19,11 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype
-from adamx.core.checks import DECAY, Scalar, check
+from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.bias_correction import one_minus_power
+from adamx.transforms.bias_correction import weight_of_past
+from adamx.transforms.scale_by_learning_rate import scheduled
 
 
 class mean_of_params(Transformation):
@@ -62,7 +64,7 @@ class mean_of_params(Transformation):
         return 1 / step.count.astype(float)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
-        return _towards_params(self, u, slots, step)
+        return _towards_params(self, step.scalars, u, slots, step)
 
 
 class ema_of_params(Transformation):
@@ -71,9 +73,12 @@ class ema_of_params(Transformation):
     The last stage of an optimizer, as `mean_of_params` is.
 
     Attributes:
-        decay: weight of the past, in [0, 1); the memory is some 1 / (1 - decay) steps.
+        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step;
+            the memory is some 1 / (1 - decay) steps.
         name: the slot that keeps the average, with its bias corrected: float32 or wider, shaped
-            like the parameter, which it equals before the first step.
+            like the parameter, which it equals before the first step. Where the decay is
+            scheduled, `<name>_correction` is the state's entry with 1 minus the product of the
+            decays.
 
     Raises:
         ValueError: if `decay` is out of its range; at `update`, if it is called without params.
@@ -90,29 +95,40 @@ class ema_of_params(Transformation):
         2.3333
     """
 
-    decay: Scalar = 0.999
+    decay: ScalarOrSchedule = 0.999
     name: str = "params_ema"
 
     stands_last = True
 
     def __post_init__(self) -> None:
-        check(self, decay=DECAY)
+        check(self, decay=DECAY_OR_SCHEDULE)
+
+    @property
+    def _correction(self) -> str:
+        return f"{self.name}_correction"
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.array(param, compute_dtype(param.dtype))}
 
     def prepare(self, step: Step) -> Any:
-        return (1 - self.decay) / one_minus_power(self.decay, step.count)
+        past = weight_of_past(self.decay, step, self._correction)
+        if not callable(self.decay):
+            return (1 - self.decay) / past, past
+        return (1 - jnp.asarray(scheduled(self.decay, step.count), past.dtype)) / past, past
+
+    def record(self, scalars: Any) -> Slots:
+        return {self._correction: scalars[1]} if callable(self.decay) else {}
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
-        return _towards_params(self, u, slots, step)
+        share, _ = step.scalars
+        return _towards_params(self, share, u, slots, step)
 
 
-def _towards_params(concept: Any, u: jax.Array, slots: Slots, step: Step) -> Slots:
-    """Move the average towards the new parameters by the step's share of the difference."""
+def _towards_params(concept: Any, share: Any, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    """Move the average towards the new parameters by a share of the difference."""
     if step.param is None:
         raise ValueError(
             f"{type(concept).__name__}: needs the parameters: update(updates, state, params)"
         )
     past = slots[concept.name]
-    return {concept.name: past + step.scalars * ((step.param + u) - past)}
+    return {concept.name: past + share * ((step.param + u) - past)}

@@ -12,21 +12,25 @@ Source: Kingma & Ba (2015), Algorithm 2, https://arxiv.org/abs/1412.6980
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, real_dtype
-from adamx.core.checks import DECAY, NON_NEGATIVE, Scalar, check
+from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
+from adamx.transforms.scale_by_learning_rate import scheduled
 
 
 class decaying_max(Transformation):
     """Replace the updates by the maximum of their magnitudes, the past ones faded.
 
     Attributes:
-        decay: what is left of the old maximum after a step, in [0, 1).
+        decay: what is left of the old maximum after a step, in [0, 1): a number, a scalar array, or
+            a schedule of the step.
         eps: added to each magnitude, >= 0, in the unit of the incoming updates.
         name: the slot that keeps the maximum: real, float32 or wider, shaped like the parameter,
             in the unit of the incoming updates.
@@ -43,18 +47,21 @@ class decaying_max(Transformation):
         Array([2., 5.], dtype=float32)
     """
 
-    decay: Scalar
+    decay: ScalarOrSchedule
     eps: Scalar = 0.0
     name: str = "nu"
 
     def __post_init__(self) -> None:
-        check(self, decay=DECAY, eps=NON_NEGATIVE)
+        check(self, decay=DECAY_OR_SCHEDULE, eps=NON_NEGATIVE)
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.zeros_like(param, real_dtype(compute_dtype(param.dtype)))}
 
+    def prepare(self, step: Step) -> Any:
+        return scheduled(self.decay, step.count)
+
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
-        return {self.name: jnp.maximum(self.decay * slots[self.name], jnp.abs(u) + self.eps)}
+        return {self.name: jnp.maximum(step.scalars * slots[self.name], jnp.abs(u) + self.eps)}
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return slots[self.name]

@@ -26,7 +26,7 @@ from adamx.core.checks import DECAY_OR_SCHEDULE, FINITE, Scalar, ScalarOrSchedul
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled
+from adamx.transforms.scale_by_learning_rate import scheduled_decay
 
 
 class ema(Transformation):
@@ -65,8 +65,7 @@ class ema(Transformation):
         return {self.name: jnp.full_like(zeros(param, self.dtype), self.initial)}
 
     def prepare(self, step: Step) -> Any:
-        decay = scheduled(self.decay, step.count)
-        return decay, 1 - decay  # in the precision in which decay was given
+        return scheduled_decay(self.decay, step.count)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
         decay, weight = step.scalars

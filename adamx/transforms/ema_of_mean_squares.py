@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import average, placed_like, squared_magnitude, zeros
-from adamx.core.checks import DECAY, Scalar, check
+from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
 from adamx.core.lifting import Slots
 from adamx.core.norms import reduced_size
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
+from adamx.transforms.scale_by_learning_rate import scheduled_decay
 
 BlockAxes = tuple[int, ...] | Callable[[str, jax.Array], tuple[int, ...]] | None
 """The axes that are averaged over, for all leaves or from a leaf's path and the leaf."""
@@ -34,7 +35,7 @@ class ema_of_mean_squares(Transformation):
     """Replace the updates by the moving average of their mean square over each block.
 
     Attributes:
-        decay: weight of the past, in [0, 1).
+        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step.
         axes: the axes that are averaged over: a tuple, for all leaves but scalars; a function of a
             leaf's path, such as "dense/kernel", and the leaf, which returns a tuple; or None: all
             axes but the last where there are two or more (one block for each output of a kernel
@@ -59,12 +60,12 @@ class ema_of_mean_squares(Transformation):
                [12.5,  2. ]], dtype=float32)
     """
 
-    decay: Scalar
+    decay: ScalarOrSchedule
     axes: BlockAxes = None
     name: str = "nu"
 
     def __post_init__(self) -> None:
-        check(self, decay=DECAY)
+        check(self, decay=DECAY_OR_SCHEDULE)
 
     def bind(self, path: str, leaf: jax.Array) -> Transformation:
         if not callable(self.axes):
@@ -77,13 +78,14 @@ class ema_of_mean_squares(Transformation):
         return {self.name: start.real.sum(self._axes(param), keepdims=True)}
 
     def prepare(self, step: Step) -> Any:
-        return 1 - self.decay  # in the precision in which decay was given
+        return scheduled_decay(self.decay, step.count)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
         nu, axes = slots[self.name], self._axes(u)
         mean = jnp.sum(squared_magnitude(u), axes, keepdims=True) / reduced_size(u, axes)
         mean = jnp.minimum(mean, jnp.finfo(nu.dtype).max)  # as in ema_of_squares
-        return {self.name: average(nu, mean, self.decay, step.scalars)}
+        decay, weight = step.scalars
+        return {self.name: average(nu, mean, decay, weight)}
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return jnp.broadcast_to(slots[self.name], u.shape)

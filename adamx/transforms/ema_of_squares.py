@@ -29,7 +29,7 @@ from adamx.core.checks import (
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled
+from adamx.transforms.scale_by_learning_rate import scheduled_decay
 
 
 class ema_of_squares(Transformation):
@@ -68,8 +68,7 @@ class ema_of_squares(Transformation):
         return {self.name: jnp.full_like(param, self.initial, dtype)}
 
     def prepare(self, step: Step) -> Any:
-        decay = scheduled(self.decay, step.count)
-        return decay, 1 - decay  # in the precision in which decay was given
+        return scheduled_decay(self.decay, step.count)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
         nu = slots[self.name]

@@ -9,20 +9,24 @@ Source: Xie et al. (2022), Algorithm 1, https://arxiv.org/abs/2208.06677
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from adamx.core.checks import FINITE, Scalar, check
+from adamx.core.checks import FINITE_OR_SCHEDULE, ScalarOrSchedule, check
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
+from adamx.transforms.scale_by_learning_rate import scheduled
 
 
 class extrapolation(Transformation):
     """Add a multiple of their change since the last step to the updates.
 
     Attributes:
-        factor: how far to carry on: 0 is today's update, 1 the next one on a straight line.
+        factor: how far to carry on: 0 is today's update, 1 the next one on a straight line. A
+            number, a scalar array, or a schedule of the step.
         slot: the slot of the `difference` that reads the same updates, in an earlier branch.
 
     Raises:
@@ -36,11 +40,14 @@ class extrapolation(Transformation):
         Array([7.], dtype=float32)
     """
 
-    factor: Scalar
+    factor: ScalarOrSchedule
     slot: str = "previous"
 
     def __post_init__(self) -> None:
-        check(self, factor=FINITE)
+        check(self, factor=FINITE_OR_SCHEDULE)
+
+    def prepare(self, step: Step) -> Any:
+        return scheduled(self.factor, step.count)
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         if self.slot not in step.old:
@@ -48,4 +55,4 @@ class extrapolation(Transformation):
                 f"extrapolation: no piece keeps {self.slot!r}, only {sorted(step.old)}: put a "
                 "difference() that reads the same updates into an earlier branch"
             )
-        return u + self.factor * jnp.where(step.count == 1, 0, u - step.old[self.slot])
+        return u + step.scalars * jnp.where(step.count == 1, 0, u - step.old[self.slot])

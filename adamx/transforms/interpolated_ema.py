@@ -7,7 +7,9 @@ What goes out leans more on today's update (blend < decay) than what is kept. Wi
 both are `adamx.transforms.ema`'s average. It is computed from the new average, so that a step can
 write over the old one, as
 
-    u'_t = ratio * mu_t + (1 - ratio) * u_t,    ratio = blend / decay
+    u'_t = ratio * mu_t + (1 - ratio) * u_t,    ratio = blend / decay,
+
+so that decay may not be 0, in a schedule neither: nothing of the old average would be left.
 
 Source: Chen et al. (2023), Algorithm 2, https://arxiv.org/abs/2302.06675
 """
@@ -21,20 +23,23 @@ import jax
 from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, zeros
-from adamx.core.checks import DECAY, Range, Scalar, check
+from adamx.core.checks import DECAY_OR_SCHEDULE, Range, ScalarOrSchedule, check
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
+from adamx.transforms.scale_by_learning_rate import scheduled, scheduled_decay
 
-POSITIVE_DECAY = Range(math.ulp(0.0), 1.0, "in (0, 1)", open_above=True)
+POSITIVE_DECAY = Range(math.ulp(0.0), 1.0, "in (0, 1)", open_above=True, schedule=True)
 
 
 class interpolated_ema(Transformation):
     """Replace the updates by a mixture of them and the average of those before.
 
     Attributes:
-        blend: weight of the old average in what goes out, in [0, 1).
-        decay: weight of the old average in the new one, in (0, 1).
+        blend: weight of the old average in what goes out, in [0, 1): a number, a scalar array, or a
+            schedule of the step.
+        decay: weight of the old average in the new one, in (0, 1): a number, array or schedule; a
+            schedule must not be 0 in any step.
         dtype: what the average is kept in, rounded to nearest; None means float32, or wider where
             the parameter is.
         name: the slot that keeps the average: shaped like the parameter, in the unit of the
@@ -54,25 +59,26 @@ class interpolated_ema(Transformation):
         (Array([ 2., -4.], dtype=float32), Array([ 1., -2.], dtype=float32))
     """
 
-    blend: Scalar
-    decay: Scalar
+    blend: ScalarOrSchedule
+    decay: ScalarOrSchedule
     dtype: DTypeLike | None = None
     name: str = "mu"
 
     def __post_init__(self) -> None:
-        check(self, blend=DECAY, decay=POSITIVE_DECAY)
+        check(self, blend=DECAY_OR_SCHEDULE, decay=POSITIVE_DECAY)
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: zeros(param, self.dtype)}
 
     def prepare(self, step: Step) -> Any:
-        ratio = self.blend / self.decay
-        return 1 - self.decay, ratio, 1 - ratio
+        decay, weight = scheduled_decay(self.decay, step.count)
+        ratio = scheduled(self.blend, step.count) / decay
+        return decay, weight, ratio, 1 - ratio
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
-        weight, _, _ = step.scalars
-        return {self.name: average(slots[self.name], u, self.decay, weight)}
+        decay, weight, _, _ = step.scalars
+        return {self.name: average(slots[self.name], u, decay, weight)}
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
-        _, ratio, rest = step.scalars
+        _, _, ratio, rest = step.scalars
         return ratio * slots[self.name] + rest * u

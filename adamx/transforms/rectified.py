@@ -16,6 +16,8 @@ is lost of numbers near 4. With x = -log(decay) and G(z) = 1 + 1/z - coth(z),
 
 is the same without that loss.
 
+rho_inf is what a constant decay tends to: a schedule has none, and is refused.
+
 The paper rectifies where rho_t > 4 (threshold = 4 here), PyTorch where rho_t > 5, Optax where
 rho_t >= 5: with decay = 0.999, from the fifth step on, and from the sixth in the other two.
 
@@ -39,17 +41,22 @@ from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 from adamx.transforms.rms_scaling import rms_scaling
 
+CONSTANT_DECAY = dataclasses.replace(
+    DECAY, constant="r_t compares rho_t with rho_inf, which only a constant decay has"
+)
+
 
 class rectified(Transformation):
     """Scale by what `rms_scaling` does, rectified, once its second moment is worth enough.
 
     Attributes:
         scaling: Adam's scaling: its numerator is what the first steps follow.
-        decay: that of the average of squares in the scaling, in [0, 1).
+        decay: that of the average of squares in the scaling, in [0, 1): a number or a scalar array,
+            and no schedule.
         threshold: from what rho_t on to scale, >= 0; 4 or less means above 4, where r_t begins.
 
     Raises:
-        TypeError: if `scaling` is not an `rms_scaling`.
+        TypeError: if `scaling` is not an `rms_scaling`, or `decay` is a schedule.
         ValueError: if `decay` or `threshold` is a number out of its range, or a 16-bit array.
 
     Example:
@@ -72,7 +79,7 @@ class rectified(Transformation):
     threshold: Scalar = 5.0
 
     def __post_init__(self) -> None:
-        check(self, decay=DECAY, threshold=NON_NEGATIVE)
+        check(self, decay=CONSTANT_DECAY, threshold=NON_NEGATIVE)
         if not isinstance(self.scaling, rms_scaling):
             raise TypeError(f"rectified: scaling must be an rms_scaling, got {self.scaling!r}")
 

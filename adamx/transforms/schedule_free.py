@@ -6,7 +6,8 @@
     c_t     = k_t / (k_1 + ... + k_t),  k_t = (max of lr_1 ... lr_t)^weight_lr_power
 
 With x eliminated, y_{t+1} - y_t = c_t (z_{t+1} - y_t) + (1 - c_t) (1 - b1) (z_{t+1} - z_t): only z
-is kept, no division by b1 is needed, and a parameter changed from outside changes x alone.
+is kept, no division by b1 is needed, and a parameter changed from outside changes x alone. It takes
+one b1 for all steps: that is no schedule.
 
 The sum of the k is kept in units of the last, so that no learning rate is too small for it.
 The paper weights by lr_t itself; Optax and the authors' PyTorch code by the largest so far, as
@@ -34,7 +35,12 @@ from adamx.core.transformation import Transformation
 from adamx.precision.master_weights import masters
 from adamx.transforms.scale_by_learning_rate import scheduled
 
-SHARE = Range(math.ulp(0.0), 1.0, "in (0, 1]")  # with 0 the average x would not be in y
+SHARE = Range(  # with 0 the average x would not be in y
+    math.ulp(0.0),
+    1.0,
+    "in (0, 1]",
+    constant="y and z alone are kept, and x is made of them with one b1 for all steps",
+)
 
 
 class schedule_free(Transformation):
@@ -48,14 +54,15 @@ class schedule_free(Transformation):
             is y. A clip by the whole tree's norm stands before, `chain(clip, schedule_free(...))`.
         learning_rate: >= 0: that of `inner`, with the warm-up and without a decay; here it weights
             the average.
-        b1: how much of the average is in y, in (0, 1]; takes the place of momentum's decay.
+        b1: how much of the average is in y, in (0, 1]; takes the place of momentum's decay. A
+            number or a scalar array, and no schedule.
         weight_lr_power: >= 0: the power of the learning rate in the weights; 0 weights all alike.
 
     The state has the slot `z`, float32 or wider, and the scalars `weight_sum`, the sum of the
     weights in units of the last one, `max_lr`, the largest learning rate so far, and `b1`.
 
     Raises:
-        TypeError: if `inner` is not an adamx transformation.
+        TypeError: if `inner` is not an adamx transformation, or `b1` is a schedule.
         ValueError: if a number is out of its range or `inner` reads the whole tree; at `update`, if
             it is called without params.
 

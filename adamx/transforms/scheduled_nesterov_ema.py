@@ -19,6 +19,7 @@ https://docs.pytorch.org/docs/stable/generated/torch.optim.NAdam.html
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -33,6 +34,9 @@ from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 from adamx.transforms.bias_correction import one_minus_power
 
+CONSTANT_DECAY = dataclasses.replace(
+    DECAY, constant="the momentum has its schedule, by momentum_decay: nesterov_ema takes any other"
+)
 _RATE = -math.log(0.96)
 _TERMS = 52  # each is less than half the one before, and float64 has 52 bits
 
@@ -65,13 +69,15 @@ class scheduled_nesterov_ema(Transformation):
     """Replace the updates by their corrected average, one step ahead, with a rising momentum.
 
     Attributes:
-        decay: weight of the past, in [0, 1), and the momentum in the end.
+        decay: weight of the past, in [0, 1), and the momentum in the end: a number or a scalar
+            array, and no schedule, since the method is one; `nesterov_ema` takes any other.
         momentum_decay: how fast the momentum rises, >= 0; 0 keeps it at decay / 2.
         dtype: what the average is kept in; None means float32, or wider where the parameter is.
         name: the slot that keeps the average: shaped like the parameter, in the unit of the
             updates.
 
     Raises:
+        TypeError: if an argument is a schedule.
         ValueError: if `decay` is a number outside [0, 1), `momentum_decay` is negative, or one of
             them is a 16-bit array.
 
@@ -90,7 +96,7 @@ class scheduled_nesterov_ema(Transformation):
     name: str = "mu"
 
     def __post_init__(self) -> None:
-        check(self, decay=DECAY, momentum_decay=NON_NEGATIVE)
+        check(self, decay=CONSTANT_DECAY, momentum_decay=NON_NEGATIVE)
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: zeros(param, self.dtype)}

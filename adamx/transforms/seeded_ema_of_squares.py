@@ -3,8 +3,9 @@
     nu_1 = |u_1|^2
     nu_t = decay * nu_{t-1} + (1 - decay) * |u_t|^2
 
-It needs no bias correction; the first square keeps the weight decay^(t-1), which is long. Otherwise
-as `adamx.transforms.ema_of_squares`.
+It needs no bias correction; the first square keeps the weight decay^(t-1), which is long (where the
+decay is scheduled, decay_2 ... decay_t: the first decay is not used). Otherwise as
+`adamx.transforms.ema_of_squares`.
 
 Source: Taniguchi et al. (2024), Algorithm 2, https://arxiv.org/abs/2411.02853
 """
@@ -17,17 +18,18 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import average, compute_dtype, real_dtype, squared_magnitude
-from adamx.core.checks import DECAY, Scalar, check
+from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
+from adamx.transforms.scale_by_learning_rate import scheduled_decay
 
 
 class seeded_ema_of_squares(Transformation):
     """Replace the updates by the average of their squares, which starts at the first of them.
 
     Attributes:
-        decay: weight of the past, in [0, 1).
+        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step.
         name: the slot that keeps the average: real, float32 or wider, shaped like the parameter,
             in the squared unit of the incoming updates.
 
@@ -42,22 +44,24 @@ class seeded_ema_of_squares(Transformation):
         (Array([16., 64.], dtype=float32), Array([12., 48.], dtype=float32))
     """
 
-    decay: Scalar
+    decay: ScalarOrSchedule
     name: str = "nu"
 
     def __post_init__(self) -> None:
-        check(self, decay=DECAY)
+        check(self, decay=DECAY_OR_SCHEDULE)
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.zeros_like(param, real_dtype(compute_dtype(param.dtype)))}
 
     def prepare(self, step: Step) -> Any:
-        return jnp.where(step.count == 1, 1.0, 1 - self.decay)
+        decay, weight = scheduled_decay(self.decay, step.count)
+        return decay, jnp.where(step.count == 1, 1.0, weight)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
         nu = slots[self.name]  # 0 before the first step, so that a weight of 1 sets it
         square = jnp.minimum(squared_magnitude(u), jnp.finfo(nu.dtype).max)
-        return {self.name: average(nu, square, self.decay, step.scalars)}
+        decay, weight = step.scalars
+        return {self.name: average(nu, square, decay, weight)}
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return slots[self.name]

@@ -3,6 +3,10 @@
     trace_t = u_t + decay * trace_{t-1},    trace_0 = 0
     heavy ball: u'_t = trace_t              Nesterov: u'_t = u_t + decay * trace_t
 
+Where the decay is scheduled, decay_t stands before trace_{t-1}, and decay_{t+1}, by which the next
+step will move, in Nesterov's look-ahead. (PyTorch, where the momentum can be set between steps, has
+decay_t there.)
+
 It is 1 / (1 - decay) times as large as `ema`'s average, which is the notes' Momentum.
 
 Source: Polyak (1964); Sutskever et al. (2013), https://proceedings.mlr.press/v28/sutskever13.html
@@ -10,21 +14,24 @@ Source: Polyak (1964); Sutskever et al. (2013), https://proceedings.mlr.press/v2
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import limit_sum, zeros
-from adamx.core.checks import FRACTION, Scalar, check
+from adamx.core.checks import FRACTION_OR_SCHEDULE, ScalarOrSchedule, check
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
+from adamx.transforms.scale_by_learning_rate import scheduled
 
 
 class trace(Transformation):
     """Replace the updates by their decaying sum.
 
     Attributes:
-        decay: weight of the past, in [0, 1].
+        decay: weight of the past, in [0, 1]: a number, a scalar array, or a schedule of the step.
         nesterov: whether to look one step ahead, as Nesterov's method does.
         accumulator_dtype: what the sum is kept in, rounded to nearest; None means float32, or
             wider where the parameter is.
@@ -41,21 +48,28 @@ class trace(Transformation):
         Array([ 3., -3.], dtype=float32)
     """
 
-    decay: Scalar
+    decay: ScalarOrSchedule
     nesterov: bool = False
     accumulator_dtype: DTypeLike | None = None
     name: str = "trace"
 
     def __post_init__(self) -> None:
-        check(self, decay=FRACTION)
+        check(self, decay=FRACTION_OR_SCHEDULE)
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: zeros(param, self.accumulator_dtype)}
 
+    def prepare(self, step: Step) -> Any:
+        if not callable(self.decay):
+            return self.decay, self.decay
+        return scheduled(self.decay, step.count), scheduled(self.decay, step.count + 1)
+
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
-        return {self.name: limit_sum(u + self.decay * slots[self.name], u, step.dtype)}
+        today, _ = step.scalars
+        return {self.name: limit_sum(u + today * slots[self.name], u, step.dtype)}
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         if not self.nesterov:
             return slots[self.name]
-        return limit_sum(u + self.decay * slots[self.name], u, step.dtype)
+        _, tomorrow = step.scalars
+        return limit_sum(u + tomorrow * slots[self.name], u, step.dtype)

@@ -18,16 +18,19 @@ Algorithm 2, https://arxiv.org/abs/2304.13013
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import limit_for_squares, root, squared_magnitude
-from adamx.core.checks import DECAY, NON_NEGATIVE, Scalar, check
+from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.bias_correction import one_minus_power
+from adamx.transforms.bias_correction import weight_of_past
+
+CORRECTION = "clipping_correction"
 
 
 class update_clipping(Transformation):
@@ -35,7 +38,9 @@ class update_clipping(Transformation):
 
     Attributes:
         inner: what makes the update, and keeps the second moment.
-        decay: that of the second moment, in [0, 1), for its bias correction; 0 makes none.
+        decay: that of the second moment, in [0, 1), for its bias correction; 0 makes none: a
+            number, a scalar array, or a schedule of the step. Where it is scheduled,
+            `clipping_correction` is the state's entry with 1 minus the product of the decays.
         eps: the least root of the second moment that counts, >= 0, in the unit of the gradients.
         slot: the slot that holds the second moment, >= 0, such as that of `ema_of_squares`.
 
@@ -54,7 +59,7 @@ class update_clipping(Transformation):
     """
 
     inner: Transformation
-    decay: Scalar
+    decay: ScalarOrSchedule
     eps: Scalar = 1e-6
     _: dataclasses.KW_ONLY
     slot: str = "nu"
@@ -64,10 +69,13 @@ class update_clipping(Transformation):
             raise TypeError(
                 f"update_clipping: inner must be an adamx transformation, got {self.inner!r}"
             )
-        check(self, decay=DECAY, eps=NON_NEGATIVE)
+        check(self, decay=DECAY_OR_SCHEDULE, eps=NON_NEGATIVE)
 
     def prepare(self, step: Step) -> jax.Array:
-        return one_minus_power(self.decay, step.count)
+        return weight_of_past(self.decay, step, CORRECTION)
+
+    def record(self, scalars: Any) -> Slots:
+        return {CORRECTION: scalars} if callable(self.decay) else {}
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         if self.slot not in slots:
