@@ -45,6 +45,7 @@ from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 from adamx.inspect.audit import Audit, audit
 from adamx.inspect.compare import Comparison, compare
+from adamx.inspect.summary import Summary, summary
 from adamx.interop.optax_state import from_optax, to_optax
 from adamx.interop.torch_state import from_torch, to_torch
 from adamx.optimizers.adabelief import adabelief
@@ -135,6 +136,7 @@ __all__ = [
     "PrecisionWarning",
     "Step",
     "Storage",
+    "Summary",
     "Transformation",
     "accumulate",
     "adabelief",
@@ -226,6 +228,7 @@ __all__ = [
     "statistics",
     "stored",
     "sum_of_squares",
+    "summary",
     "to_optax",
     "to_torch",
     "trace",

@@ -11,7 +11,9 @@ import jax
 import optax
 
 from adamx.core import errors, lifting
+from adamx.core.expressions import Expr
 from adamx.core.foreign import as_concept
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -93,6 +95,11 @@ class chain(Transformation):
             else:
                 runs.append([stage])
         return [run[0] if len(run) == 1 else chain(*run) for run in runs or [[]]]
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        for stage in self.stages:
+            u = stage.formula(u, symbols)
+        return u
 
 
 def _emitted(stage: Transformation, u: jax.Array, slots: Slots, step: Step) -> jax.Array:

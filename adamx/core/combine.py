@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 import optax
 
+from adamx.core.expressions import Expr
+from adamx.core.formula import Symbols, applied
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -59,3 +61,7 @@ class combine(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return self.fn(*(b.emit(u, slots, step.child(i)) for i, b in enumerate(self.branches)))
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u = symbols.named(u)
+        return applied(self.fn, *(branch.formula(u, symbols) for branch in self.branches))

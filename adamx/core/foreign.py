@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from adamx.core import errors
+from adamx.core.expressions import Expr, call
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Leaves, State
 from adamx.core.printing import factory_name
 from adamx.core.step import Step
@@ -95,6 +97,9 @@ class named(Transformation):
         except Exception:  # an init that needs another tree than one scalar: it may have memory
             return (self.name,)
         return (self.name,) if jax.tree.leaves(state) else ()
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        return call(self.name, u)
 
 
 def as_concept(stage: Any, what: str) -> Transformation:

@@ -40,7 +40,7 @@ def describe(tx: Any) -> str:
     if tx.is_foreign and tx.name == factory_name(tx.tx):
         return f"{tx.name}(...)"
     arguments = getattr(tx, "arguments", functools.partial(_arguments, tx))()
-    parts = [f"{name}={_value(v)}" if name else _value(v) for name, v in arguments]
+    parts = [f"{name}={value_text(v)}" if name else value_text(v) for name, v in arguments]
     name = type(tx).__name__
     line = f"{name}({', '.join(parts)})"
     if len(line) <= _WIDTH and "\n" not in line:
@@ -63,7 +63,8 @@ def _is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
     return field.default is not dataclasses.MISSING and Static(value) == Static(field.default)
 
 
-def _value(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """Return a hyperparameter as it was given, an array as its dtype and shape."""
     if isinstance(value, Verbatim):
         return value
     if isinstance(value, jax.Array | np.ndarray):

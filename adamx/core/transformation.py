@@ -26,6 +26,8 @@ import numpy as np
 import optax
 
 from adamx.core import errors, lifting
+from adamx.core.expressions import Expr, call
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots, State
 from adamx.core.precision_warning import warn_of_rounding
 from adamx.core.printing import describe, function_name
@@ -96,6 +98,15 @@ class Transformation(optax.GradientTransformationExtraArgs):
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         """Return the outgoing update, from the new slots as they were stored."""
         return u
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        """Return what `emit` returns as an expression, for `summary`; by default `name(u)`.
+
+        Args:
+            u: the incoming update.
+            symbols: names the hyperparameters and slots; slots are defined there.
+        """
+        return call(type(self).__name__, u)
 
     def reveal(self, slots: Slots) -> Slots:
         """Return one leaf's slots as the formula sees them: where a storage packs, unpacked."""

@@ -25,7 +25,9 @@ import optax
 
 from adamx.core import errors, lifting
 from adamx.core.arithmetic import compute_dtype
+from adamx.core.expressions import Expr
 from adamx.core.foreign import as_concept
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Leaves, Slots, State
 from adamx.core.rounding import random_bits, step_key
 from adamx.core.step import Step
@@ -160,6 +162,10 @@ class master_weights(Transformation):
                 "adamx.apply_updates and optax.apply_updates keep the dtype"
             )
         return own
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        symbols.remark("w: the float32 masters of 16-bit parameters, which are w rounded")
+        return self._inner.formula(u, symbols)
 
 
 def masters(params: Any, state: Mapping[str, Any]) -> Any:

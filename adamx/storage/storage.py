@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core import errors, lifting
+from adamx.core.expressions import Expr
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.rounding import random_bits, step_key
 from adamx.core.step import Step
@@ -110,6 +112,9 @@ class Storage(Transformation):
     def _seen(self, step: Step) -> Step:
         """Return the step as the inner concept sees it."""
         return dataclasses.replace(step.child(0), old=self._decoded(step.old))
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        return self.inner.formula(u, symbols)
 
 
 @jax.jit

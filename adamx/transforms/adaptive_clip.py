@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.expressions import Expr, W, call, reduced
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.norms import Axes, norm
 from adamx.core.step import Step
@@ -63,11 +65,20 @@ class adaptive_clip(Transformation):
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         if step.param is None:
             raise ValueError("adaptive_clip: needs the parameters: update(updates, state, params)")
-        axes = _axes_of_a_unit(u) if self.axis is None else self.axis
+        axes = self._axes(u)
         largest = self.clipping * jnp.maximum(norm(step.param, axes), self.eps)
         size = norm(u, axes)
         over = size > largest
         return u * jnp.where(over, largest / jnp.where(over, size, 1), 1)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u, clipping = symbols.named(u), symbols.number("c", self.clipping)
+        of_weights, of_update = (reduced("norm", x, "unit", self._axes) for x in (W, u))
+        largest = clipping * call("max", of_weights, symbols.number("w_min", self.eps))
+        return u * call("min", 1, largest / of_update)
+
+    def _axes(self, x: jax.Array) -> Axes:
+        return _axes_of_a_unit(x) if self.axis is None else self.axis
 
 
 def _axes_of_a_unit(x: jax.Array) -> Axes:

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 
 from adamx.core import masks
 from adamx.core.checks import RATE, ScalarOrSchedule, check
+from adamx.core.expressions import ZERO, Expr, W
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -64,3 +66,7 @@ class add_cautious_decayed_weights(Transformation):
                 "add_cautious_decayed_weights: needs the parameters: update(updates, state, params)"
             )
         return u + step.scalars * jnp.where(agreement(u, step.param) >= 0, step.param, 0)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u, decay = symbols.named(u), symbols.number("wd", self.weight_decay)
+        return u + decay * Expr(">=", (u * W, ZERO)) * W

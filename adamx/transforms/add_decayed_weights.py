@@ -18,6 +18,8 @@ import jax
 
 from adamx.core import masks
 from adamx.core.checks import RATE, ScalarOrSchedule, check
+from adamx.core.expressions import Expr, W
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -65,3 +67,6 @@ class add_decayed_weights(Transformation):
                 "add_decayed_weights: needs the parameters: update(updates, state, params)"
             )
         return u + step.scalars * step.param
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        return u + symbols.number("wd", self.weight_decay) * W

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, real_dtype, squared_magnitude
 from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
+from adamx.core.expressions import Expr, call, last
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -72,3 +74,8 @@ class additive_average_of_squares(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return slots[self.name]
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        b, v = symbols.number("b", self.decay), symbols.slot(self.name)
+        change = (1 - b) * call("sign", u**2 - last(v)) * u**2
+        return symbols.define(v, last(v) + change, self.initial)

@@ -21,10 +21,12 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype
 from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.expressions import Expr, T, W, following, last
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.bias_correction import weight_of_past
+from adamx.transforms.bias_correction import weight_in_formula, weight_of_past
 from adamx.transforms.scale_by_learning_rate import scheduled
 
 
@@ -65,6 +67,11 @@ class mean_of_params(Transformation):
 
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
         return _towards_params(self, step.scalars, u, slots, step)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        mean = symbols.slot(self.name)
+        symbols.define(mean, last(mean) + (following(W) - last(mean)) / T, W)
+        return u
 
 
 class ema_of_params(Transformation):
@@ -122,6 +129,12 @@ class ema_of_params(Transformation):
     def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
         share, _ = step.scalars
         return _towards_params(self, share, u, slots, step)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        b, average = symbols.number("b", self.decay), symbols.slot(self.name)
+        share = (1 - b) / weight_in_formula(self.decay, symbols, self._correction)
+        symbols.define(average, last(average) + share * (following(W) - last(average)), W)
+        return u
 
 
 def _towards_params(concept: Any, share: Any, u: jax.Array, slots: Slots, step: Step) -> Slots:

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.expressions import Expr, T, last
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -80,6 +82,15 @@ def weight_of_past(decay: ScalarOrSchedule, step: Step, name: str) -> jax.Array:
     return jnp.where(past > 0, mixed, one_minus_power(today, step.count))
 
 
+def weight_in_formula(decay: ScalarOrSchedule, symbols: Symbols, name: str) -> Expr:
+    """Return what `weight_of_past` computes, as an expression."""
+    b = symbols.number("b", decay)
+    if not callable(decay):
+        return 1 - b**T
+    weight = symbols.slot(name, array=False)
+    return symbols.define(weight, b * last(weight) + (1 - b), 0)
+
+
 class bias_correction(Transformation):
     """Divide the updates by 1 - decay^t; keep nothing.
 
@@ -117,3 +128,6 @@ class bias_correction(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return u / step.scalars
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        return symbols.hat(u, u / weight_in_formula(self.decay, symbols, self.name))

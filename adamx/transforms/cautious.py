@@ -24,6 +24,8 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import divide
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.expressions import ZERO, Expr, reduced, symbol
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -76,3 +78,11 @@ class cautious(Transformation):
         number = jnp.sum(kept, dtype=jnp.int32).astype(u.real.dtype)
         factor = divide(jnp.full_like(number, u.size), number + self.xi)
         return jnp.where(kept, factor * update, 0)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        g = symbols.named(u)
+        update = symbols.named(self.inner.formula(g, symbols))
+        kept = symbols.named(Expr(">", (update * g, ZERO)), "kept")
+        symbols.remark("n: the number of elements of the array")
+        number = reduced("sum", kept, "array") + symbols.number("xi", self.xi)
+        return symbol("n") * update * kept / number

@@ -26,6 +26,8 @@ from adamx.core.arithmetic import (
     squared_magnitude,
 )
 from adamx.core.checks import RATE, ScalarOrSchedule, check
+from adamx.core.expressions import Expr, call, reduced
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -139,3 +141,7 @@ class clip_by_global_norm(Transformation):
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         factor, _ = step.scalars
         return factor * u
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u, largest = symbols.named(u), symbols.number("c", self.max_norm)
+        return u * call("min", 1, largest / reduced("norm", u, "all"))

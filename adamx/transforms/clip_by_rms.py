@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.expressions import Expr, call, reduced, sqrt
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.norms import rms
 from adamx.core.step import Step
@@ -49,3 +51,7 @@ class clip_by_rms(Transformation):
         size = rms(u).reshape(())
         over = size > self.threshold
         return u * jnp.where(over, self.threshold / jnp.where(over, size, 1), 1)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u, threshold = symbols.named(u), symbols.number("c", self.threshold)
+        return u * call("min", 1, threshold / sqrt(reduced("mean", u**2, "array")))

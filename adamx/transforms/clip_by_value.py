@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.expressions import Expr, call
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -49,3 +51,7 @@ class clip_by_value(Transformation):
         size = jnp.abs(u)
         over = size > self.max_delta
         return jnp.where(over, u * (self.max_delta / jnp.where(over, size, 1)), u)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        largest = symbols.number("c", self.max_delta)
+        return call("clip", u, -largest, largest)

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, real_dtype
 from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
+from adamx.core.expressions import Expr, abs_, call, last
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -65,3 +67,8 @@ class decaying_max(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return slots[self.name]
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        b, v = symbols.number("b", self.decay), symbols.slot(self.name)
+        magnitude = abs_(u) + symbols.number("eps", self.eps)
+        return symbols.define(v, call("max", b * last(v), magnitude), 0)

@@ -20,7 +20,9 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import divide, limit_for_squares, root
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
-from adamx.core.lifting import Slots
+from adamx.core.expressions import ONE, Expr, T, call, sqrt, where
+from adamx.core.formula import Symbols
+from adamx.core.lifting import Slots, slot_names
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 
@@ -68,3 +70,9 @@ class delayed_rms_scaling(Transformation):
         second_moment = self.second_moment.emit(u, slots | step.old, step.child(0))
         scaled = divide(u, jnp.maximum(root(second_moment), self.eps))
         return jnp.where(step.count == 1, 0, scaled)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u, own = symbols.named(u), slot_names(self.second_moment)
+        second = symbols.before(self.second_moment.formula(u, symbols), own)
+        least = call("max", sqrt(second), symbols.number("eps", self.eps))
+        return where(Expr(">", (T, ONE)), u / least, 0)

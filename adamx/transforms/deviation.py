@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import jax
 
+from adamx.core.expressions import Expr
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -45,3 +47,6 @@ class deviation(Transformation):
                 f"deviation: no concept beside it keeps a slot {self.slot!r}, only {sorted(slots)}"
             )
         return u - slots[self.slot]
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        return u - symbols.slot(self.slot)

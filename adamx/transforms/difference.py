@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import zeros
+from adamx.core.expressions import ONE, Expr, T, last, where
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -42,3 +44,7 @@ class difference(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return jnp.where(step.count == 1, 0, u - step.old[self.name])
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u = symbols.named(u)
+        return where(Expr(">", (T, ONE)), u - last(u), 0)

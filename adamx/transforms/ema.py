@@ -23,6 +23,8 @@ from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, zeros
 from adamx.core.checks import DECAY_OR_SCHEDULE, FINITE, Scalar, ScalarOrSchedule, check
+from adamx.core.expressions import Expr, last
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -73,3 +75,7 @@ class ema(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return slots[self.name]
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        b, m = symbols.number("b", self.decay), symbols.slot(self.name)
+        return symbols.define(m, b * last(m) + (1 - b) * u, self.initial)

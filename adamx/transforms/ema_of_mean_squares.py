@@ -21,6 +21,8 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import average, placed_like, squared_magnitude, zeros
 from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.expressions import Expr, last, reduced
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.norms import reduced_size
 from adamx.core.step import Step
@@ -96,3 +98,8 @@ class ema_of_mean_squares(Transformation):
         if isinstance(self.axes, tuple):
             return self.axes
         return tuple(range(x.ndim - 1)) or (0,)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        b, v = symbols.number("b", self.decay), symbols.slot(self.name)
+        mean = reduced("mean", u**2, "block", self._axes)
+        return symbols.define(v, b * last(v) + (1 - b) * mean, 0)

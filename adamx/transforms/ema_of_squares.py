@@ -26,6 +26,8 @@ from adamx.core.checks import (
     ScalarOrSchedule,
     check,
 )
+from adamx.core.expressions import Expr, last
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -78,3 +80,7 @@ class ema_of_squares(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return slots[self.name]
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        b, v = symbols.number("b", self.decay), symbols.slot(self.name)
+        return symbols.define(v, b * last(v) + (1 - b) * u**2, self.initial)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import FINITE_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.expressions import ONE, Expr, T, last, where
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -56,3 +58,7 @@ class extrapolation(Transformation):
                 "difference() that reads the same updates into an earlier branch"
             )
         return u + step.scalars * jnp.where(step.count == 1, 0, u - step.old[self.slot])
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u, factor = symbols.named(u), symbols.number("c", self.factor)
+        return where(Expr(">", (T, ONE)), u + factor * (u - last(u)), u)

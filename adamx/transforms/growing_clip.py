@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.expressions import Expr, T, call
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -55,3 +57,7 @@ class growing_clip(Transformation):
         if jnp.iscomplexobj(u):
             return jnp.where(jnp.abs(u) > bound, bound * jnp.sign(u), u)
         return jnp.clip(u, -bound, bound)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        bound = symbols.named((T - 1) ** symbols.number("power", self.power), "bound", array=False)
+        return call("clip", u, -bound, bound)

@@ -7,6 +7,8 @@ The neutral element of `chain`, and the branch that passes the gradient itself o
 
 from __future__ import annotations
 
+from adamx.core.expressions import Expr
+from adamx.core.formula import Symbols
 from adamx.core.transformation import Transformation
 
 
@@ -18,3 +20,6 @@ class identity(Transformation):
         >>> identity().update(jnp.array([4.0, -8.0]), identity().init(jnp.zeros(2)))[0]
         Array([ 4., -8.], dtype=float32)
     """
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        return u

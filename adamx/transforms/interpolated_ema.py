@@ -24,6 +24,8 @@ from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, zeros
 from adamx.core.checks import DECAY_OR_SCHEDULE, Range, ScalarOrSchedule, check
+from adamx.core.expressions import Expr, last
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -82,3 +84,9 @@ class interpolated_ema(Transformation):
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         _, _, ratio, rest = step.scalars
         return ratio * slots[self.name] + rest * u
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u, m = symbols.named(u), symbols.slot(self.name)
+        blend, b = symbols.number("b", self.blend), symbols.number("b", self.decay)
+        symbols.define(m, b * last(m) + (1 - b) * u, 0)
+        return blend * last(m) + (1 - blend) * u

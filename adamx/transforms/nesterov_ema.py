@@ -21,10 +21,12 @@ from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, zeros
 from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.expressions import Expr, T, following, last
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.bias_correction import one_minus_power, weight_of_past
+from adamx.transforms.bias_correction import one_minus_power, weight_in_formula, weight_of_past
 from adamx.transforms.scale_by_learning_rate import scheduled
 
 
@@ -86,3 +88,10 @@ class nesterov_ema(Transformation):
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         _, _, ahead, today, _ = step.scalars
         return ahead * slots[self.name] + today * u
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u, b, m = symbols.named(u), symbols.number("b", self.decay), symbols.slot(self.name)
+        symbols.define(m, b * last(m) + (1 - b) * u, 0)
+        past, ahead = weight_in_formula(self.decay, symbols, self._correction), following(b)
+        beyond = past + (1 - ahead) * (1 - past) if callable(self.decay) else 1 - b ** (T + 1)
+        return ahead * m / beyond + (1 - b) * u / past

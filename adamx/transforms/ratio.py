@@ -15,6 +15,8 @@ import dataclasses
 import jax
 
 from adamx.core.arithmetic import divide
+from adamx.core.expressions import Expr
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -56,3 +58,7 @@ class ratio(Transformation):
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         numerator = self.numerator.emit(u, slots, step.child(0))
         return divide(numerator, self.denominator.emit(u, slots, step.child(1)))
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u = symbols.named(u)
+        return self.numerator.formula(u, symbols) / self.denominator.formula(u, symbols)

@@ -36,6 +36,8 @@ import numpy as np
 
 from adamx.core.arithmetic import limit_for_squares, widen
 from adamx.core.checks import DECAY, NON_NEGATIVE, Scalar, check
+from adamx.core.expressions import Expr, T, expr, sqrt, where
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -98,6 +100,19 @@ class rectified(Transformation):
         scaled = factor * self.scaling.emit(u, slots, inner)
         u = limit_for_squares(u, step.dtype)
         return jnp.where(ready, scaled, self.scaling.numerator.emit(u, slots, inner.child(0)))
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u = symbols.named(u)
+        scaled, b = self.scaling.formula(u, symbols), symbols.number("b", self.decay)
+        end = symbols.named(2 / (1 - b) - 1, "rho_inf", array=False, shift=None)
+        rho = symbols.named(end - 2 * T * b**T / (1 - b**T), "rho", array=False)
+        share = (rho - 4) * (rho - 2) * end / ((end - 4) * (end - 2) * rho)
+        if isinstance(self.threshold, float) and self.threshold <= 4:
+            ready = Expr(">", (rho, expr(4)))
+        else:
+            ready = Expr(">=", (rho, symbols.number("threshold", self.threshold)))
+        r = symbols.named(sqrt(share), "r", array=False)
+        return where(ready, r * scaled, self.scaling.numerator.formula(u, symbols))
 
 
 def effective_length(decay: Scalar, count: jax.Array) -> jax.Array:

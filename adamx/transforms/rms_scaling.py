@@ -17,6 +17,8 @@ import jax
 
 from adamx.core.arithmetic import divide, limit_for_squares, root
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.expressions import Expr, sqrt
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -68,3 +70,9 @@ class rms_scaling(Transformation):
         numerator = self.numerator.emit(u, slots, step.child(0))
         second_moment = self.second_moment.emit(u, slots, step.child(1))
         return divide(numerator, root(second_moment + self.eps_root) + self.eps)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u = symbols.named(u)
+        numerator, second = (branch.formula(u, symbols) for branch in self.children)
+        inside, outside = symbols.number("eps_root", self.eps_root), symbols.number("eps", self.eps)
+        return numerator / (sqrt(second + inside) + outside)

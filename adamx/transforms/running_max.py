@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, real_dtype
+from adamx.core.expressions import Expr, call, last
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -52,3 +54,7 @@ class running_max(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return slots[self.name]
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        largest = symbols.slot(self.name)
+        return symbols.define(largest, call("max", last(largest), u), 0)

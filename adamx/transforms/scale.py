@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import FINITE_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.expressions import Expr
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -45,3 +47,6 @@ class scale(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return jnp.multiply(step.scalars, u)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        return symbols.number("c", self.step_size) * u

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, is_inexact, widen
 from adamx.core.checks import RATE, ScalarOrSchedule, check
+from adamx.core.expressions import Expr
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -91,3 +93,7 @@ class scale_by_learning_rate(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return (-step.scalars if self.flip_sign else step.scalars) * u
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        rate = symbols.number("lr", self.learning_rate)
+        return -rate * u if self.flip_sign else rate * u

@@ -29,6 +29,8 @@ import jax.numpy as jnp
 from adamx.core import errors, lifting
 from adamx.core.arithmetic import compute_dtype
 from adamx.core.checks import NON_NEGATIVE, RATE, Range, Scalar, ScalarOrSchedule, check
+from adamx.core.expressions import Expr, W, call, last
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -120,6 +122,18 @@ class schedule_free(Transformation):
             raise ValueError("schedule_free: needs the parameters: update(updates, state, params)")
         share, new, old = step.scalars["share"], slots["z"], step.old["z"]
         return share * (new - step.param) + (1 - share) * (1 - self.b1) * (new - old)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        rate, b = symbols.number("lr", self.learning_rate), symbols.number("b", self.b1)
+        z, total = symbols.slot("z"), symbols.slot("k_sum", array=False)
+        if callable(self.learning_rate):
+            largest = symbols.slot("lr_max", array=False)
+            rate = symbols.define(largest, call("max", last(largest), rate), 0)
+        weight = rate ** symbols.number("power", self.weight_lr_power)
+        symbols.define(z, last(z) + self.inner.formula(u, symbols), W)
+        symbols.define(total, last(total) + weight, 0)
+        share = symbols.named(weight / total, "c", array=False)
+        return share * (z - W) + (1 - share) * (1 - b) * (z - last(z))
 
 
 def schedule_free_eval_params(state: Mapping[str, Any], params: Any) -> Any:

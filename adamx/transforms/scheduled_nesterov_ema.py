@@ -29,6 +29,8 @@ from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, widen, zeros
 from adamx.core.checks import DECAY, NON_NEGATIVE, Scalar, check
+from adamx.core.expressions import Expr, T, expr, last
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -116,3 +118,14 @@ class scheduled_nesterov_ema(Transformation):
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         _, ahead, today = step.scalars
         return ahead * slots[self.name] + today * u
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u, b, m = symbols.named(u), symbols.number("b", self.decay), symbols.slot(self.name)
+        symbols.define(m, b * last(m) + (1 - b) * u, 0)
+        rate = symbols.number("psi", self.momentum_decay)
+        now, ahead = (b * (1 - expr(0.96) ** (rate * t) / 2) for t in (T, T + 1))
+        now = symbols.named(now, "momentum", array=False)
+        product = symbols.slot("product", array=False)
+        symbols.define(product, now * last(product), 1)
+        ahead = symbols.named(ahead, "next", array=False)
+        return ahead * m / (1 - ahead * product) + (1 - now) * u / (1 - product)

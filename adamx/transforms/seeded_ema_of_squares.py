@@ -19,6 +19,8 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import average, compute_dtype, real_dtype, squared_magnitude
 from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.expressions import ONE, Expr, T, last, where
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -65,3 +67,8 @@ class seeded_ema_of_squares(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return slots[self.name]
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        b, v = symbols.number("b", self.decay), symbols.slot(self.name)
+        later = Expr(">", (T, ONE))
+        return symbols.define(v, where(later, b * last(v) + (1 - b) * u**2, u**2), 0)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from adamx.core.expressions import ZERO, Expr
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -26,3 +28,6 @@ class set_to_zero(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return jnp.zeros_like(u)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        return ZERO

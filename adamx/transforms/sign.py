@@ -13,6 +13,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from adamx.core.expressions import Expr, call
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -29,3 +31,6 @@ class sign(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return jnp.sign(u)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        return call("sign", u)

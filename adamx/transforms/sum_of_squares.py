@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, real_dtype, squared_magnitude
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.expressions import Expr, last
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -56,3 +58,7 @@ class sum_of_squares(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return slots[self.name]
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        s = symbols.slot(self.name)
+        return symbols.define(s, last(s) + u**2, self.initial)

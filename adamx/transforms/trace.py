@@ -21,6 +21,8 @@ from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import limit_sum, zeros
 from adamx.core.checks import FRACTION_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.expressions import Expr, following, last
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -73,3 +75,9 @@ class trace(Transformation):
             return slots[self.name]
         _, tomorrow = step.scalars
         return limit_sum(u + tomorrow * slots[self.name], u, step.dtype)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        b, total = symbols.number("b", self.decay), symbols.slot(self.name)
+        u = symbols.named(u) if self.nesterov else u
+        symbols.define(total, u + b * last(total), 0)
+        return u + following(b) * total if self.nesterov else total

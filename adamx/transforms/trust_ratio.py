@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.expressions import ZERO, Expr, W, reduced, where
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.norms import norm
 from adamx.core.step import Step
@@ -60,3 +62,10 @@ class trust_ratio(Transformation):
         nothing = (of_weights == 0) | (of_update == 0)
         ratio = self.trust_coefficient * of_weights / jnp.where(nothing, 1, of_update + self.eps)
         return u * jnp.where(nothing, 1, ratio)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u, c = symbols.named(u), symbols.number("c", self.trust_coefficient)
+        of_weights, of_update = (reduced("norm", x, "array") for x in (W, u))
+        ratio = c * of_weights / (of_update + symbols.number("delta", self.eps))
+        something = Expr(">", (of_weights * of_update, ZERO))
+        return symbols.named(where(something, ratio, 1), "r", array=False) * u

@@ -25,10 +25,12 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import limit_for_squares, root, squared_magnitude
 from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
+from adamx.core.expressions import Expr, call, reduced, sqrt
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Slots
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.bias_correction import weight_of_past
+from adamx.transforms.bias_correction import weight_in_formula, weight_of_past
 
 CORRECTION = "clipping_correction"
 
@@ -90,3 +92,11 @@ class update_clipping(Transformation):
         square = jnp.minimum(squared_magnitude(g), info.max)
         excess = root(correction * (jnp.sum(square / least) / max(u.size, 1)))
         return self.inner.emit(u, slots, step.child(0)) / jnp.maximum(1, excess)
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        u = symbols.named(u)
+        update, v = self.inner.formula(u, symbols), symbols.slot(self.slot)
+        v = symbols.hat(v, v / weight_in_formula(self.decay, symbols, CORRECTION))
+        least = call("max", v, symbols.number("eps", self.eps) ** 2)
+        excess = sqrt(reduced("mean", u**2 / least, "array"))
+        return update / call("max", 1, symbols.named(excess, "RMS", array=False))

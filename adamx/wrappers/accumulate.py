@@ -22,7 +22,9 @@ import optax
 
 from adamx.core import errors, lifting
 from adamx.core.arithmetic import zeros
+from adamx.core.expressions import Expr
 from adamx.core.foreign import as_concept
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Leaves, State
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -115,6 +117,10 @@ class accumulate(Transformation):
     def reveal_tree(self, state: Mapping[str, Any]) -> State:
         entries = (s.reveal_tree(state) for s in self.children[0].segments())
         return lifting.disjoint(*entries, {SUM: errors.entry(state, SUM)})
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        symbols.remark(f"g_t: the mean of {self.every} gradients")
+        return self.children[0].formula(u, symbols)
 
 
 def _added(leaves: Leaves, step: Step) -> list[Any]:

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import optax
 
 from adamx.core import errors, lifting, paths
@@ -113,6 +114,13 @@ class by_path(Transformation):
     def resolve(self, tree: Any) -> Transformation:
         paths.check_all_used("by_path", self.patterns, paths.paths_of(tree))
         return super().resolve(tree)
+
+    def bind(self, path: str, leaf: jax.Array) -> Transformation:
+        return self.transformations[self._group(path)].bind(path, leaf)
+
+    def label(self, path: str) -> str:
+        """Return the pattern of the group to which a leaf belongs, or "default"."""
+        return self._labels[self._group(path)]
 
     def init_tree(self, leaves: Leaves) -> State:
         entries = []

@@ -23,7 +23,9 @@ import optax
 
 from adamx.core import errors, lifting, paths
 from adamx.core.arithmetic import compute_dtype, divide, squared_magnitude, widen
+from adamx.core.expressions import Expr
 from adamx.core.foreign import as_concept
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Leaves, State
 from adamx.core.paths import Pattern
 from adamx.core.step import Step
@@ -124,6 +126,9 @@ class monitor(Transformation):
             since_now = jnp.where(due, 0, since_now)
         own = step.kept({STATISTICS: now, SINCE: since_now}, {STATISTICS: before, SINCE: since})
         return out, entries | own
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        return self.children[0].formula(u, symbols)
 
     def reveal_tree(self, state: Mapping[str, Any]) -> State:
         return lifting.disjoint(*(s.reveal_tree(state) for s in self.children[0].segments()))

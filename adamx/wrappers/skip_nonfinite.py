@@ -20,7 +20,9 @@ import optax
 
 from adamx.core import errors, lifting
 from adamx.core.arithmetic import compute_dtype, widen
+from adamx.core.expressions import Expr
 from adamx.core.foreign import as_concept
+from adamx.core.formula import Symbols
 from adamx.core.lifting import Leaves, State
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -133,3 +135,7 @@ class skip_nonfinite(Transformation):
 
     def reveal_tree(self, state: Mapping[str, Any]) -> State:
         return lifting.disjoint(*(s.reveal_tree(state) for s in self.children[0].segments()))
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        symbols.remark("a step whose gradient is not finite changes nothing")
+        return self.children[0].formula(u, symbols)

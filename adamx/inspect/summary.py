@@ -1,0 +1,406 @@
+"""What an optimizer will cost and compute, before anything is allocated.
+
+    bytes moved >= 2 * parameters + 2 * slots + gradients
+
+in a step whose arrays do not fit into a cache: parameters and slots are read and written, gradients
+read. Where a part of the update depends on a whole array or tree (a norm, a guard), something as
+large as the gradients is read once more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adamx.core import errors, lifting
+from adamx.core.expressions import REDUCTIONS, W
+from adamx.core.foreign import as_concept, named
+from adamx.core.formula import Formula, derived
+from adamx.core.precision_warning import PrecisionWarning
+from adamx.core.printing import factory_name
+from adamx.core.transformation import Transformation
+from adamx.wrappers.by_path import by_path
+from adamx.wrappers.skip_nonfinite import skip_nonfinite
+
+LARGE_EPS = 1e-3
+"""From here on eps is said to dominate: gradients of single elements are often smaller."""
+
+_FOREIGN = ""  # the name of a state that is wholly foreign
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter in a summary.
+
+    Attributes:
+        path: such as "dense/kernel".
+        group: the pattern of the `by_path` group that it belongs to; "" where there are none.
+        param: its shape and dtype.
+        slots: by name, the shapes and dtypes of its slots.
+        formula: what happens to it.
+        rereads: whether a step reads something as large as its gradient once more.
+    """
+
+    path: str
+    group: str
+    param: jax.ShapeDtypeStruct
+    slots: dict[str, jax.ShapeDtypeStruct]
+    formula: Formula
+    rereads: bool
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it never moves."""
+        return self.formula.step == W
+
+    @property
+    def slot_bytes(self) -> int:
+        """The bytes of its slots."""
+        return sum(map(_bytes, self.slots.values()))
+
+    @property
+    def traffic(self) -> int:
+        """The bytes that a step moves at least for it; a frozen one is neither read nor written."""
+        moved = 0 if self.frozen else 2
+        read = int(bool(self.slots) or not self.frozen) + self.rereads
+        return (moved + read) * _bytes(self.param) + 2 * self.slot_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `summary` found; prints as a table, totals, composition, formula and warnings.
+
+    Attributes:
+        leaves: the parameters.
+        scalars: the bytes of what else the state keeps: the count, recorded scalars.
+        composition: the transformation as it prints.
+        warnings: what is likely to be a mistake, in sentences.
+        by: what a line of the table is: "group" or "leaf".
+    """
+
+    leaves: tuple[Leaf, ...]
+    scalars: int
+    composition: str
+    warnings: tuple[str, ...]
+    by: str
+
+    @property
+    def size(self) -> int:
+        """How many numbers the parameters are."""
+        return sum(leaf.param.size for leaf in self.leaves)
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """The bytes of "parameters", "gradients" (in the parameters' dtypes) and "slots"."""
+        params = sum(_bytes(leaf.param) for leaf in self.leaves)
+        slots = sum(leaf.slot_bytes for leaf in self.leaves)
+        return {"parameters": params, "gradients": params, "slots": slots}
+
+    @property
+    def traffic(self) -> int:
+        """The bytes that a step moves at least, in one pass over arrays larger than the caches.
+
+        Parameters and slots are read and written, gradients read: 28 bytes a parameter for AdamW in
+        float32. A norm or a guard reads something as large as the gradients once more. What is
+        compiled may move more: XLA on CPU makes a kernel of each output, which for AdamW is 40.
+        """
+        return sum(leaf.traffic for leaf in self.leaves)
+
+    @property
+    def formula(self) -> str:
+        """What the composition amounts to, in text; where leaves differ, one formula for each."""
+        return self._formulas("for {}:\n{}", str)
+
+    @property
+    def latex(self) -> str:
+        """The same in LaTeX, for display equations."""
+        return self._formulas("% for {}\n{}", lambda formula: formula.latex)
+
+    def _formulas(self, form: str, write: Callable[[Formula], str]) -> str:
+        groups = _grouped(self.leaves, lambda leaf: write(leaf.formula))
+        if len(groups) == 1:
+            return write(groups[0][0].formula)
+        return "\n".join(form.format(_some(group), write(group[0].formula)) for group in groups)
+
+    def __str__(self) -> str:
+        leafwise = self.by == "leaf"
+        groups = [[leaf] for leaf in self.leaves] if leafwise else _grouped(self.leaves, _kind)
+        rows = [("parameters", "shape", "dtype", "numbers", "slots", "bytes")]
+        rows += [_row(group, leafwise) for group in groups]
+        lines = [
+            *_table(rows, right=(3, 5)),
+            "",
+            *_table(self._totals(), right=(1, 2)),
+            "",
+            self.composition,
+            "",
+            self.formula,
+        ]
+        return "\n".join(lines + [f"\nwarning: {warning}" for warning in self.warnings])
+
+    def _totals(self) -> list[tuple[str, ...]]:
+        total = self.bytes
+        total |= {"together": sum(total.values()), "a step moves at least": self.traffic}
+        size = max(self.size, 1)
+        rows = [("", "bytes a parameter", "bytes")]
+        rows += [(what, f"{number / size:.4g}", _text(number)) for what, number in total.items()]
+        return [*rows, ("scalars in the state", "", _text(self.scalars))]
+
+
+def summary(tx: optax.GradientTransformation, params: Any, *, by: str = "group") -> Summary:
+    """Say what an optimizer will cost and compute for these parameters; allocate nothing.
+
+    Args:
+        tx: an adamx or Optax transformation. Of an Optax transformation the slots are listed as
+            its state has them, and the formula is its name.
+        params: the parameters or their shapes, as `jax.eval_shape` gives them; None leaves are left
+            out.
+        by: what a line of the printed table is: "leaf", or "group": the leaves of one `by_path`
+            group, with one formula, dtype and storage.
+
+    Returns:
+        A `Summary`: its `bytes`, `traffic`, `formula`, `latex`, `warnings` and `leaves`, and
+        everything in print.
+
+    Raises:
+        TypeError: if `tx` is no transformation, or a leaf is no floating-point array or shape.
+        ValueError: if `by` is neither; if a pattern or mask in `tx` does not fit the parameters.
+
+    Example:
+        >>> import adamx, jax
+        >>> params = {"kernel": jax.ShapeDtypeStruct((1000, 1000), "float32")}
+        >>> found = summary(adamx.momentum(0.1), params)
+        >>> found.bytes["slots"], found.traffic // found.size
+        (4000000, 20)
+        >>> print(found)
+        parameters  shape         dtype      numbers  slots          bytes
+        kernel      [1000, 1000]  float32  1,000,000  mu float32  7.63 MiB
+        <BLANKLINE>
+                               bytes a parameter     bytes
+        parameters                             4  3.81 MiB
+        gradients                              4  3.81 MiB
+        slots                                  4  3.81 MiB
+        together                              12  11.4 MiB
+        a step moves at least                 20  19.1 MiB
+        scalars in the state                           8 B
+        <BLANKLINE>
+        chain(ema(0.9), scale_by_learning_rate(0.1))
+        <BLANKLINE>
+        w_t <- w_{t-1} - lr m_t
+            m_t = b m_{t-1} + (1 - b) g_t
+            m_0 = 0
+            b = 0.9, lr = 0.1
+    """
+    concept = as_concept(tx, "summary: tx")
+    if by not in ("group", "leaf"):
+        raise ValueError(f"summary: by must be 'group' or 'leaf', got {by!r}")
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    shapes = [_shape(path, leaf) for path, (_, leaf) in zip(paths, flat, strict=True)]
+    bound: list[Transformation | None] = [None] * len(paths)
+
+    def look(params: Any) -> Any:
+        resolved = concept.resolve(params)
+        for i, (path, leaf) in enumerate(zip(paths, treedef.flatten_up_to(params), strict=True)):
+            bound[i] = None if leaf is None else resolved.bind(path, leaf)
+        return tx.init(params)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        state = jax.eval_shape(look, treedef.unflatten(shapes))
+    entries = state if isinstance(tx, Transformation) else {_FOREIGN: state}
+    slots, scalars = _slots(concept, entries, paths, shapes, treedef)
+    formulas = {b: derived(b) for b in dict.fromkeys(bound) if b is not None}
+    groups = [part for part in lifting.parts(concept) if isinstance(part, by_path)]
+    guarded = lifting.any_of(concept, lambda part: isinstance(part, skip_nonfinite))
+    leaves = []
+    for path, shape, variant, own in zip(paths, shapes, bound, slots, strict=True):
+        if shape is not None and variant is not None:
+            formula = formulas[variant]
+            rereads = guarded or not formula.operations().isdisjoint(REDUCTIONS)
+            group = " / ".join(part.label(path) for part in groups)
+            leaves.append(Leaf(path, group, shape, own, formula, rereads))
+    said = []
+    for warning in caught:
+        if issubclass(warning.category, PrecisionWarning):
+            said.append(str(warning.message).removeprefix("adamx: "))
+        else:
+            warnings.warn(warning.message, stacklevel=2)
+    said += [*_foreign_precision(tx, leaves), *_decayed_vectors(leaves), *_large_eps(leaves)]
+    composition = repr(tx) if isinstance(tx, Transformation) else f"{factory_name(tx)}(...)"
+    return Summary(tuple(leaves), scalars, composition, tuple(said), by)
+
+
+def _shape(path: str, leaf: Any) -> jax.ShapeDtypeStruct | None:
+    if leaf is None:
+        return None
+    if isinstance(leaf, float | complex):
+        leaf = jnp.asarray(leaf)
+    if not hasattr(leaf, "shape") or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        what = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else None
+        raise TypeError(
+            f"summary: leaf {path!r} must be a floating-point array or its shape, got "
+            f"{what or errors.describe(leaf)}: set what is not trained to None"
+        )
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _slots(
+    concept: Transformation, state: Any, paths: list[str], shapes: list[Any], treedef: Any
+) -> tuple[list[dict[str, Any]], int]:
+    """Return each leaf's slots, and the bytes of what else the state keeps."""
+    slots: list[dict[str, Any]] = [{} for _ in paths]
+    foreign = {part.name for part in lifting.parts(concept) if isinstance(part, named)}
+    foreign.add(_FOREIGN)
+    scalars = 0
+    for name, entry in state.items():
+        if name in concept.tree_names():
+            for own, x in zip(slots, treedef.flatten_up_to(entry), strict=True):
+                own |= {} if x is None else {name: x}
+        elif name in foreign:
+            for i, kept, x in _matched(name, entry, paths, shapes):
+                if i is None:
+                    scalars += _bytes(x)
+                else:
+                    slots[i][kept] = x
+        else:
+            scalars += sum(map(_bytes, jax.tree.leaves(entry)))
+    return slots, scalars
+
+
+def _matched(
+    name: str, entry: Any, paths: list[str], shapes: list[Any]
+) -> Iterator[tuple[int | None, str, Any]]:
+    """Yield the arrays of a foreign state: of which leaf, under which name, and the array.
+
+    It is of the leaf whose path its own path ends with; a leaf with no path has its shape.
+    """
+    where = {path: i for i, path in enumerate(paths) if shapes[i] is not None}
+    for path, x in jax.tree_util.tree_flatten_with_path(entry)[0]:
+        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        for start in range(len(keys) + 1):
+            i = where.get("/".join(keys[start:]))
+            if i is not None and (start < len(keys) or x.shape == shapes[i].shape):
+                yield i, "/".join(filter(None, [name, *keys[:start]])), x
+                break
+        else:
+            yield None, name, x
+
+
+# ------------------------------------------------------------------------------------ warnings
+
+
+def _foreign_precision(tx: Any, leaves: list[Leaf]) -> Iterator[str]:
+    """Warn of 16-bit parameters in a foreign transformation; of adamx's, `init` does."""
+    narrow = [leaf for leaf in leaves if jnp.finfo(leaf.param.dtype).bits < 32]
+    if narrow and not isinstance(tx, Transformation):
+        yield (
+            f"{len(narrow)} of the parameters' leaves are {narrow[0].param.dtype}, and whether an "
+            "Optax transformation keeps what rounding takes from them cannot be seen here: "
+            "adamx.master_weights(tx) keeps it"
+        )
+
+
+def _decayed_vectors(leaves: list[Leaf]) -> Iterator[str]:
+    """Warn of a weight decay on leaves of rank 0 and 1, where there are others."""
+    decayed = [leaf for leaf in leaves if any(s.args[0].base == "wd" for s in leaf.formula.values)]
+    vectors = [leaf for leaf in decayed if len(leaf.param.shape) <= 1]
+    if vectors and any(len(leaf.param.shape) > 1 for leaf in leaves):
+        yield (
+            f"weight decay acts on {_some(vectors)}, of rank 1 or less: biases and the scales of "
+            "norms are usually left out, with mask=adamx.all_but(...)"
+        )
+
+
+def _large_eps(leaves: list[Leaf]) -> Iterator[str]:
+    """Warn of an eps from LARGE_EPS on, of an eps under the root from its square on."""
+    for base, least in (("eps", LARGE_EPS), ("eps_root", LARGE_EPS**2)):
+        for leaf in leaves:
+            large = [
+                value
+                for symbol, value in leaf.formula.values.items()
+                if symbol.args[0].base == base and isinstance(value, float) and value >= least
+            ]
+            if large:
+                size = large[0] if base == "eps" else math.sqrt(large[0])
+                yield (
+                    f"{base} = {large[0]:g}: elements whose gradients stay below {size:g} are "
+                    "divided by that rather than by their own size, so that their steps are as "
+                    "small as their gradients"
+                )
+                break
+
+
+# ----------------------------------------------------------------------------------- the table
+
+
+def _grouped(leaves: Iterable[Leaf], key: Callable[[Leaf], Any]) -> list[list[Leaf]]:
+    groups: dict[Any, list[Leaf]] = {}
+    for leaf in leaves:
+        groups.setdefault(key(leaf), []).append(leaf)
+    return list(groups.values())
+
+
+def _kind(leaf: Leaf) -> Any:
+    slots = tuple((name, str(x.dtype)) for name, x in leaf.slots.items())
+    return leaf.group, str(leaf.formula), str(leaf.param.dtype), slots
+
+
+def _some(leaves: list[Leaf]) -> str:
+    paths = [leaf.path or "the array" for leaf in leaves[:3]]
+    return ", ".join(paths) + (f" and {len(leaves) - 3} more" if len(leaves) > 3 else "")
+
+
+def _row(group: list[Leaf], leafwise: bool) -> tuple[str, ...]:
+    first = group[0]
+    label = f"{first.group}: " if first.group else ""
+    shape = str(list(first.param.shape)) if len(group) == 1 else f"{len(group)} leaves"
+    slots = [
+        f"{name} {x.dtype}{'' if x.shape == first.param.shape else list(x.shape)}"
+        if leafwise
+        else f"{name} {x.dtype}"
+        for name, x in first.slots.items()
+    ]
+    return (
+        label + _some(group),
+        shape,
+        str(first.param.dtype),
+        f"{sum(leaf.param.size for leaf in group):,}",
+        "frozen" if first.frozen and not slots else ", ".join(slots) or "none",
+        _text(sum(_bytes(leaf.param) + leaf.slot_bytes for leaf in group)),
+    )
+
+
+def _table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
+    """Return rows in columns, those named flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _bytes(x: Any) -> int:
+    return x.size * x.dtype.itemsize
+
+
+def _text(number: int) -> str:
+    """Return a number of bytes with its unit.
+
+    Example:
+        >>> _text(1000), _text(4 * 2**20)
+        ('1000 B', '4 MiB')
+    """
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = max(min(int(math.log(number, 1024)), 4), 0) if number >= 10_000 else 0
+    return f"{number / 1024**power:.{3 if power else 4}g} {units[power]}"
