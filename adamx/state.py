@@ -78,7 +78,8 @@ def adapt_state(
         TypeError: if `saved` has no `count`, so that it is no state of adamx.
         ValueError: if a saved leaf has another shape than the parameter's slot, or is complex
             where that is real, as those of another model would; if a storage changes and `was` is
-            not given, or is not what made `saved`; if `keep` of `master_weights` changes.
+            not given, or is not what made `saved`; if `keep` of `master_weights` changes;
+            or if two leaves have one path.
 
     Example:
         >>> import adamx

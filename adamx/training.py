@@ -196,7 +196,7 @@ class _InTwoPrograms:
     def _number(self, state: Any) -> int | None:
         """Return how many calls the state has seen; None where a trace or vmap hides it."""
         array, number = self._known
-        counter = errors.entry(state, self._counter)
+        counter = errors.counter(state, self._counter)
         if counter is array:
             return number
         return int(counter) if lifting.is_concrete(counter) else None

@@ -145,6 +145,25 @@ def test_a_run_resumes_in_the_middle_of_a_sum():
     assert int(b[1]["count"]) == 2 and int(b[1]["micro_step"]) == 1
 
 
+@pytest.mark.parametrize("how", ["make_step", "update"])
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_a_sum_is_divided_by_the_number_of_gradients_in_it_whatever_every_has_become(every, how):
+    w = jnp.zeros(1)
+    state = adamx.accumulate(adamx.sgd(1.0), 4).init(w)
+    for _ in range(3):
+        w, state = adamx.make_step(adamx.accumulate(adamx.sgd(1.0), 4))(w, state, jnp.ones(1))
+    tx = adamx.accumulate(adamx.sgd(1.0), every)
+    for k in range(4, 6):
+        if how == "make_step":
+            w, state = adamx.make_step(tx)(w, state, jnp.ones(1))
+        else:
+            updates, state = tx.update(jnp.ones(1), state)
+            w = adamx.apply_updates(w, updates)
+        if k >= every:
+            break
+    assert (float(w[0]), int(state["micro_step"])) == (-1.0, 0)
+
+
 def test_one_step_function_serves_two_runs_at_once():
     """What it remembers belongs to a state, and not to the function."""
     tx = adamx.accumulate(adamx.sgd(1.0), 2)

@@ -879,8 +879,36 @@ def test_a_boolean_is_no_state_for_a_concept_that_counts():
 
     tx = Tally()
     tx.update(W, tx.init(W))
-    with pytest.raises(TypeError, match=r"state\['n'\] is bool where this gradient needs int32"):
+    with pytest.raises(
+        TypeError, match=r"state\['n'\] is bool\[2\] where this gradient needs int32"
+    ):
         tx.update(W, tx.init(W) | {"n": jnp.ones(2, bool)})
+
+
+COUNTING = adamx.accumulate(adamx.skip_nonfinite(TX), 2)
+
+
+@pytest.mark.parametrize("name", ["count", "micro_step", "skipped", "consecutive_skipped"])
+@pytest.mark.parametrize("count", [None, 1.5, jnp.zeros(2, jnp.int32), "3", True, jnp.float32(1)])
+def test_a_count_that_is_none_is_named(name, count):
+    state = COUNTING.init(PARAMS) | {name: count}
+    with pytest.raises(TypeError, match=rf"state\['{name}'\] must be a whole number"):
+        jax.eval_shape(lambda: COUNTING.update(GRADS, state, PARAMS))
+    if name == "micro_step":
+        with pytest.raises(TypeError, match=rf"state\['{name}'\] must be a whole number"):
+            adamx.make_step(COUNTING)(PARAMS, state, GRADS)
+
+
+@pytest.mark.parametrize("rate", [None, "0.1", jnp.ones(1), {"all": jnp.ones(())}])
+def test_a_recorded_scalar_that_is_none_is_named(rate):
+    with pytest.raises(ValueError, match=r"state\['learning_rate'\] is .* where one float32\[\]"):
+        jax.eval_shape(lambda: TX.update(GRADS, STATE | {"learning_rate": rate}, PARAMS))
+
+
+@pytest.mark.parametrize("slot", ["w", object(), jax.random.key(0)], ids=str)
+def test_a_slot_that_is_no_array_of_numbers_is_named(slot):
+    with pytest.raises(TypeError, match=r"leaf 'dense/w': state\['mu'\] is .* needs float32"):
+        jax.eval_shape(lambda: TX.update(GRADS, put(STATE, "mu/dense/w", slot), PARAMS))
 
 
 def test_a_concept_that_mixes_dtypes_is_told_so_where_promotion_is_strict():

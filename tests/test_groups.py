@@ -380,9 +380,28 @@ def test_a_mask_by_pattern_is_the_mask_as_a_tree(mask):
         adamx.adamw(0.1, weight_decay=0.5, mask=DECAYING))[0])  # fmt: skip
 
 
-def test_no_pattern_at_all_masks_everything():
-    same(train(adamx.adamw(0.1, weight_decay=0.5, mask=[]))[0], train(
-        adamx.adamw(0.1, weight_decay=0.5, mask=False))[0])  # fmt: skip
+def test_an_empty_list_of_patterns_is_refused():
+    for mask in ([], ()):
+        with pytest.raises(ValueError, match=r"add_decayed_weights: mask must .*False is the mask"):
+            adamx.adamw(0.1, mask=mask).init(start())
+        empty: Any = type(mask)()
+        adamx.adamw(0.1, mask=mask).init(empty)  # the tree of bools of a tree without leaves
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        adamx.adamw(0.1, mask={"a": {"b": True}, "a/b": False}),
+        adamx.adamw(0.1, mask=adamx.all_but("a/*")),
+        adamx.by_path({"a/*": None}, default=adamx.sgd(0.1)),
+    ],
+    ids=["tree", "all_but", "by_path"],
+)
+def test_two_leaves_of_one_path_cannot_be_told_apart(tx):
+    params = {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)}
+    with pytest.raises(ValueError, match="adamx: two leaves have the path 'a/b', so that no mask"):
+        tx.init(params)
+    adamx.adamw(0.1).init(params)  # where no path chooses, it does not matter
 
 
 def test_all_but_counts_leaves_that_are_none():

@@ -273,6 +273,18 @@ def test_parameters_that_came_back_wider_are_refused(keep):
     tx.update(params, state, adamx.apply_updates(params, updates))
 
 
+@pytest.mark.parametrize("keep", ["remainder", "remainder8", "float32"])
+def test_masters_of_another_shape_or_kind_are_refused(keep):
+    tx, params = adamx.master_weights(adamx.sgd(0.1), keep), jnp.ones(2, jnp.bfloat16)
+    name = "master" if keep == "float32" else "remainder"
+    state = tx.init(params)
+    other = tx.init(jnp.ones((3, 2), jnp.bfloat16))
+    with pytest.raises(ValueError, match=rf"state\['{name}'\] has shape \[3, 2\]"):
+        tx.update(params, other, params)
+    with pytest.raises(TypeError, match="master_weights: leaf '' is bfloat16"):
+        jax.eval_shape(lambda: tx.update(params, state | {name: "w"}, params))
+
+
 def test_a_step_that_shrinks_a_weight_too_much_is_off_by_a_ulp_of_the_old_one():
     """The documented exception: p + u, in float32, cannot express a result 2^-15 times smaller."""
     params = jnp.ones(1, BF16)

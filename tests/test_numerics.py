@@ -523,6 +523,27 @@ def test_bfloat16_beyond_the_square_root_of_float32_counts_as_the_limit(name: st
         np.testing.assert_allclose(emitted, wanted, rtol=2.0**-8, atol=1e-37)
 
 
+@pytest.mark.parametrize("gradient", [1e19, 3e19, 5e36, 2e37])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        adamx.amsgrad(0.1),
+        adamx.rmsprop(0.1, centered=True),
+        adamx.rmsprop(0.1, centered=True, bias_correction=True),
+    ],
+    ids=["amsgrad", "centered", "centered and corrected"],
+)
+def test_squares_beyond_float32_make_no_infinity_and_no_nan(tx: Any, gradient: float) -> None:
+    """The largest number stands for them; a mean whose square is larger is no reason to divide by
+    eps, nor may two infinities be subtracted."""
+    g = jnp.array([gradient, -gradient], jnp.float32)
+    state = tx.init(g)
+    for grads in (g, g, jnp.ones(2)):
+        updates, state = tx.update(grads, state)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+    np.testing.assert_array_less(jnp.abs(updates), 1e18)
+
+
 @pytest.mark.parametrize("gradient", [0.0, 1e-4])
 def test_float16_gradients_that_break_optax(gradient: float) -> None:
     """Its eps = 1e-8 is 0 in float16, and so is (1e-4)^2: 0 / 0, and 1e-4 / 0."""

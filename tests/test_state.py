@@ -415,6 +415,12 @@ def test_the_slots_of_another_model_are_refused():
         assert part in str(error.value)
 
 
+def test_two_leaves_of_one_path_are_not_carried_over_one_for_the_other():
+    tx, params = adamx.momentum(0.1), {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)}
+    with pytest.raises(ValueError, match="adamx: two leaves have the path 'mu/a/b'"):
+        adamx.adapt_state(tx, params, tx.init(params))
+
+
 def test_complex_slots_are_not_carried_over_to_real_parameters():
     saved = adamx.momentum(0.1).init(jax.tree.map(lambda x: x.astype(jnp.complex64), PARAMS))
     with pytest.raises(ValueError, match=r"adapt_state: 'mu/inner/b'.*complex64.*float32"):

@@ -24,7 +24,8 @@ class combine(Transformation):
 
     Attributes:
         fn: takes one array a branch, all of the update's shape in compute dtype, and returns one.
-            A function defined at a module's top level keeps the transformation picklable.
+            A function defined at a module's top level, or `operator.add`, keeps the transformation
+            picklable; what JAX makes its own ufuncs of, such as `jnp.add`, does not.
         branches: adamx concepts or chains of them that act on one array.
 
     Raises:

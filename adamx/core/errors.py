@@ -117,6 +117,7 @@ def check_state(state: Any) -> None:
             f"with 'count', got {describe(state)}: are the arguments swapped, or is it the state "
             "of an Optax optimizer?"
         )
+    counter(state, "count")
 
 
 def entry(state: Mapping[str, Any], name: str) -> Any:
@@ -129,12 +130,23 @@ def entry(state: Mapping[str, Any], name: str) -> Any:
     return state[name]
 
 
-def check_recorded(name: str, value: Any) -> None:
-    """Raise unless a state's entry is one array, as what is recorded is."""
-    if not jax.tree_util.all_leaves([value]):
+def counter(state: Mapping[str, Any], name: str) -> Any:
+    """Return a state's entry that counts; raise TypeError unless it is one whole number."""
+    count = entry(state, name)
+    if _kind(count) is not jnp.integer or jnp.shape(count):
+        raise TypeError(
+            f"adamx: state[{name!r}] must be a whole number, got {describe(count)}: is it the "
+            "state that init returned?"
+        )
+    return count
+
+
+def check_recorded(name: str, value: Any, new: jax.Array) -> None:
+    """Raise unless a state's entry is one array like the one that is recorded in its place."""
+    if _kind(value) is not _kind(new) or jnp.shape(value) != new.shape:
         raise ValueError(
-            f"adamx: state[{name!r}] is {describe(value)} where one array belongs: it was made by "
-            "another composition; adapt_state(tx, params, state) carries it over"
+            f"adamx: state[{name!r}] is {describe(value)} where one {describe(new)} belongs: it "
+            "was made by another composition; adapt_state(tx, params, state) carries it over"
         )
 
 
@@ -159,8 +171,8 @@ def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]
             )
         if _kind(slots[name]) is not _kind(start):
             raise TypeError(
-                f"adamx: leaf {path!r}: state[{name!r}] is {slots[name].dtype} where this gradient "
-                f"needs {start.dtype}: is it the state or the gradient of another model?"
+                f"adamx: leaf {path!r}: state[{name!r}] is {describe(slots[name])} where this "
+                f"gradient needs {start.dtype}: is it the state or the gradient of another model?"
             )
         if jnp.shape(slots[name]) != start.shape:
             raise ValueError(
@@ -201,8 +213,11 @@ def check_unique(names: Sequence[str]) -> None:
 
 
 def _kind(x: Any) -> Any:
+    """Return which kind of numbers a leaf holds, None where it holds none."""
+    if not isinstance(x, (*_ARRAYS, jax.ShapeDtypeStruct, numbers.Number)):
+        return None
     kinds = (jnp.floating, jnp.complexfloating, jnp.integer)
-    return next((kind for kind in kinds if jnp.issubdtype(x.dtype, kind)), None)
+    return next((kind for kind in kinds if jnp.issubdtype(jnp.result_type(x), kind)), None)
 
 
 def check_disjoint(names: Mapping[str, Any], more: Mapping[str, Any]) -> None:

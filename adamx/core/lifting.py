@@ -226,7 +226,7 @@ def update_leaves(
     scalars = recorded(tx, whole.prepared)
     before = {name: errors.entry(step.state, name) for name in scalars}
     for name, x in scalars.items():  # float64 gradients of float32 parameters change no dtype
-        errors.check_recorded(name, before[name])
+        errors.check_recorded(name, before[name], x)
         scalars[name] = x.astype(jnp.result_type(before[name]))
     return dataclasses.replace(leaves, values=out), entries | step.kept(scalars, before)
 

@@ -50,7 +50,7 @@ def settle(concept: Any, tree: Any) -> Transformation:
         except ValueError as error:
             raise ValueError(
                 f"{name}: mask must be a tree of bools that is a prefix of the parameters' tree, "
-                f"or patterns of paths: {error}"
+                f"or patterns of paths; False is the mask of no leaf: {error}"
             ) from None
         flags = jax.tree.leaves(full, is_leaf=lambda x: x is None)
         chosen = {path for path, flag in zip(paths, flags, strict=True) if flag}
@@ -58,9 +58,12 @@ def settle(concept: Any, tree: Any) -> Transformation:
 
 
 def _patterns(mask: Any) -> tuple[Pattern, ...] | None:
-    """Return the patterns that a mask consists of, or None where it is a tree of bools."""
+    """Return the patterns that a mask consists of, or None where it is a tree of bools.
+
+    An empty list is the mask of an empty tree, and no list of patterns: what masks all is False.
+    """
     many = mask if isinstance(mask, tuple | list) else (mask,)
-    return tuple(many) if all(isinstance(p, str | re.Pattern) for p in many) else None
+    return tuple(many) if many and all(isinstance(p, str | re.Pattern) for p in many) else None
 
 
 class _masked(Transformation):

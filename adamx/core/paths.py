@@ -54,11 +54,16 @@ def matches(pattern: Pattern, path: str) -> bool:
 def paths_of(tree: Any) -> list[str]:
     """Return the paths of a tree's leaves, those that are None too.
 
+    Raises:
+        ValueError: if two leaves have one path.
+
     Example:
         >>> paths_of({"dense": [{"bias": 0.0, "kernel": None}]})
         ['dense/0/bias', 'dense/0/kernel']
     """
-    return flatten(tree)[0]
+    paths = flatten(tree)[0]
+    check_distinct(paths)
+    return paths
 
 
 def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
@@ -88,7 +93,18 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
         {'dense/0': 1.0, 'dense/2': 2.0}
     """
     paths, leaves, _ = flatten(tree)
+    check_distinct(paths)
     return {path: x for path, x in zip(paths, leaves, strict=True) if x is not None}
+
+
+def check_distinct(paths: Sequence[str]) -> None:
+    """Raise ValueError where two leaves have one path, as in {"a/b": x, "a": {"b": y}}."""
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(
+            f"adamx: two leaves have the path {twice!r}, so that no mask, pattern or saved state "
+            "can tell them apart: rename a key that has '/' in it"
+        )
 
 
 def check_all_used(function: str, patterns: Sequence[Pattern], paths: Sequence[str]) -> None:

@@ -71,11 +71,17 @@ def scale_by_rms(
 def variance(mean_of_squares: jax.Array, mean: jax.Array) -> jax.Array:
     """Return E[g^2] - |E[g]|^2, kept from falling below 0 by rounding.
 
+    E[g^2] is at least |E[g]|^2. Where it is not even half of that, squares too large for their
+    dtype are in it, which count as the largest number; then it stands for the variance itself.
+
     Example:
         >>> print(variance(jnp.array(5.0), jnp.array(2.0)))
         1.0
     """
-    return jnp.maximum(mean_of_squares - squared_magnitude(mean), 0)
+    square = squared_magnitude(mean)
+    most = jnp.minimum(mean_of_squares, float(jnp.finfo(square.dtype).max))
+    overflown = 0.5 * square > most
+    return jnp.where(overflown, most, jnp.maximum(most - square, 0))
 
 
 @checked(

@@ -154,13 +154,14 @@ class master_weights(Transformation):
                 continue
             param = params[i]
             wanted = jax.eval_shape(functools.partial(_start, self.keep), param)
-            if {n: x.dtype for n, x in slots.items()} == {n: x.dtype for n, x in wanted.items()}:
-                continue
-            raise TypeError(
-                f"master_weights: leaf {path!r} is {param.dtype}, and init was given another "
-                "dtype there: equinox.apply_updates returns float32 for 16-bit parameters, while "
-                "adamx.apply_updates and optax.apply_updates keep the dtype"
-            )
+            dtypes = {n: getattr(x, "dtype", None) for n, x in slots.items()}
+            if dtypes != {n: x.dtype for n, x in wanted.items()}:
+                raise TypeError(
+                    f"master_weights: leaf {path!r} is {param.dtype}, and init was given another "
+                    "dtype there: equinox.apply_updates returns float32 for 16-bit parameters, "
+                    "while adamx.apply_updates and optax.apply_updates keep the dtype"
+                )
+            errors.check_slots(path, slots, wanted)
         return own
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

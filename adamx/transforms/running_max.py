@@ -2,7 +2,8 @@
 
     max_t = max(max_{t-1}, u_t),    max_0 = 0
 
-Behind a second moment, it keeps the steps from growing when the gradients shrink.
+Behind a second moment, it keeps the steps from growing when the gradients shrink. An infinite
+update counts as the largest number: an infinite maximum would stop its element for ever.
 
 Source: Reddi, Kale & Kumar (2018), Algorithm 2, https://arxiv.org/abs/1904.09237
 """
@@ -50,7 +51,8 @@ class running_max(Transformation):
                 f"running_max: complex numbers have no maximum, got {u.dtype}: put it behind a "
                 "second moment, such as ema_of_squares"
             )
-        return {self.name: jnp.maximum(slots[self.name], u)}
+        largest = float(jnp.finfo(u.dtype).max)
+        return {self.name: jnp.maximum(slots[self.name], jnp.minimum(u, largest))}
 
     def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
         return slots[self.name]

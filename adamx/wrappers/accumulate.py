@@ -1,6 +1,6 @@
 """Micro-batches: one step of the optimizer for the mean of several gradients.
 
-    a_1 = g_1,    a_k = a_{k-1} + g_k,    and the optimizer's step takes a_every / every
+    a_1 = g_1,    a_k = a_{k-1} + g_k,    and the optimizer's step takes a_k / k, at k = every
 
 With gradients that are means over equally large micro-batches this is the step of the large batch.
 The sum is kept in float32 (float64 where the gradient is), whatever the gradient's dtype, in one
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from adamx.core import errors, lifting
-from adamx.core.arithmetic import zeros
+from adamx.core.arithmetic import real_dtype, real_times_complex, zeros
 from adamx.core.expressions import Expr
 from adamx.core.foreign import as_concept
 from adamx.core.formula import Symbols
@@ -41,8 +41,8 @@ class accumulate(Transformation):
     `make_step` runs the cheap program that adds, or the one that steps. `update` inside a program
     of your own holds both and selects: at every micro-batch it moves the memory of a whole step.
 
-    A leaf without gradient in the last micro-batch takes no step, and its sum is dropped. Where
-    `every` is changed in the middle of a sum, that sum is divided by the new number.
+    A leaf without gradient in the last micro-batch takes no step, and its sum is dropped. `every`
+    may be changed in the middle of a sum: it is divided by the number of gradients in it.
 
     Around `skip_nonfinite(...)` a bad gradient spoils its whole sum, and that step is skipped;
     inside it, a bad micro-batch alone is left out.
@@ -98,10 +98,12 @@ class accumulate(Transformation):
 
     def update_tree(self, leaves: Leaves, step: Step, last: bool) -> tuple[Leaves, State]:
         total = _added(leaves, step)
-        added = errors.entry(step.state, MICRO) + 1
+        added = errors.counter(step.state, MICRO) + 1
         full = added >= self.every
-        share = 1 / self.every  # a product: a quotient would be stored before it is used
-        mean = [None if u is None else share * a for u, a in zip(leaves.values, total, strict=True)]
+        mean = [
+            None if u is None else _share(a, added)
+            for u, a in zip(leaves.values, total, strict=True)
+        ]
         inner = step.only_if(full)
         inside = dataclasses.replace(leaves, values=mean)
         inside, entries = lifting.run(self.children[0], inside, inner, narrow=last)
@@ -123,10 +125,16 @@ class accumulate(Transformation):
         return self.children[0].formula(u, symbols)
 
 
+def _share(total: jax.Array, number: jax.Array) -> jax.Array:
+    """Return total / number, as a product: a quotient would be stored before it is used."""
+    with real_times_complex(total.dtype):
+        return (1 / number.astype(real_dtype(total.dtype))) * total
+
+
 def _added(leaves: Leaves, step: Step) -> list[Any]:
     """Return the sum so far with the updates added, leaf by leaf."""
     kept = errors.beside(leaves.treedef, SUM, errors.entry(step.state, SUM), leaves.values)
-    first = errors.entry(step.state, MICRO) == 0
+    first = errors.counter(step.state, MICRO) == 0
     total = list(kept)
     for i, (path, u) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
         if kept[i] is not None:

@@ -115,7 +115,7 @@ class monitor(Transformation):
         return entries | {STATISTICS: start, SINCE: jnp.zeros([], jnp.int32)}
 
     def update_tree(self, leaves: Leaves, step: Step, last: bool) -> tuple[Leaves, State]:
-        before, since = (errors.entry(step.state, name) for name in (STATISTICS, SINCE))
+        before, since = errors.entry(step.state, STATISTICS), errors.counter(step.state, SINCE)
         out, entries = lifting.run(self.children[0], leaves, step, narrow=last)
         state = {**step.state, **entries}
         now, since_now = before, since + 1

@@ -124,7 +124,7 @@ class skip_nonfinite(Transformation):
         present = [widen(u, compute_dtype(u.dtype)) for u in leaves.values if u is not None]
         heads = [p for s in self.children[0].segments()[:1] for p in (s, *s.children[:1])]
         finite = all_finite(present, any(isinstance(p, clip_by_global_norm) for p in heads))
-        skipped, in_a_row = (errors.entry(step.state, name) for name in COUNTERS)
+        skipped, in_a_row = (errors.counter(step.state, name) for name in COUNTERS)
         given_up = False if self.max_consecutive is None else in_a_row >= self.max_consecutive
         taken = finite | given_up
         inner = step.only_if(taken)
