@@ -905,7 +905,7 @@ def test_a_recorded_scalar_that_is_none_is_named(rate):
         jax.eval_shape(lambda: TX.update(GRADS, STATE | {"learning_rate": rate}, PARAMS))
 
 
-@pytest.mark.parametrize("slot", ["w", object(), jax.random.key(0)], ids=str)
+@pytest.mark.parametrize("slot", ["w", object(), jax.random.key(0)], ids=["text", "object", "key"])
 def test_a_slot_that_is_no_array_of_numbers_is_named(slot):
     with pytest.raises(TypeError, match=r"leaf 'dense/w': state\['mu'\] is .* needs float32"):
         jax.eval_shape(lambda: TX.update(GRADS, put(STATE, "mu/dense/w", slot), PARAMS))
