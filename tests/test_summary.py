@@ -341,7 +341,7 @@ def test_nothing_is_allocated():
         (optax.adamw(0.1), jnp.float32, 8, 28),
         (adamx.set_to_zero(), jnp.float32, 0, 0),
     ],
-    ids=str,
+    ids=lambda x: "optax" if type(x) is optax.GradientTransformationExtraArgs else str(x),
 )  # fmt: skip
 def test_bytes_of_slots_and_of_a_step(tx, dtype, slots, traffic):
     found = adamx.summary(tx, abstract(dtype))
