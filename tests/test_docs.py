@@ -1,6 +1,8 @@
 """The blocks of README and docs run; what they name is there; every public name is documented."""
 
+import collections
 import doctest
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -11,7 +13,9 @@ import pytest
 import adamx
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# the Chinese pages have the blocks of the English ones, as test_tutorial.py asserts
+RUN = [page for page in PAGES if "zh" not in page.relative_to(ROOT).parts]
 BLOCK = re.compile(r"^```(python|pycon|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -19,7 +23,7 @@ def blocks(page, kind):
     return [text for found, text in BLOCK.findall(page.read_text()) if found == kind]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_python_block_of_a_page_runs(page):
     # as users run: the blocks use Optax, Flax and Equinox, which do not run under strict promotion
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -72,6 +76,19 @@ def test_every_public_name_is_documented_with_an_example(name):
     if name not in ("Adaptation", "Comparison", "Step", "Summary"):
         # these are what a documented function returns or hands in
         assert ">>> " in documentation, name
+
+
+def test_every_public_name_is_in_the_reference_exactly_once():
+    spec = importlib.util.spec_from_file_location("pages", ROOT / ".ci/pages.py")
+    assert spec is not None and spec.loader is not None
+    site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(site)
+    found = collections.Counter[str]()
+    for path, text in site.reference().items():
+        for module, names in re.findall(r"^::: (.+)\n.*\n +members: \[(.*)\]$", text, re.MULTILINE):
+            assert path == f"reference/{(module.split('.')[1:-1] or ['adamx'])[0]}.md"
+            found.update(names.split(", "))
+    assert found == collections.Counter(adamx.__all__)
 
 
 CONCEPTS = [

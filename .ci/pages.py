@@ -1,0 +1,92 @@
+"""What the site has besides the files of docs/: README, CHANGELOG, the reference, MathML.
+
+The reference has a page for each folder of adamx/, with each module that defines a public name: its
+docstring, which has the formula and the source, and the public names. Which these are is read off
+the imports in adamx/__init__.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+TITLES = {  # of the pages of the reference, in their order; others follow under their folder's name
+    "optimizers": "Optimizers",
+    "transforms": "Concepts",
+    "wrappers": "Around an optimizer",
+    "storage": "Storage",
+    "precision": "Precision",
+    "": "The step and the state",
+    "inspect": "Inspection",
+    "interop": "Other libraries",
+    "core": "The algebra",
+}
+
+
+def reference() -> dict[str, str]:
+    """Return the pages of the reference: Markdown by path."""
+    names: dict[str, dict[str, list[str]]] = {folder: {} for folder in TITLES}
+    for node in ast.parse((ROOT / "adamx/__init__.py").read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            folder = ".".join(node.module.split(".")[1:-1])
+            module = names.setdefault(folder, {}).setdefault(node.module, [])
+            module += [alias.name for alias in node.names]
+    pages = {}
+    for folder, modules in names.items():
+        package = ROOT / "adamx" / folder.replace(".", "/") / "__init__.py"
+        opening = (ast.get_docstring(ast.parse(package.read_text())) or "").split("\n\n")[0]
+        text = [f"# {TITLES.get(folder, folder)}", opening if folder else "In `adamx` itself."]
+        for module, public in modules.items():
+            text.append(f"::: {module}\n    options:\n      members: [{', '.join(public)}]")
+        pages[f"reference/{folder or 'adamx'}.md"] = "\n\n".join(text) + "\n"
+    return pages
+
+
+def pages() -> dict[str, str]:
+    """Return the pages that are no files of docs/: Markdown by path."""
+    return {
+        "index.md": (ROOT / "README.md").read_text().replace("](docs/", "]("),
+        "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
+        **reference(),
+    }
+
+
+# ------------------------------------------------------------------------ what MkDocs calls
+
+
+def on_config(config: Any) -> None:
+    """Put the pages of the reference where the navigation has its place."""
+    for section in config.nav:
+        if "Reference" in section:
+            section["Reference"] = list(reference())
+
+
+def on_files(files: Any, config: Any) -> None:
+    """Add the pages that are no files of docs/."""
+    from mkdocs.structure.files import File  # the tests read the functions above without MkDocs
+
+    for path, text in pages().items():
+        files.append(File.generated(config, path, content=text))
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Turn LaTeX into MathML, which browsers draw without a script."""
+    from latex2mathml.converter import convert
+
+    def mathml(match: re.Match[str]) -> str:
+        display = "block" if match["open"] == "[" else "inline"
+        return convert(html.unescape(match["tex"]), display=display)
+
+    pattern = r'<(div|span) class="arithmatex">\\(?P<open>[\[(])(?P<tex>.*?)\\[\])]</\1>'
+    return re.sub(pattern, mathml, content, flags=re.DOTALL)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Say which language a page is in."""
+    if page.file.src_uri.startswith("zh/"):
+        return output.replace('<html lang="en"', '<html lang="zh"')
+    return output
