@@ -385,6 +385,21 @@ def test_a_foreign_stage_is_carried_over(container):
     assert adaptation.filled == ("trace/trace/inner/b", "trace/trace/w")
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_state_of_a_foreign_stage_keeps_its_dtypes(dtype, rounding):
+    params = jnp.ones(2, dtype)
+    for tx in (
+        adamx.accumulate(adamx.chain(optax.trace(0.5), adamx.sgd(0.1)), 1),
+        adamx.chain(adamx.scale(1.0), optax.trace(0.5), adamx.sgd(0.1)),
+    ):
+        step, state = adamx.make_step(tx, rounding=rounding), tx.init(params)
+        before = jax.tree.map(jnp.result_type, state)
+        with jax.numpy_dtype_promotion("standard"):
+            _, state = step(jnp.ones(2, dtype), state, params)
+        assert jax.tree.map(jnp.result_type, state) == before
+
+
 def test_a_random_key_in_a_foreign_state_is_carried_over():
     tx = adamx.chain(optax.add_noise(0.1, 0.5, jax.random.key(7)), adamx.sgd(0.1))
     saved = tx.init(PARAMS)

@@ -75,7 +75,7 @@ class named(Transformation):
         if None not in leaves.values:
             errors.check_foreign(self.name, state, fresh)
         updates, new = tx.update(updates, state, params, **step.extra)
-        state = step.kept(new, state)
+        state = step.kept(_in_its_dtypes(new, state), state)
         values = errors.beside(leaves.treedef, self.name, updates, leaves.values)
         values = [None if u is None else step.emitted(u) for u in values]
         if last:
@@ -100,6 +100,21 @@ class named(Transformation):
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         return call(self.name, u)
+
+
+def _in_its_dtypes(new: Any, old: Any) -> Any:
+    """Return a stage's new state in the dtypes that its init chose, whatever the updates came in.
+
+    Behind `accumulate`, and where the parameters are rounded stochastically, they are wider.
+    """
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        return new
+
+    def cast(a: Any, b: Any) -> Any:
+        dtype = jnp.result_type(b)
+        return a if jnp.result_type(a) == dtype else jnp.asarray(a).astype(dtype)
+
+    return jax.tree.map(cast, new, old)
 
 
 def as_concept(stage: Any, what: str) -> Transformation:
