@@ -118,7 +118,8 @@ ENDS = {
     "fraction": [5e-324, *NEARLY_ONE],
     "share": [1e-3, 5e-324, *NEARLY_ONE],
     "non-negative": [0.0, 5e-324, 1e-30, 1e-45, 1e30, 3e38],
-    "rate": [5e-324, 1e-30, 1e30, 3e38],
+    # 1e30 times what docs/deviations.md says of squares beyond float32 would be infinite
+    "rate": [5e-324, 1e-30, 1e10],
     "finite": [1e-30, -1e30, 3e38],
     "open decay": [5e-324, 1e-30, *NEARLY_ONE],
 }
@@ -232,7 +233,7 @@ def bool_of(leaf):
 def compositions(draw):
     """A random chain of pieces, of what acts on trees, and of wrappers around the whole."""
     h = {kind: draw(strategy) for kind, strategy in USUALLY.items()}
-    foreign = [optax.clip(0.5), optax.ema(0.5), optax.trace(0.5), optax.scale(0.5)]
+    foreign = [optax.ema(0.5), optax.trace(0.5), optax.scale(0.5)]
     trees = [
         lambda: adamx.clip_by_global_norm(h["rate"], record=draw(st.booleans())),
         lambda: draw(st.sampled_from(foreign)),
@@ -319,7 +320,7 @@ def check_updates(updates, params):
     jax.tree.map(check, updates, params)
 
 
-@examples(60)
+@examples(90)
 @hypothesis.given(
     ANY, trees(leaves(DTYPES)), st.lists(palettes, min_size=3, max_size=3), st.booleans()
 )
@@ -378,7 +379,7 @@ def in_range(true, tree):
     return all(jax.tree.leaves(jax.tree.map(holds, true, tree)))
 
 
-@examples(40)
+@examples(70)
 @hypothesis.given(
     st.one_of(made(LINES), made(optimizers(ends=True)), made(compositions())),
     trees(leaves([*NARROW, "complex64"])),
@@ -410,7 +411,7 @@ def test_finite_in_finite_out(tx, params, fills):
         assert finite(g), (g, t)
 
 
-@examples(15)
+@examples(20)
 @hypothesis.given(
     st.one_of(made(LINES), made(optimizers())),
     trees(leaves(NARROW)),
@@ -439,7 +440,7 @@ def test_equal_micro_gradients_make_the_step(tx, params, palette, every):
             assert_close(got, wanted)
 
 
-@examples(25)
+@examples(35)
 @hypothesis.given(
     st.one_of(made(LINES), made(optimizers()), made(compositions())),
     trees(leaves(DTYPES)),
@@ -517,7 +518,7 @@ def with_a_mistake(tree, where, wrong):
     return treedef.unflatten(flat)
 
 
-@examples(200)
+@examples(300)
 @hypothesis.given(
     made(st.one_of(LINES, optimizers(), compositions())),
     trees(leaves([*NARROW, "complex64"])),
