@@ -307,6 +307,16 @@ def test_a_leaf_without_gradient_waits():
     np.testing.assert_array_equal(params["b"], start()["b"])
 
 
+def test_one_none_stands_for_a_whole_branch_of_gradients():
+    tx = adamx.accumulate(adamx.sgd(1.0), 2)
+    params: Any = {"a": start(), "c": jnp.ones(1)}
+    state = tx.init(params)
+    for grads in (params, {"a": None, "c": jnp.ones(1)}):
+        updates, state = tx.update(grads, state, params)
+    assert updates["a"] is None and float(updates["c"][0]) == -1.0
+    jax.tree.map(np.testing.assert_array_equal, state["accumulated"]["a"], start())
+
+
 def test_mistakes_are_named_before_anything_is_donated():
     for every in (0, -1, 1.5, "2", None):
         with pytest.raises(ValueError, match="every must be a whole number >= 1"):

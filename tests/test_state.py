@@ -385,6 +385,14 @@ def test_a_foreign_stage_is_carried_over(container):
     assert adaptation.filled == ("trace/trace/inner/b", "trace/trace/w")
 
 
+def test_a_foreign_stage_that_would_lose_a_slot_is_reported():
+    params = {"b": jnp.ones(2), "w": jnp.ones(2)}
+    for tx in (adamx.chain(optax.ema(0.5)), adamx.skip_nonfinite(optax.ema(0.5))):
+        said = pytest.raises(ValueError, match=r"the stage 'ema' returned another tree.* is None")
+        with jax.numpy_dtype_promotion("standard"), said:
+            tx.update(params | {"b": None}, tx.init(params), params)
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_the_state_of_a_foreign_stage_keeps_its_dtypes(dtype, rounding):

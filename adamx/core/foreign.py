@@ -75,7 +75,7 @@ class named(Transformation):
         if None not in leaves.values:
             errors.check_foreign(self.name, state, fresh)
         updates, new = tx.update(updates, state, params, **step.extra)
-        state = step.kept(_in_its_dtypes(new, state), state)
+        state = step.kept(_as_before(self.name, new, state), state)
         values = errors.beside(leaves.treedef, self.name, updates, leaves.values)
         values = [None if u is None else step.emitted(u) for u in values]
         if last:
@@ -102,13 +102,18 @@ class named(Transformation):
         return call(self.name, u)
 
 
-def _in_its_dtypes(new: Any, old: Any) -> Any:
+def _as_before(name: str, new: Any, old: Any) -> Any:
     """Return a stage's new state in the dtypes that its init chose, whatever the updates came in.
 
-    Behind `accumulate`, and where the parameters are rounded stochastically, they are wider.
+    Behind `accumulate`, and where the parameters are rounded stochastically, they are wider. Raise
+    where it is another tree: a stage that has no update for a leaf may drop what it keeps of it.
     """
     if jax.tree.structure(new) != jax.tree.structure(old):
-        return new
+        raise ValueError(
+            f"adamx: the stage {name!r} returned another tree for its state than it was given: "
+            "where a gradient is None, such a stage of Optax loses what it keeps: give it zeros, "
+            "or leave the leaf out at init too"
+        )
 
     def cast(a: Any, b: Any) -> Any:
         dtype = jnp.result_type(b)

@@ -137,8 +137,8 @@ def _added(leaves: Leaves, step: Step) -> list[Any]:
     first = errors.counter(step.state, MICRO) == 0
     total = list(kept)
     for i, (path, u) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
-        if kept[i] is not None:
-            total[i] = jnp.where(first, 0, kept[i])
+        # a tree, where one None stands for a whole branch of the gradients
+        total[i] = jax.tree.map(lambda a: jnp.where(first, 0, a), kept[i])
         if u is not None:
             slots = {} if kept[i] is None else {SUM: kept[i]}
             errors.check_slots(path, slots, {SUM: jax.eval_shape(zeros, u)})
