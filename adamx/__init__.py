@@ -45,6 +45,7 @@ from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 from adamx.inspect.audit import Audit, audit
 from adamx.inspect.compare import Comparison, compare
+from adamx.inspect.plots import plot
 from adamx.inspect.summary import Summary, summary
 from adamx.interop.optax_state import from_optax, to_optax
 from adamx.interop.torch_state import from_torch, to_torch
@@ -202,6 +203,7 @@ __all__ = [
     "normalized_weight_decay",
     "packed8",
     "packed16",
+    "plot",
     "radam",
     "ratio",
     "ratio_bound",

@@ -2,6 +2,7 @@
 
     python examples/quickstart.py
     python examples/quickstart.py --optimizer lion --epochs 10
+    python examples/quickstart.py --log run.csv
 
 The two runs start from the same weights and see the same batches, so that whatever parts them is
 the optimizer's arithmetic: rounding and, in Adam and its kin, the bias correction 1 - b2^t, which
@@ -10,12 +11,15 @@ form of it, the script says so, and the two runs are those of two methods.
 
 The script prints the optimizer as a composition of its concepts, a table of both runs with the
 largest difference that any parameter has had so far, and what `adamx.compare` finds on the first
-gradients. It draws the curves and ends with both accuracies.
+gradients. It draws the curves and ends with both accuracies. With `--log`, `adamx.monitor` measures
+what the adamx optimizer does, and every tenth step is written to a CSV file or for TensorBoard.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
 import dataclasses
 import functools
 import math
@@ -228,12 +232,16 @@ class Run:
     def finish_epoch(self, losses: list[jax.Array], data: Digits) -> None:
         """Note the mean loss and the test accuracy."""
         self.losses.append(float(np.mean(losses)))
+        self.accuracies.append(self.accuracy(data))
+
+    def accuracy(self, data: Digits) -> float:
+        """Return the test accuracy of the model as it is."""
         model = nnx.clone(self.model)
         model.eval()  # no dropout
         if self.evaluated:
             state = arrays_of(self.optimizer.opt_state)
             nnx.update(model, self.evaluated(state, arrays_of(nnx.state(model, nnx.Param))))
-        self.accuracies.append(float(accuracy(model, data.test_images, data.test_labels)))
+        return float(accuracy(model, data.test_images, data.test_labels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,20 +279,60 @@ def batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndar
     yield from rng.permutation(count)[: count - count % size].reshape(-1, size)
 
 
-def train(pair: Pair, data: Digits, options: argparse.Namespace, progress: Progress) -> Result:
-    """Train one model with each of the pair, on the same batches."""
+LOG_EVERY = 10  # steps
+
+Write = Callable[[dict[str, float]], None]
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[Write]:
+    """Yield what writes a row: into a CSV file, or into a folder for TensorBoard."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=())
+
+            def write(row: dict[str, float]) -> None:
+                if not writer.fieldnames:
+                    writer.fieldnames = list(row)
+                    writer.writeheader()
+                writer.writerow(row)
+                file.flush()
+
+            yield write
+    else:
+        from tensorboardX import SummaryWriter  # slow to import
+
+        with SummaryWriter(str(path)) as folder:
+
+            def write(row: dict[str, float]) -> None:
+                for name, value in row.items():
+                    if name != "step":
+                        folder.add_scalar(name, value, row["step"])
+
+            yield write
+
+
+def train(
+    pair: Pair,
+    data: Digits,
+    options: argparse.Namespace,
+    progress: Progress,
+    write: Write | None = None,
+) -> Result:
+    """Train one model with each of the pair, on the same batches; write what ours does."""
     ours, peer = pair.ours(options.learning_rate), pair.peer(options.learning_rate)
     evaluated = pair.evaluated or (None, None)
-    runs = Run(ours, options.seed, evaluated[0]), Run(peer, options.seed, evaluated[1])
+    steps = len(data.train_labels) // options.batch_size
+    every = min(LOG_EVERY, options.epochs * steps)
+    watched = adamx.monitor(ours, every=every) if write else ours
+    runs = Run(watched, options.seed, evaluated[0]), Run(peer, options.seed, evaluated[1])
     start = nnx.to_pure_dict(nnx.state(runs[0].model, nnx.Param))
     rng = np.random.default_rng(options.seed)
-    count = len(data.train_labels)
-    steps = count // options.batch_size
     bar = progress.add_task("training both", total=options.epochs * steps)
     gradients, differences = [], []
     for _ in range(options.epochs):
         losses: tuple[list[jax.Array], list[jax.Array]] = [], []
-        for index in batches(count, options.batch_size, rng):
+        for index in batches(len(data.train_labels), options.batch_size, rng):
             images, labels = data.train_images[index], data.train_labels[index]
             for run, seen in zip(runs, losses, strict=True):
                 loss, gradient = train_step(run.model, run.optimizer, images, labels)
@@ -292,6 +340,10 @@ def train(pair: Pair, data: Digits, options: argparse.Namespace, progress: Progr
                 if run is runs[0] and len(gradients) < 50:
                     gradients.append(nnx.to_pure_dict(gradient))
             differences.append(largest_difference(runs[0].model, runs[1].model))
+            if write and len(differences) % every == 0:
+                row = {"step": len(differences), "loss": float(losses[0][-1])}
+                row["accuracy"] = runs[0].accuracy(data)
+                write(row | adamx.statistics(arrays_of(runs[0].optimizer.opt_state)))
             progress.advance(bar)
         for run, seen in zip(runs, losses, strict=True):
             run.finish_epoch(seen, data)
@@ -435,6 +487,14 @@ def picture(text: str) -> Path:
     return path
 
 
+def log(text: str) -> Path:
+    """Return the path, if a CSV file or a folder can be written there."""
+    path = Path(text)
+    if not path.parent.is_dir() or (path.is_dir() if path.suffix == ".csv" else path.is_file()):
+        raise argparse.ArgumentTypeError(f"cannot be written: {text!r}")
+    return path
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(
@@ -486,6 +546,13 @@ def make_parser() -> argparse.ArgumentParser:
         default="quickstart.png",
         help="the picture of the curves (default: %(default)s)",
     )
+    parser.add_argument(
+        "--log",
+        metavar="PATH",
+        type=log,
+        help="write loss, accuracy and the statistics of adamx.monitor, every "
+        f"{LOG_EVERY} steps: a CSV file if it ends in .csv, else a folder for TensorBoard",
+    )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser
 
@@ -521,10 +588,10 @@ def main(argv: Sequence[str] | None = None) -> Result:
         title = f"adamx.{options.optimizer}, beside it {pair.unlike}"
         print(f"Beside it runs {pair.unlike}: another method. The differences are not rounding.\n")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=options.no_progress
-    ) as progress:
-        result = train(pair, data, options, progress)
+    logging = log_to(options.log) if options.log else contextlib.nullcontext()
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=options.no_progress)
+    with logging as write, bar as progress:
+        result = train(pair, data, options, progress, write)
     console.print(as_table(result))
     print(
         "\nadamx.compare on the first gradients of the run: the largest relative difference of any"
@@ -533,6 +600,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
     print(result.comparison, end="\n\n")
     draw(result, data.test_images, title, options.output)
     print(f"Curves: {options.output}")
+    if options.log:
+        print(f"Log: {options.log}")
     accuracies = result.adamx.accuracies[-1], result.optax.accuracies[-1]
     print(f"Test accuracy: adamx {accuracies[0]:.1%}, optax {accuracies[1]:.1%}")
     if promised and accuracies[0] < 0.97:
