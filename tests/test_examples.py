@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import functools
 import importlib.util
 import inspect
 import math
+import struct
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from matplotlib import image
+from tensorboardX.proto.event_pb2 import Event
 
 import adamx
 
@@ -108,8 +111,7 @@ def test_quickstart_draws_and_keeps_the_optimizers_state(run):
     assert result.exit_status == 0
     state = result.adamx.optimizer.opt_state
     assert int(state["count"][...]) == 88
-    rate = {"adamw": 3e-3, "rmsprop": 1e-3}[name]
-    assert math.isclose(state["learning_rate"][...], rate, rel_tol=1e-6)
+    assert math.isclose(state["learning_rate"][...], rate_of(name), rel_tol=1e-6)
 
 
 OPTIMIZERS = [
@@ -208,6 +210,85 @@ def test_quickstart_promises_an_accuracy_for_its_default_settings_only(
     assert quickstart.main([*argv, "--epochs", "4"]).exit_status == 0
 
 
+def test_quickstart_logs_what_its_optimizer_does(run, quickstart, tmp_path, capsys):
+    name, plain, _ = run
+    path = tmp_path / "run.csv"
+    argv = ["--optimizer", name, "--epochs", "4", "--output", str(tmp_path / "curves.png")]
+    result = quickstart.main([*argv, "--log", str(path), "--no-progress"])
+    assert f"Log: {path}" in capsys.readouterr().out
+    # where the update is read, w + u is rounded twice: an image may have two equally large logits
+    assert abs(result.adamx.accuracies[-1] - plain.adamx.accuracies[-1]) < 1.5 / 360
+    assert np.allclose(result.adamx.losses, plain.adamx.losses, rtol=5e-5, atol=0)
+
+    with path.open(newline="") as file:
+        rows = [{key: float(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
+    assert [row["step"] for row in rows] == [row["count"] for row in rows] == [*range(10, 81, 10)]
+    assert {row["monitor_step"] for row in rows} == {0}
+    kinds = {"grad_norm", "update_norm", "param_norm", "update_mean", "step_size"}
+    kinds |= {"update_to_param", "eps_share"} | ({"signal_to_noise"} if name == "adamw" else set())
+    leaves = [f"{layer}/{part}" for layer in ("hidden", "output") for part in ("kernel", "bias")]
+    scalars = {"step", "loss", "accuracy", "count", "learning_rate", "monitor_step"}
+    assert set(rows[0]) == scalars | {f"{kind}/{leaf}" for kind in kinds for leaf in leaves}
+    # the loss of a batch, and what is known of its optimizer
+    assert 0 < rows[-1]["loss"] < rows[0]["loss"] < 3
+    assert 0.5 < rows[0]["accuracy"] < rows[-1]["accuracy"] <= 1
+    assert math.isclose(rows[0]["learning_rate"], rate_of(name), rel_tol=1e-6)
+    weights = nnx.to_pure_dict(nnx.state(result.adamx.model, nnx.Param))
+    norm = np.linalg.norm(weights["output"]["kernel"])
+    # the last row is 8 steps old, of one learning rate an element each at most, but for momentum
+    far = 8 * 2 * rate_of(name) * math.sqrt(weights["output"]["kernel"].size)
+    assert abs(rows[-1]["param_norm/output/kernel"] - norm) < far
+    figure = adamx.plot(path, tmp_path / "run.png")
+    assert is_a_picture(tmp_path / "run.png")
+    assert list(figure.axes[0].lines[0].get_ydata()) == [row["loss"] for row in rows]
+
+
+def rate_of(name: str) -> float:
+    """Return the quickstart's learning rate."""
+    return {"adamw": 3e-3, "rmsprop": 1e-3}[name]
+
+
+def events(folder: Path) -> list[tuple[int, str, float]]:
+    """Return step, name and value of what TensorBoard would show.
+
+    A record is a length (8 bytes) and its check (4), that many bytes, and their check (4).
+    """
+    (path,) = folder.iterdir()
+    data, found = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        data = data[16 + length :]
+    return found
+
+
+def test_quickstart_logs_the_same_for_tensorboard(quickstart, tmp_path):
+    rows = [
+        {"step": step, "loss": 1 / step, "grad_norm/hidden/kernel": 0.1 * step, "count": step}
+        for step in (10, 20)
+    ]
+    with quickstart.log_to(tmp_path / "run") as write:
+        for row in rows:
+            write(row)
+    # an event holds float32
+    assert events(tmp_path / "run") == [
+        (row["step"], name, float(np.float32(value)))
+        for row in rows
+        for name, value in row.items()
+        if name != "step"
+    ]
+
+
+def test_quickstart_writes_each_row_of_the_log_at_once(quickstart, tmp_path):
+    path = tmp_path / "run.csv"
+    with quickstart.log_to(path) as write:
+        write({"step": 1, "loss": 0.5})
+        assert path.read_text().split() == ["step,loss", "1,0.5"]
+        write({"step": 2, "loss": 0.25})
+    assert path.read_text().split() == ["step,loss", "1,0.5", "2,0.25"]
+
+
 @pytest.mark.parametrize("example", ["quickstart", "four_optimizers"])
 def test_help_names_every_option(example, request, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -216,7 +297,7 @@ def test_help_names_every_option(example, request, capsys):
     options = {
         "quickstart": [
             *("--optimizer", "--learning-rate", "--epochs", "--batch-size", "--seed"),
-            *("--output", "--no-progress", "adamw", "rmsprop", "momentum", "default: 30"),
+            *("--output", "--log", "--no-progress", "adamw", "rmsprop", "momentum", "default: 30"),
         ],
         "four_optimizers": ["--output", "default: four_optimizers.png"],
     }[example]
@@ -234,6 +315,8 @@ def test_help_names_every_option(example, request, capsys):
         (["--optimizer", "adaam"], "--optimizer: invalid choice: 'adaam'"),
         (["--output", "nowhere/curves.png"], "--output: cannot be written: 'nowhere/curves.png'"),
         (["--output", "curves.txt"], "--output: must end in one of"),
+        (["--log", "nowhere/run.csv"], "--log: cannot be written: 'nowhere/run.csv'"),
+        (["--log", __file__], "--log: cannot be written: "),
     ],
 )
 def test_quickstart_explains_bad_arguments(quickstart, capsys, argv, message):
