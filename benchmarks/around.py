@@ -1,4 +1,4 @@
-"""What goes around the update, as multiples of AdamW: clip, guard, micro-batches, averages.
+"""What goes around AdamW's update, as multiples of it: clip, guard, micro-batches, statistics.
 
 python benchmarks/around.py [--quick] [--markdown docs/around-benchmarks.md]
 """
@@ -44,6 +44,7 @@ MICRO, FINAL, IN_JIT = (
     "accumulate, in one program",
 )
 AVERAGE = "ema_of_params"
+BETWEEN, MEASURING = "monitor: step between", "monitor: measuring step"
 BARS = {CLIP: 1.25, GUARD: 1.25, BOTH: 1.25, MICRO: 0.5, FINAL: 1.6}  # of AdamW alone
 
 Step = tuple[jax.stages.Compiled, Callable[[Any], tuple[Any, ...]], Callable[..., tuple[Any, ...]]]
@@ -62,6 +63,7 @@ def transformations() -> dict[str, optax.GradientTransformation]:
         BOTH: adamx.skip_nonfinite(adamx.chain(clip, adamw())),
         IN_JIT: adamx.accumulate(adamw(), EVERY),
         AVERAGE: adamx.chain(adamw(), adamx.ema_of_params(0.999)),
+        BETWEEN: adamx.monitor(adamw(), every=None),  # the program of the steps between
         "optax.adamw": theirs,
         "optax: clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), theirs),
         "optax: apply_if_finite": optax.apply_if_finite(theirs, 10),
@@ -96,6 +98,14 @@ def compiled_steps(like: Any) -> dict[str, Step]:
     last = adamx.accumulate(adamx.adamw(1e-3), 1)  # the same program, in which every step is final
     closing = compile_step(last, like)
     found[FINAL] = closing, lambda params: (params, last.init(params)), closing
+
+    watched = adamx.monitor(adamx.adamw(1e-3), EVERY)
+    measuring = compile_step(watched, like)  # of an abstract state: the program that measures
+
+    def due(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        return measuring(params, state | {"monitor_step": jnp.int32(EVERY - 1)}, grads)
+
+    found[MEASURING] = measuring, lambda params: (params, watched.init(params)), due
     return found
 
 
@@ -137,7 +147,9 @@ def around(settings: Settings, meter: Meter) -> list[Table]:
                 "bytes/param: read and written in every step; with branches: XLA's count, which "
                 "adds both sides of the branch in which a norm is scaled or an infinity looked "
                 f"for. micro-step and final step are the two programs of `make_step`; {EVERY} "
-                "gradients make a step.",
+                "gradients make a step. So are the step between and the measuring step of "
+                "`monitor`, with a group for each array; the latter is a branch, which is taken: "
+                "its bytes are those with branches.",
                 ["float32", "ms", "/ adamw alone", "bytes/param", "with branches", "copies", "bar"],
                 rows,
             )

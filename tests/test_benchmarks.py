@@ -288,6 +288,7 @@ MOVED = {
     "accumulate: final step": 52,
     "accumulate, in one program": 52,
     "ema_of_params": 52,
+    "monitor: step between": 40,
 }
 
 
@@ -323,6 +324,24 @@ def test_what_goes_around_the_step_moves_what_it_must(
     program = around_steps[name, leaves]
     assert MOVED[name] <= program.always <= MOVED[name] + 0.01
     assert program.always <= program.bytes_per_param + 0.01
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU's step is one kernel")
+@pytest.mark.parametrize("leaves", [1, 3])
+def test_a_measuring_step_reads_the_arrays_again(
+    leaves: int, around_steps: dict[tuple[str, int], Any]
+) -> None:
+    """Its branch is taken, so that XLA's count is that of the step.
+
+    Outside the branch are 84 bytes a parameter: mu and nu are 12 each as ever, and what a branch
+    may read has to be in memory: a copy of w (8), the root (8), the quotient (12) and u (16), which
+    are 16 bytes of it; then w (16). The sums in the branch read and write 56 more.
+    """
+    program = around_steps["monitor: measuring step", leaves]
+    assert 12 + 12 + 8 + 8 + 12 + 16 + 16 <= program.always <= 84.01
+    assert 84 + 56 <= program.bytes_per_param <= 140.01
+    assert 16 <= program.temp_bytes / (leaves * MILLION) <= 16.01
+    assert program.copies == leaves
 
 
 def test_the_two_counts_of_bytes_agree_where_there_is_no_branch(
