@@ -198,6 +198,20 @@ def test_one_eps_for_all_is_needed_for_its_share():
     assert "signal_to_noise" not in trained(adamx.monitor(adamx.sgd(LR), every=1), 1)[1]["monitor"]
 
 
+@pytest.mark.parametrize("name", ["adamax", "adamaxw", "adopt"])
+def test_slots_that_are_no_averages_of_one_gradient_have_no_ratio(name):
+    # AdaMax has the magnitude in nu, and ADOPT averages in mu what was divided already
+    state = adamx.monitor(getattr(adamx, name)(LR), every=1).init(start())
+    assert "nu" in state and "mu" in state and "signal_to_noise" not in state["monitor"]
+
+
+def test_where_the_root_is_not_that_of_nu_the_share_of_eps_is_not_known():
+    scheduled = adamx.adamw(LR, b2=optax.constant_schedule(B2))
+    for tx in (adamx.amsgrad(LR), scheduled, adamx.adamw(LR, eps=jnp.float32(EPS))):
+        state = adamx.monitor(tx, every=1).init(start())
+        assert "eps_share" not in state["monitor"] and "signal_to_noise" in state["monitor"]
+
+
 @pytest.mark.parametrize("every", [0, -1, 1.5, "10"])
 def test_every_is_checked(every):
     with pytest.raises(ValueError, match="monitor: every must be a whole number >= 1 or None"):

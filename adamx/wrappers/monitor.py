@@ -33,6 +33,7 @@ from adamx.core.transformation import Transformation
 from adamx.transforms.bias_correction import bias_correction, one_minus_power
 from adamx.transforms.clip_by_global_norm import global_norm
 from adamx.transforms.rms_scaling import rms_scaling
+from adamx.transforms.running_max import running_max
 
 STATISTICS, SINCE = "monitor", "monitor_step"
 OTHERS = "others"
@@ -49,9 +50,10 @@ class monitor(Transformation):
     one that does not otherwise; `update` in a program of your own branches, and there the update is
     written to memory at every step.
 
-    `signal_to_noise` is there where the optimizer keeps `mu` and `nu`, whatever they are stored in
-    (as they are, without bias correction); `eps_share` where one eps divides all (`rms_scaling`
-    with a number); the norms of parameters where `update` is given them.
+    `signal_to_noise` is there where an `rms_scaling` has `mu` above and `nu` below, whatever they
+    are stored in (as they are, without bias correction); `eps_share` where one eps divides all
+    (`rms_scaling` with numbers, and no `running_max` below); the norms of parameters where `update`
+    is given them.
 
     Attributes:
         tx: the whole optimizer, an adamx or Optax transformation.
@@ -189,17 +191,21 @@ def _statistics(
         "update_norm": (("u",), _norm),
         "param_norm": (("w",), _norm),
         "update_mean": (("u",), _mean(jnp.abs)),
-        "signal_to_noise": (("mu", "nu"), _mean(lambda m, v: divide(squared_magnitude(m), v))),
         "stuck_share": (("w", "u"), _stuck),
     }
     scalings = set()
     for part in lifting.parts(tx):
-        if isinstance(part, rms_scaling) and isinstance(part.eps, float | int):
-            below = lifting.parts(part.second_moment)
-            decays = (c.decay for c in below if isinstance(c, bias_correction))
-            scalings.add((part.eps, *(decay for decay in decays if isinstance(decay, float))))
-    if len(scalings) == 1:
-        eps, *decays = scalings.pop()
+        if isinstance(part, rms_scaling):
+            if "mu" in part.numerator.state_names() and "nu" in part.second_moment.state_names():
+                noise = _mean(lambda m, v: divide(squared_magnitude(m), v))
+                kinds["signal_to_noise"] = ("mu", "nu"), noise
+            below = tuple(lifting.parts(part.second_moment))
+            scaling = part.eps, *(c.decay for c in below if isinstance(c, bias_correction))
+            known = all(isinstance(number, float | int) for number in scaling)
+            maximum = any(isinstance(c, running_max) for c in below)
+            scalings.add(scaling if known and not maximum else None)
+    if len(scalings) == 1 and (only := scalings.pop()):
+        eps, *decays = only
         kept = one_minus_power(decays[0], count) if decays else jnp.ones([])
 
         def small(v: jax.Array) -> jax.Array:
