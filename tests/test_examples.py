@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from matplotlib import image
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
 
 import adamx
 
