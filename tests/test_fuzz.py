@@ -112,6 +112,8 @@ USUAL = {
     "open decay": [0.5, 0.9, 0.99],
 }
 """By the kind of hyperparameter."""
+SCHEDULED = {"scheduled decay": "decay", "scheduled fraction": "fraction", "scheduled": "finite"}
+"""Those that may be a schedule, beside the rate: by the kind of its values."""
 NEARLY_ONE = [1 - 2.0**-24, 1 - 2.0**-53]
 ENDS = {
     "decay": [5e-324, 1e-30, *NEARLY_ONE],
@@ -133,12 +135,12 @@ def halved(value, step):
 @st.composite
 def hyperparameters(draw, kind, ends=False):
     """A number, a 0-d array of it, or a schedule that is constant or changes within the range."""
-    plain = {"scheduled decay": "decay", "scheduled": "finite"}.get(kind) or kind
+    plain = SCHEDULED.get(kind) or kind
     value = draw(st.sampled_from(USUAL[plain] + (ENDS[plain] if ends else [])))
     narrow = np.float32(value)
     fits = np.isfinite(narrow) and not (narrow == 1 and value < 1) and not (narrow == 0 < value)
     as_what = ["number", *(["array", "numpy"] if fits else [])]
-    as_what += ["schedule"] if kind in ("rate", "scheduled", "scheduled decay") and fits else []
+    as_what += ["schedule"] if (kind == "rate" or kind in SCHEDULED) and fits else []
     how = draw(st.sampled_from(as_what))
     if how == "schedule":
         return functools.partial(halved, value)

@@ -141,6 +141,13 @@ def counter(state: Mapping[str, Any], name: str) -> Any:
     return count
 
 
+def scalar(state: Mapping[str, Any], name: str) -> Any:
+    """Return a state's entry that is one real number; raise ValueError where it is none."""
+    value = entry(state, name)
+    check_recorded(name, value, jnp.zeros([], jnp.float32))
+    return value
+
+
 def check_recorded(name: str, value: Any, new: jax.Array) -> None:
     """Raise unless a state's entry is one array like the one that is recorded in its place."""
     if _kind(value) is not _kind(new) or jnp.shape(value) != new.shape:

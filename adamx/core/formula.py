@@ -246,13 +246,16 @@ class Formula:
 def applied(function: Callable[..., Any], *args: Expr) -> Expr:
     """Return a function of arrays as an expression, read from what JAX traces it to.
 
-    Where it does more than this file can write, it stands by its name.
+    A function may say its formula itself, as an attribute. Where it does more than this file can
+    write, it stands by its name.
 
     Example:
         >>> from adamx.core.expressions import G, T
         >>> print(applied(lambda a, b: jnp.maximum(a, 2 * b), G, T), applied(jnp.cumsum, G))
         max(g_t, 2*t) cumsum(g_t)
     """
+    if written := getattr(function, "formula", None):
+        return written(*args)
     try:
         closed = jax.make_jaxpr(function)(*[jax.ShapeDtypeStruct((), jnp.float32)] * len(args))
         (found,) = _read(closed.jaxpr, args)

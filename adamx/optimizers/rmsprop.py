@@ -26,6 +26,7 @@ from adamx.core.checks import (
     optional,
 )
 from adamx.core.combine import combine
+from adamx.core.expressions import abs_, call
 from adamx.core.transformation import Transformation
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.bias_correction import bias_correction as corrected
@@ -82,6 +83,9 @@ def variance(mean_of_squares: jax.Array, mean: jax.Array) -> jax.Array:
     most = jnp.minimum(mean_of_squares, float(jnp.finfo(square.dtype).max))
     overflown = 0.5 * square > most
     return jnp.where(overflown, most, jnp.maximum(most - square, 0))
+
+
+variance.formula = lambda v, m: call("max", v - abs_(m) ** 2, 0)  # pyright: ignore
 
 
 @checked(

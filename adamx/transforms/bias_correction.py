@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamx.core import errors
 from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
 from adamx.core.expressions import Expr, T, last
 from adamx.core.formula import Symbols
@@ -77,7 +78,7 @@ def weight_of_past(decay: ScalarOrSchedule, step: Step, name: str) -> jax.Array:
     today = jnp.asarray(scheduled(decay, step.count), float)
     if name not in step.state:  # before the first step
         return jnp.zeros_like(today)
-    past = step.state[name]
+    past = errors.scalar(step.state, name)
     mixed = past + (1 - today) * (1 - past)
     return jnp.where(past > 0, mixed, one_minus_power(today, step.count))
 
