@@ -5,7 +5,6 @@ w_t = w_{t-1} + u_t, rounded to the parameter's dtype: to nearest, or up or down
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Protocol
 
 import jax
@@ -19,7 +18,7 @@ from adamx.core.precision_warning import ROUNDED
 from adamx.core.rounding import mix, random_bits, round_stochastically, step_key
 from adamx.core.transformation import Transformation
 from adamx.wrappers.accumulate import MICRO, SUM, accumulate
-from adamx.wrappers.monitor import SINCE, monitor
+from adamx.wrappers.monitor import SINCE, STATISTICS, monitor
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -147,8 +146,7 @@ def make_step(
     if isinstance(tx, accumulate):
         return _InTwoPrograms(MICRO, tx.every, _Adding(tx, out_shardings), program)
     if isinstance(tx, monitor) and tx.every not in (None, 1):
-        unseen = _program(dataclasses.replace(tx, every=None), rounding, out_shardings)
-        return _InTwoPrograms(SINCE, tx.every, unseen, program)
+        return _InTwoPrograms(SINCE, tx.every, _Unseen(tx, rounding, out_shardings), program)
     return program
 
 
@@ -216,5 +214,35 @@ class _Adding:
         return self._add.lower(_two(state), grads)
 
 
-def _two(state: Any) -> dict[str, Any]:
+def _two(state: Any) -> Any:
+    if not isinstance(state, dict):
+        return state  # one sharding for all of it
     return {name: state[name] for name in (SUM, MICRO)}
+
+
+class _Unseen:
+    """The program of `monitor` that does not measure: that of the optimizer inside.
+
+    The statistics, hundreds of scalars perhaps, are handed on without it: each would be copied.
+    """
+
+    def __init__(self, tx: monitor, rounding: str, out_shardings: Any) -> None:
+        if out_shardings is not None:
+            out_shardings = out_shardings[0], _inside(out_shardings[1])
+        self._step = _program(tx.children[0], rounding, out_shardings)
+
+    def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
+        own = {STATISTICS: errors.entry(state, STATISTICS), SINCE: state[SINCE] + 1}
+        params, new = self._step(params, _inside(state), grads, **extra)
+        merged = new | own
+        return params, {name: merged[name] for name in state}
+
+    def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
+        return self._step.lower(params, _inside(state), grads, **extra)
+
+
+def _inside(state: Any) -> Any:
+    """Return a state, or its shardings, without what `monitor` keeps."""
+    if not isinstance(state, dict):
+        return state  # one sharding for all of it
+    return {name: x for name, x in state.items() if name not in (STATISTICS, SINCE)}

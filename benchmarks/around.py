@@ -63,7 +63,6 @@ def transformations() -> dict[str, optax.GradientTransformation]:
         BOTH: adamx.skip_nonfinite(adamx.chain(clip, adamw())),
         IN_JIT: adamx.accumulate(adamw(), EVERY),
         AVERAGE: adamx.chain(adamw(), adamx.ema_of_params(0.999)),
-        BETWEEN: adamx.monitor(adamw(), every=None),  # the program of the steps between
         "optax.adamw": theirs,
         "optax: clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), theirs),
         "optax: apply_if_finite": optax.apply_if_finite(theirs, 10),
@@ -98,6 +97,11 @@ def compiled_steps(like: Any) -> dict[str, Step]:
     last = adamx.accumulate(adamx.adamw(1e-3), 1)  # the same program, in which every step is final
     closing = compile_step(last, like)
     found[FINAL] = closing, lambda params: (params, last.init(params)), closing
+
+    seldom = adamx.monitor(adamx.adamw(1e-3), 2**30)
+    unmeasured = adamx.make_step(seldom)
+    program = unmeasured.lower(zeros, seldom.init(zeros), zeros).compile()
+    found[BETWEEN] = program, lambda params: (params, seldom.init(params)), unmeasured
 
     watched = adamx.monitor(adamx.adamw(1e-3), EVERY)
     measuring = compile_step(watched, like)  # of an abstract state: the program that measures

@@ -143,15 +143,16 @@ def test_two_programs_are_compiled_and_the_cheap_one_runs_in_between():
     step = adamx.make_step(tx)
     _, state = trained(tx, 7, step=step)
     assert int(state["monitor_step"]) == 1
-    assert step._between._cache_size() == step._last._cache_size() == 1  # pyright: ignore
+    between: Any = step._between  # pyright: ignore
+    assert between._step._cache_size() == step._last._cache_size() == 1  # pyright: ignore
     like = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
-    programs = (step._between, tx), (adamx.make_step(adamw()), adamw())  # pyright: ignore
+    programs = (between, tx), (adamx.make_step(adamw()), adamw())  # pyright: ignore
     costs: Any = [
         program.lower(like, jax.eval_shape(of.init, like), like).compile().cost_analysis()
         for program, of in programs
     ]
     moved = [cost["bytes accessed"] for cost in costs]
-    assert moved[0] == pytest.approx(moved[1], abs=1000)  # the scalars, of 40 MiB
+    assert moved[0] == moved[1]
 
 
 def test_none_keeps_the_state_and_measures_nothing():
