@@ -52,10 +52,10 @@ def state_sharding(
         >>> mesh = jax.make_mesh((1, 1), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
         >>> column = NamedSharding(mesh, PartitionSpec(None, "model"))
         >>> params = {"w": jax.ShapeDtypeStruct((4, 6), jnp.float32, sharding=column)}
-        >>> state_sharding(adamx.adamw(1e-3), params)["mu"]["w"].spec
-        P(None, 'model')
-        >>> state_sharding(adamx.adamw(1e-3), params, over="data")["mu"]["w"].spec
-        P('data', 'model')
+        >>> tuple(state_sharding(adamx.adamw(1e-3), params)["mu"]["w"].spec)
+        (None, 'model')
+        >>> tuple(state_sharding(adamx.adamw(1e-3), params, over="data")["mu"]["w"].spec)
+        ('data', 'model')
     """
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(f"state_sharding: tx must be an adamx or Optax transformation, got {tx!r}")

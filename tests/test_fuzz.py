@@ -322,7 +322,7 @@ def check_updates(updates, params):
     jax.tree.map(check, updates, params)
 
 
-@examples(90)
+@examples(60)
 @hypothesis.given(
     ANY, trees(leaves(DTYPES)), st.lists(palettes, min_size=3, max_size=3), st.booleans()
 )
@@ -381,7 +381,7 @@ def in_range(true, tree):
     return all(jax.tree.leaves(jax.tree.map(holds, true, tree)))
 
 
-@examples(70)
+@examples(50)
 @hypothesis.given(
     st.one_of(made(LINES), made(optimizers(ends=True)), made(compositions())),
     trees(leaves([*NARROW, "complex64"])),
@@ -442,7 +442,7 @@ def test_equal_micro_gradients_make_the_step(tx, params, palette, every):
             assert_close(got, wanted)
 
 
-@examples(35)
+@examples(25)
 @hypothesis.given(
     st.one_of(made(LINES), made(optimizers()), made(compositions())),
     trees(leaves(DTYPES)),
@@ -520,7 +520,7 @@ def with_a_mistake(tree, where, wrong):
     return treedef.unflatten(flat)
 
 
-@examples(300)
+@examples(150)
 @hypothesis.given(
     made(st.one_of(LINES, optimizers(), compositions())),
     trees(leaves([*NARROW, "complex64"])),
