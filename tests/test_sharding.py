@@ -84,8 +84,9 @@ def collectives(hlo):
 @LAYOUT
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_layout_ends_at_the_parameters_of_one_device(optimizer, layout):
-    # an update is elementwise, stochastic rounding a hash of values: the same bits anywhere, where a
-    # device holds several elements (of one alone, JAX 0.12 contracts a product and a sum otherwise)
+    # an update is elementwise, stochastic rounding a hash of values: the same bits anywhere, where
+    # a device holds several elements (of one alone, JAX 0.12 contracts a product and a sum
+    # otherwise)
     dtype = jnp.bfloat16 if optimizer == "masters" else jnp.float32
     tx = OPTIMIZERS[optimizer]()
     single, alone, kept = adamx.make_step(tx), numbers(0, dtype), tx.init(numbers(0, dtype))
