@@ -63,7 +63,9 @@ def rebuilt(page: str, folder: Path) -> Tables:
         if script.startswith("examples/"):
             command += ["--no-progress", "--output", str(folder / f"{Path(script).stem}.png")]
         environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr}")
     return tables(copy.read_text())
 
 
