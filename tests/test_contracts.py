@@ -47,7 +47,8 @@ def draw(tree, seed=0):
 
 
 def example(dtype=jnp.float32):
-    return draw({"w": jnp.zeros((3, 4), dtype), "b": jnp.zeros((), dtype)})
+    """Return small parameters: always the same, so that each program is compiled once a process."""
+    return draw({"w": jnp.zeros((4, 3), dtype), "b": jnp.zeros((), dtype)})
 
 
 def run(tx, params, steps=3, update=None, seed=1):
@@ -237,8 +238,11 @@ def test_carries_through_scan_and_cond(name):
     last, plain = run(tx, params)
     last_of_scan = jax.tree.map(lambda u: u[-1], updates)
     assert_close((last_of_scan, state), (last, plain))
-    kept = jax.lax.cond(True, lambda s: tx.update(grads[0], s, params)[1], lambda s: s, state)
-    assert spec(kept) == spec(state)
+
+    def sometimes(state):
+        return jax.lax.cond(True, lambda s: tx.update(grads[0], s, params)[1], lambda s: s, state)
+
+    assert jax.eval_shape(sometimes, state) == jax.eval_shape(lambda s: s, state)
 
 
 @every
@@ -252,7 +256,9 @@ def test_vmap_over_models_is_a_loop_over_them(name):
         return tx.update(updates, state, params)
 
     together = jax.jit(jax.vmap(two_steps))(stacked)
-    one = jax.jit(two_steps)
+    one = jax.jit(
+        two_steps
+    )  # in one program too: codes that are rounded at random hang on every bit
     for i, params in enumerate(many):
         alone = one(params)
         assert_close(jax.tree.map(operator.itemgetter(i), together), alone)
@@ -311,9 +317,9 @@ def test_takes_any_pytree(name, tree):
 @every
 def test_takes_python_numbers_and_numpy_arrays(name):
     tx = TRANSFORMATIONS[name]()
-    params = {"w": np.ones((2, 3), np.float32), "s": 0.5}
+    params = {"w": np.ones((4, 3), np.float32), "b": 0.5}
     updates, state = tx.update(params, tx.init(params), params)
-    assert spec(updates) == {"w": ((2, 3), jnp.float32, False), "s": ((), jnp.float32, False)}
+    assert spec(updates) == {"w": ((4, 3), jnp.float32, False), "b": ((), jnp.float32, False)}
     assert spec(state) == spec(tx.init(params))
 
 
@@ -369,7 +375,7 @@ def test_multi_steps_takes_the_mean_gradient(name):
 def test_runs_under_shard_map(name):
     tx = TRANSFORMATIONS[name]()
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    params = draw({"w": jnp.zeros((4, 3)), "v": jnp.zeros(2)})
+    params = example()
     state = tx.init(params)
     split = PartitionSpec() if name in WHOLE else PartitionSpec("data")
     specs = jax.tree.map(lambda x: split if jnp.ndim(x) else PartitionSpec(), (params, state))

@@ -218,6 +218,17 @@ def test_state_sharding_is_for_any_transformation_of_optax_too():
             lambda x: x.sharding, params
         )
     assert len(moments.count.devices()) == 8
+    # the row sums of a matrix are vectors: no dimension of the parameter is theirs
+    rows = adamx.state_sharding(optax.scale_by_factored_rms(), params).v_row["w"]
+    assert rows.spec == P() and len(rows.device_set) == 8
+
+
+def test_all_of_the_state_is_on_the_device_of_parameters_on_one():
+    device = jax.devices()[3]
+    params = jax.device_put({"w": jnp.ones((4, 4)), "b": jnp.ones(())}, device)
+    told = adamx.state_sharding(adamx.adamw(1e-3), params)
+    assert {where.device_set == {device} for where in jax.tree.leaves(told)} == {True}
+    assert jax.tree.structure(told) == jax.tree.structure(adamx.adamw(1e-3).init(params))
 
 
 def test_state_sharding_tells_slots_from_parameters_of_the_same_name():
@@ -258,6 +269,9 @@ def test_slots_can_lie_in_the_memory_of_the_host():
     params, _ = placed("fsdp")
     on_device = adamx.state_sharding(tx, params)
     on_host = adamx.state_sharding(tx, params, memory_kind="pinned_host")
+    scalar = {"b": jax.device_put(jnp.ones(()), NamedSharding(mesh_of(), P()))}
+    stays = adamx.state_sharding(tx, scalar, memory_kind="pinned_host")
+    assert stays["mu"]["b"] == scalar["b"].sharding
     of_params = jax.tree.map(lambda x: x.sharding, params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(of_params, on_host))
