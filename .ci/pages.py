@@ -25,6 +25,7 @@ TITLES = {  # of the pages of the reference, in their order; others follow under
     "interop": "Other libraries",
     "core": "The algebra",
 }
+HAT = '<mo stretchy="false">&#x002C6;</mo>'
 
 
 def reference() -> dict[str, str]:
@@ -71,18 +72,24 @@ def on_files(files: Any, config: Any) -> None:
 
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
+    style = Path(__file__).with_name("site.css")
+    files.append(File.generated(config, "assets/site.css", abs_src_path=str(style)))
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turn LaTeX into MathML, which browsers draw without a script."""
+    """Turn LaTeX into MathML, which browsers draw without a script; keep intervals on one line."""
     from latex2mathml.converter import convert
 
     def mathml(match: re.Match[str]) -> str:
         display = "block" if match["open"] == "[" else "inline"
-        return convert(html.unescape(match["tex"]), display=display)
+        math = convert(html.unescape(match["tex"]), display=display)
+        # a hat is an accent, and not the circumflex of ASCII, which sinks into its letter
+        math = math.replace("<mo>&#x0005E;</mo></mover>", f"{HAT}</mover>")
+        return f'<div class="equation">{math}</div>' if display == "block" else math
 
     pattern = r'<(div|span) class="arithmatex">\\(?P<open>[\[(])(?P<tex>.*?)\\[\])]</\1>'
-    return re.sub(pattern, mathml, content, flags=re.DOTALL)
+    content = re.sub(pattern, mathml, content, flags=re.DOTALL)
+    return re.sub(r"(?<=\[)(-?[\d.]+), (?=-?[\d.]+\]</td>)", r"\1,&nbsp;", content)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
