@@ -1,4 +1,4 @@
-"""What a docstring says as plain text stays plain text: the site reads it as Markdown."""
+"""The code as the site reads it: docstrings are no Markdown, and concepts are dataclasses."""
 
 from __future__ import annotations
 
@@ -8,8 +8,19 @@ from typing import Any
 import griffe
 
 
-class Plain(griffe.Extension):
-    """Change the docstrings while the site is built, before Markdown is made of them."""
+class AsItIs(griffe.Extension):
+    """Change what was read of adamx, before Markdown is made of it."""
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Say of the concepts that they are dataclasses, for the signatures and the defaults."""
+        for module in pkg.modules.values():
+            if module.is_alias:
+                continue
+            self.on_package(pkg=module)
+            for kind in module.classes.values():
+                if not kind.is_alias and any(base.name == "Transformation" for base in kind.mro()):
+                    name = griffe.ExprName("dataclasses.dataclass")
+                    kind.decorators.append(griffe.Decorator(name, lineno=None, endlineno=None))
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Change the docstring of one module, class or function."""

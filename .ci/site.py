@@ -38,6 +38,8 @@ class Page(HTMLParser):
         self.quotations = 0
         self.bare_equations = 0
         self.described: list[str] = []  # the descriptions of the arguments and their like
+        self.signed: set[str] = set()  # the names that have a signature
+        self.last = ""  # the id of the last name of the reference
         self.words: list[str] = []
         self.open: list[tuple[str, str]] = []
         self.text = path.read_text()
@@ -57,6 +59,10 @@ class Page(HTMLParser):
         inside = [kind for _, kind in self.open]
         self.quotations += tag == "blockquote"
         self.bare_equations += values.get("display") == "block" and "equation" not in inside
+        if values.get("id", "").startswith("adamx."):
+            self.last = values["id"]
+        if "doc-signature" in values.get("class", ""):
+            self.signed.add(self.last)
         if "doc-md-description" in values.get("class", ""):
             self.described.append("")
         if tag not in VOID:
@@ -97,9 +103,13 @@ def faults_of_docstrings(name: str, page: Page, package: griffe.Module) -> Itera
     seen = 0
     for path in sorted(id for id in page.ids if id.startswith("adamx.")):
         try:
-            docstring = package[path.removeprefix("adamx.")].docstring
+            found = package[path.removeprefix("adamx.")]
         except KeyError:
             continue
+        concept = found.is_class and any(base.name == "Transformation" for base in found.mro())
+        if (concept or found.is_function) and path not in page.signed:
+            yield f"{name}: {path}: no signature"
+        docstring = found.docstring
         for section in docstring.parse("google") if docstring else []:
             if section.kind is griffe.DocstringSectionKind.text:
                 for block in section.value.split("\n\n"):
