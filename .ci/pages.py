@@ -82,7 +82,9 @@ def on_page_content(content: str, **_: Any) -> str:
 
     def mathml(match: re.Match[str]) -> str:
         display = "block" if match["open"] == "[" else "inline"
-        math = convert(html.unescape(match["tex"]), display=display)
+        # latex2mathml makes a table of `split`, and one line of `aligned`, which is the same
+        tex = html.unescape(match["tex"]).replace("{aligned}", "{split}")
+        math = convert(tex, display=display)
         # a hat is an accent, and not the circumflex of ASCII, which sinks into its letter
         math = math.replace("<mo>&#x0005E;</mo></mover>", f"{HAT}</mover>")
         return f'<div class="equation">{math}</div>' if display == "block" else math

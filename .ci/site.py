@@ -153,6 +153,8 @@ def faults(site: Path) -> Iterator[str]:
             yield f"{name}: {page.bare_equations} equations outside of class=equation"
         if "&#x0005E;</mo></mover>" in page.text:
             yield f"{name}: the circumflex of ASCII as a hat"
+        if 'linebreak="newline"' in page.text:
+            yield f"{name}: rows of an equation on one line"
         if name.startswith("reference/"):
             yield from faults_of_docstrings(name, page, package)
 
