@@ -19,7 +19,6 @@ TITLES = {  # of the pages of the reference, in their order; others follow under
     "transforms": "Concepts",
     "wrappers": "Around an optimizer",
     "storage": "Storage",
-    "precision": "Precision",
     "": "The step and the state",
     "inspect": "Inspection",
     "interop": "Other libraries",

@@ -39,10 +39,12 @@ from adamx.core.arithmetic import zeros
 from adamx.core.chain import chain
 from adamx.core.combine import combine
 from adamx.core.foreign import named
+from adamx.core.identity import identity
 from adamx.core.paths import all_but
 from adamx.core.precision_warning import PrecisionWarning
-from adamx.core.step import Step
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
+from adamx.core.wrapper import Wrapper
 from adamx.inspect.audit import Audit, audit
 from adamx.inspect.compare import Comparison, compare
 from adamx.inspect.plots import plot
@@ -75,11 +77,11 @@ from adamx.optimizers.sgd import sgd
 from adamx.optimizers.sgdw import sgdw
 from adamx.optimizers.stable_adamw import stable_adamw
 from adamx.optimizers.yogi import yogi
-from adamx.precision.master_weights import master_weights, masters
 from adamx.sharding import state_sharding
 from adamx.state import Adaptation, adapt_state
 from adamx.storage.bfloat16 import bfloat16
 from adamx.storage.choice import stored
+from adamx.storage.masters import masters
 from adamx.storage.moments import moments
 from adamx.storage.packed8 import packed8, ratio_bound
 from adamx.storage.packed16 import packed16
@@ -105,7 +107,6 @@ from adamx.transforms.ema_of_squares import ema_of_squares
 from adamx.transforms.extrapolation import extrapolation
 from adamx.transforms.growing_clip import growing_clip
 from adamx.transforms.half_life_schedule import half_life_schedule
-from adamx.transforms.identity import identity
 from adamx.transforms.interpolated_ema import interpolated_ema
 from adamx.transforms.nesterov_ema import nesterov_ema
 from adamx.transforms.ratio import ratio
@@ -125,6 +126,7 @@ from adamx.transforms.trust_ratio import trust_ratio
 from adamx.transforms.update_clipping import update_clipping
 from adamx.wrappers.accumulate import accumulate
 from adamx.wrappers.by_path import by_path
+from adamx.wrappers.master_weights import master_weights
 from adamx.wrappers.monitor import monitor, statistics
 from adamx.wrappers.skip_nonfinite import skip_nonfinite
 
@@ -134,11 +136,13 @@ __all__ = [
     "Adaptation",
     "Audit",
     "Comparison",
+    "LeafStep",
     "PrecisionWarning",
     "Step",
     "Storage",
     "Summary",
     "Transformation",
+    "Wrapper",
     "accumulate",
     "adabelief",
     "adagrad",

@@ -13,18 +13,19 @@ the storage changes, it is what the formula sees of the slots that is carried ov
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from adamx.core import lifting
+from adamx.core.concept import Slots
 from adamx.core.errors import describe
-from adamx.core.lifting import Slots, State
+from adamx.core.lifting import State
 from adamx.core.paths import flatten, leaves_by_path
 from adamx.core.transformation import Transformation
-from adamx.storage.moments import moments
-from adamx.storage.storage import Storage
+from adamx.storage.moments import decoded, decoded_slots, encoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,34 +53,34 @@ def _some(paths: tuple[str, ...]) -> str:
 
 
 def adapt_state(
-    tx: Transformation, params: Any, saved: Any, *, was: Transformation | None = None
+    tx: Transformation, params: Any, saved: Any, *, saved_by: Transformation | None = None
 ) -> tuple[State, Adaptation]:
     """Return the state that `tx` needs, with everything that `saved` has of it.
 
     Leaves are matched by path ("mu/dense/kernel") and cast to the dtype that `tx` keeps them in.
     The count and the recorded scalars come along, so that a schedule goes on where it was.
 
-    Where the two keep their slots in different storages, `was` says how to read the saved ones:
-    what the formula sees of them is carried over and encoded anew, rounded once, without bias.
-    Leaves that `tx` reads as `was` did stay as they are, bit for bit.
+    Where the two keep their slots in different storages, `saved_by` says how to read the saved
+    ones: they are decoded, carried over and encoded anew, rounded once, without bias. Leaves that
+    `tx` would decode to the same numbers stay as they are, bit for bit.
 
     Args:
         tx: the transformation to go on with.
         params: the parameters, as for `tx.init`.
         saved: a state of another composition, or the same in the containers of a checkpoint.
-        was: the transformation that made `saved`; needed where a storage changes: another
+        saved_by: the transformation that made `saved`; needed where a storage changes: another
             `moments=`, or other decays with "packed8", whose words depend on them. None otherwise.
 
     Returns:
-        The state, and what was filled in and dropped; with `was`, by the names that the formula
-        uses, such as `mu`.
+        The state, and what was filled in and dropped; with `saved_by`, by the names in the formula,
+        such as `mu`.
 
     Raises:
         TypeError: if `saved` has no `count`, so that it is no state of adamx.
         ValueError: if a saved leaf has another shape than the parameter's slot, or is complex
-            where that is real, as those of another model would; if a storage changes and `was` is
-            not given, or is not what made `saved`; if `keep` of `master_weights` changes;
-            or if two leaves have one path.
+            where that is real, as those of another model would; if a storage changes and `saved_by`
+            is not given, or did not make `saved`; if `keep` of `master_weights` changes; or if two
+            leaves have one path.
 
     Example:
         >>> import adamx
@@ -92,47 +93,61 @@ def adapt_state(
         And in another storage:
 
         >>> packed = adamx.adam(0.1, moments="packed16")
-        >>> state, adaptation = adapt_state(packed, params, state, was=adamx.adam(0.1))
+        >>> state, adaptation = adapt_state(packed, params, state, saved_by=adamx.adam(0.1))
         >>> print(state["moments"]["w"].dtype, adaptation)
         uint32 adapt_state: everything was carried over.
     """
-    if was is None:
+    if saved_by is None:
         return _matched(tx.init(params), saved)
-    before, misfit = _matched(was.init(params), saved)
+    before, misfit = _matched(saved_by.init(params), saved)
     if misfit.filled or misfit.dropped:
         raise ValueError(
-            "adapt_state: was must be the transformation that made saved, and these paths do not "
-            f"fit it: {_some(misfit.filled + misfit.dropped)}"
+            "adapt_state: saved_by must be the transformation that made saved, and these paths do "
+            f"not fit it: {_some(misfit.filled + misfit.dropped)}"
         )
-    after, adaptation = _matched(_revealed(tx.init(params), tx), _revealed(before, was))
+    start = tx.init(params)
+    after, adaptation = _matched(_seen(start, tx, params), _seen(before, saved_by, params))
+    leaves = lifting.take_apart(params, None)
+    tx = tx.for_tree(params)
+    columns = {name: leaves.column(name, start[name]) for name in tx.tree_names()}
     words, seen = leaves_by_path(before), leaves_by_path(after)
-
-    def start(concept: Transformation, path: str, first: Slots) -> Slots:
-        """Return one leaf's slots: the saved words where they say the same here, else new ones."""
-        wanted = {name: seen[_at(name, path)] for name in jax.eval_shape(concept.reveal, first)}
-        same = {name: words[_at(name, path)] for name in first if _at(name, path) in words}
-        if {n: x.dtype for n, x in same.items()} == {n: x.dtype for n, x in first.items()}:
-            read = concept.reveal(same)
-            if all(jnp.array_equal(read[name], x, equal_nan=True) for name, x in wanted.items()):
-                return same
-        return concept.conceal(wanted)
-
-    stored = lifting.init(tx, params, start)
-    in_storages = _in_storages(tx)
-    state = {name: x if name in in_storages else after[name] for name, x in stored.items()}
-    return state, adaptation
+    for i, (path, param) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
+        if param is not None:
+            first = {name: x[i] for name, x in columns.items() if x[i] is not None}
+            for name, x in _stored(tx.for_leaf(path, param), path, first, words, seen).items():
+                columns[name][i] = x
+    slots = {name: leaves.tree(column) for name, column in columns.items()}
+    return {name: slots[name] if name in slots else after[name] for name in start}, adaptation
 
 
-def _in_storages(tx: Transformation) -> set[str]:
-    """Return the names of what the storages in a transformation keep."""
-    storages = [part for part in lifting.parts(tx) if isinstance(part, Storage)]
-    return {name for storage in storages for name in lifting.slot_names(storage)}
+def _stored(concept: Any, path: str, first: Slots, words: Slots, seen: Slots) -> Slots:
+    """Return one leaf's slots: the saved words if they say the same here, else new ones.
+
+    Args:
+        concept: the variant of the transformation for this leaf.
+        path: the leaf's.
+        first: the start values of its slots.
+        words: the saved slots as they were stored, by path in the state.
+        seen: the slots as the formula sees them, by path in the state.
+    """
+    wanted = {
+        name: seen[_at(name, path)]
+        for name in jax.eval_shape(functools.partial(decoded, concept), first)
+    }
+    same = {name: words[_at(name, path)] for name in first if _at(name, path) in words}
+    if {n: x.dtype for n, x in same.items()} == {n: x.dtype for n, x in first.items()}:
+        read = decoded(concept, same)
+        if all(jnp.array_equal(read[name], x, equal_nan=True) for name, x in wanted.items()):
+            return same
+    return encoded(concept, wanted)
 
 
-def _revealed(state: State, tx: Transformation) -> State:
-    """Return the state with its slots as the formula sees them."""
-    in_storages = _in_storages(tx)
-    return {n: x for n, x in state.items() if n not in in_storages} | moments(state, tx)
+def _seen(state: State, tx: Transformation, params: Any) -> State:
+    """Return a state with its slots as the formula sees them."""
+    leaves = lifting.take_apart(params, None)
+    slots = decoded_slots(tx.for_tree(params), leaves, state)
+    others = {name: x for name, x in state.items() if name not in tx.tree_names()}
+    return others | {name: leaves.tree(column) for name, column in slots.items()}
 
 
 def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
@@ -198,7 +213,7 @@ def _kept_otherwise(name: str, first: Any, other: str, value: Any) -> ValueError
         return ValueError(what + "keep= of master_weights cannot change in the middle of a run")
     return ValueError(
         what + "the storage is another one: say which transformation made what was saved, "
-        "adapt_state(tx, params, saved, was=old_tx)"
+        "adapt_state(tx, params, saved, saved_by=old_tx)"
     )
 
 

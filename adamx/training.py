@@ -5,6 +5,7 @@ w_t = w_{t-1} + u_t, rounded to the parameter's dtype: to nearest, or up or down
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol
 
 import jax
@@ -14,11 +15,10 @@ import optax
 
 from adamx.core import errors, lifting
 from adamx.core.arithmetic import compute_dtype
-from adamx.core.precision_warning import ROUNDED
+from adamx.core.lifting import Between
+from adamx.core.precision_warning import PrecisionWarning
 from adamx.core.rounding import mix, random_bits, round_stochastically, step_key
 from adamx.core.transformation import Transformation
-from adamx.wrappers.accumulate import MICRO, SUM, accumulate
-from adamx.wrappers.monitor import SINCE, STATISTICS, monitor
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -60,10 +60,10 @@ def apply_updates(
             'count=state["count"]'
         )
     leaves = lifting.take_apart(updates, None)
-    beside = errors.beside(leaves.treedef, "params", params, leaves.values)
+    column = leaves.column("params", params)
     new = [
-        param if u is None else _added(errors.fitting(path, u, param), u, rounding, count)
-        for path, u, param in zip(leaves.paths, leaves.values, beside, strict=True)
+        param if u is None else _added(errors.check_shape(path, u, param), u, rounding, count)
+        for path, u, param in zip(leaves.paths, leaves.values, column, strict=True)
     ]
     return leaves.tree(new)
 
@@ -81,10 +81,14 @@ def _added(param: jax.Array, update: jax.Array, rounding: str, count: Any) -> ja
 
 
 class StepFunction(Protocol):
-    """What `make_step` returns."""
+    """The result of `make_step`."""
 
     def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
         """Return the new (params, state); the old ones are donated."""
+        ...
+
+    def init(self, params: Any) -> Any:
+        """Return the state before the first step; with stochastic rounding, without a warning."""
         ...
 
     def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
@@ -108,16 +112,17 @@ def make_step(
         tx: any adamx or Optax transformation.
         rounding: of parameters of 16 bits: "nearest", or "stochastic", for adamx transformations:
             the update is added in float32 and the sum rounded such that its mean is right (see
-            `apply_updates`). Made before `tx.init`, it keeps that from warning.
-        out_shardings: of (params, state), as for `jax.jit`; needed where the slots lie elsewhere
-            than their parameters (`state_sharding`). None leaves it to the compiler, which keeps
-            both where they are if they lie alike.
+            `apply_updates`).
+        out_shardings: of (params, state), as for `jax.jit`; needed if the slots are sharded
+            otherwise than their parameters (`state_sharding`). None leaves it to the compiler,
+            which keeps both where they are if they are sharded alike.
 
     Returns:
-        The jitted function; its `lower` shows the compiled program. Keyword arguments go on to
-        `tx.update`. For `accumulate` and `monitor` it is two programs, chosen by a number in the
-        state; `lower` shows the one that the call would run or, for an abstract state, the one that
-        steps or measures.
+        The jitted function. Keyword arguments go on to `tx.update`. Its `init` is `tx.init`, but
+        with stochastic rounding it does not warn of 16-bit parameters. For a transformation with
+        cheaper calls between full steps, such as `accumulate` and `monitor`, it is several
+        programs, chosen by a number in the state. `lower` shows the program that the call would run
+        or, for an abstract state, that of a full step.
 
     Raises:
         TypeError: if `tx` is not a transformation, or not one of adamx where that is needed.
@@ -140,17 +145,70 @@ def make_step(
         raise TypeError(
             f'make_step: rounding="stochastic" counts the steps with the state of adamx, got {tx!r}'
         )
-    if rounding == "stochastic":
-        vars(tx)[ROUNDED] = True
-    program = _program(tx, rounding, out_shardings)
-    if isinstance(tx, accumulate):
-        return _InTwoPrograms(MICRO, tx.every, _Adding(tx, out_shardings), program)
-    if isinstance(tx, monitor) and tx.every not in (None, 1):
-        return _InTwoPrograms(SINCE, tx.every, _Unseen(tx, rounding, out_shardings), program)
-    return program
+    return _Step(tx, rounding, out_shardings)
 
 
-def _program(tx: Any, rounding: str, out_shardings: Any) -> StepFunction:
+class _Step:
+    """The step: one program for full steps, and others for the calls between them.
+
+    Which it is depends on numbers in the state. Those of the state that was last returned are known
+    here, so that the device is asked only at the start, and never waited for.
+    """
+
+    def __init__(self, tx: Any, rounding: str, out_shardings: Any) -> None:
+        self._tx, self._rounding = tx, rounding
+        self._programs: list[Any] = [_program(tx, rounding, out_shardings)]
+        self._between: list[Between] = []
+        while isinstance(tx, Transformation) and (found := tx.between()):
+            self._programs.append(_PartOfState(found, rounding, out_shardings))
+            self._between.append(found)
+            tx = found.tx
+        self._known: dict[str, tuple[Any, int]] = {}
+
+    def init(self, params: Any) -> Any:
+        with warnings.catch_warnings():
+            if self._rounding == "stochastic":
+                warnings.simplefilter("ignore", PrecisionWarning)
+            return self._tx.init(params)
+
+    def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
+        numbers = self._numbers(state)
+        chosen = self._choose(numbers)
+        params, state = self._programs[chosen](params, state, grads, **extra)
+        for i, (found, number) in enumerate(zip(self._between, numbers, strict=True)):
+            if number is None or (i >= chosen and not found.always_counts):
+                self._known.pop(found.counter, None)
+            else:
+                self._known[found.counter] = state[found.counter], (number + 1) % found.every
+        return params, state
+
+    def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
+        chosen = self._choose(self._numbers(state))
+        return self._programs[chosen].lower(params, state, grads, **extra)
+
+    def _choose(self, numbers: list[int | None]) -> int:
+        """Return which program to run: the first that does all that is due."""
+        for i, (found, number) in enumerate(zip(self._between, numbers, strict=True)):
+            if number is None or number + 1 >= found.every:
+                return i  # it knows what to do at any number
+        return len(self._between)
+
+    def _numbers(self, state: Any) -> list[int | None]:
+        """Return the counters; None where a trace or vmap hides one."""
+        if self._between:
+            errors.check_state(state)
+        numbers: list[int | None] = []
+        for found in self._between:
+            array, number = self._known.get(found.counter, (None, 0))
+            counter = errors.counter(state, found.counter)
+            if counter is not array:
+                concrete = lifting.is_concrete(counter)
+                number = int(jax.device_get(counter)) if concrete else None
+            numbers.append(number)
+        return numbers
+
+
+def _program(tx: Any, rounding: str, out_shardings: Any) -> Any:
     """Return the jitted step, in place."""
     update = optax.with_extra_args_support(tx).update
 
@@ -158,91 +216,49 @@ def _program(tx: Any, rounding: str, out_shardings: Any) -> StepFunction:
         if rounding == "nearest":
             updates, state = update(grads, state, params, **extra)
             return apply_updates(params, updates), state
-        updates, state = lifting.update(tx, grads, state, params, extra, narrow=False)
+        updates, state = lifting.update(tx, grads, state, params, extra, wide=True)
         return apply_updates(params, updates, rounding=rounding, count=state["count"]), state
 
     return jax.jit(step, donate_argnames=("params", "state"), out_shardings=out_shardings)
 
 
-class _InTwoPrograms:
-    """The step of `accumulate` or `monitor`: one program for every n-th call, another in between.
+class _PartOfState:
+    """A program between full steps: it is given only what it changes.
 
-    Which it is depends on a number in the state. That of the state that was last returned is known
-    here, so that the device is asked only at the start, and never waited for.
+    The other entries of the state, hundreds of scalars perhaps, are handed on without it; so are
+    the parameters if it does not move them.
     """
 
-    def __init__(self, counter: str, every: int, between: StepFunction, last: StepFunction) -> None:
-        self._counter, self._every = counter, every
-        self._between, self._last = between, last
-        self._known: tuple[Any, int] = None, 0
-
-    def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
-        errors.check_state(state)
-        number = self._number(state)
-        if number is None:  # the last knows what to do at any number
-            return self._last(params, state, grads, **extra)
-        step = self._last if number + 1 >= self._every else self._between
-        params, state = step(params, state, grads, **extra)
-        self._known = state[self._counter], (number + 1) % self._every
-        return params, state
-
-    def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
-        number = self._number(state)
-        last = number is None or number + 1 >= self._every
-        return (self._last if last else self._between).lower(params, state, grads, **extra)
-
-    def _number(self, state: Any) -> int | None:
-        """Return how many calls the state has seen; None where a trace or vmap hides it."""
-        array, number = self._known
-        counter = errors.counter(state, self._counter)
-        if counter is array:
-            return number
-        return int(counter) if lifting.is_concrete(counter) else None
-
-
-class _Adding:
-    """The program of `accumulate` that adds a gradient: it is given two entries of the state."""
-
-    def __init__(self, tx: accumulate, out_shardings: Any) -> None:
-        own = None if out_shardings is None else _two(out_shardings[1])
-        self._add = jax.jit(tx.add, donate_argnums=0, out_shardings=own)
-
-    def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
-        return params, state | self._add(_two(state), grads)
-
-    def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
-        return self._add.lower(_two(state), grads)
-
-
-def _two(state: Any) -> Any:
-    if not isinstance(state, dict):
-        return state  # one sharding for all of it
-    return {name: state[name] for name in (SUM, MICRO)}
-
-
-class _Unseen:
-    """The program of `monitor` that does not measure: that of the optimizer inside.
-
-    The statistics, hundreds of scalars perhaps, are handed on without it: each would be copied.
-    """
-
-    def __init__(self, tx: monitor, rounding: str, out_shardings: Any) -> None:
+    def __init__(self, between: Between, rounding: str, out_shardings: Any) -> None:
+        self._names = {"count", *between.tx.state_names()}
+        self._moves = between.moves
         if out_shardings is not None:
-            out_shardings = out_shardings[0], _inside(out_shardings[1])
-        self._step = _program(tx.children[0], rounding, out_shardings)
+            params, state = out_shardings
+            out_shardings = (params, self._part(state)) if self._moves else self._part(state)
+        if self._moves:
+            self._program = _program(between.tx, rounding, out_shardings)
+        else:
+            self._program = jax.jit(
+                lambda state, grads, extra: lifting.update(between.tx, grads, state, None, extra)[
+                    1
+                ],
+                donate_argnums=0,
+                out_shardings=out_shardings,
+            )
 
     def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
-        own = {STATISTICS: errors.entry(state, STATISTICS), SINCE: state[SINCE] + 1}
-        params, new = self._step(params, _inside(state), grads, **extra)
-        merged = new | own
-        return params, {name: merged[name] for name in state}
+        if self._moves:
+            params, new = self._program(params, self._part(state), grads, **extra)
+        else:
+            new = self._program(self._part(state), grads, extra)
+        return params, {name: new.get(name, x) for name, x in state.items()}
 
     def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
-        return self._step.lower(params, _inside(state), grads, **extra)
+        if self._moves:
+            return self._program.lower(params, self._part(state), grads, **extra)
+        return self._program.lower(self._part(state), grads, extra)
 
-
-def _inside(state: Any) -> Any:
-    """Return a state, or its shardings, without what `monitor` keeps."""
-    if not isinstance(state, dict):
-        return state  # one sharding for all of it
-    return {name: x for name, x in state.items() if name not in (STATISTICS, SINCE)}
+    def _part(self, state: Any) -> Any:
+        if not isinstance(state, dict):
+            return state  # one sharding for all of it
+        return {name: x for name, x in state.items() if name in self._names}

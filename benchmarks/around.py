@@ -91,9 +91,9 @@ def compiled_steps(like: Any) -> dict[str, Step]:
 
     def kept(params: Any) -> tuple[Any, ...]:
         fresh = tx.init(params)
-        return ({name: fresh[name] for name in ("accumulated", "micro_step")},)
+        return ({name: fresh[name] for name in ("count", "accumulated", "micro_step")},)
 
-    found[MICRO] = adding, kept, lambda kept, grads: (adding(kept, grads),)
+    found[MICRO] = adding, kept, lambda kept, grads: (adding(kept, grads, {}),)
     last = adamx.accumulate(adamx.adamw(1e-3), 1)  # the same program, in which every step is final
     closing = compile_step(last, like)
     found[FINAL] = closing, lambda params: (params, last.init(params)), closing

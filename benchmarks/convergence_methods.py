@@ -46,7 +46,7 @@ def ours(build: Callable[..., adamx.Transformation], rounding: str = "nearest") 
     def make(rate: optax.ScalarOrSchedule, **options: float) -> Pair:
         tx = build(rate, **options)
         step = adamx.make_step(tx, rounding=rounding)
-        return tx.init, step
+        return step.init, step
 
     return make
 

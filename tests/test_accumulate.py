@@ -199,8 +199,8 @@ def test_two_programs_are_compiled_and_no_more():
         before = a
         a = step(*a, g)
         assert before[1]["accumulated"]["w"].is_deleted()  # both work in place
-    assert step._between._add._cache_size() == 1  # pyright: ignore
-    assert step._last._cache_size() == 1  # pyright: ignore
+    full, add = step._programs  # pyright: ignore
+    assert full._cache_size() == add._program._cache_size() == 1
 
 
 def test_the_device_is_asked_at_the_start_only(monkeypatch):

@@ -271,7 +271,7 @@ def runs():
 def test_the_moments_are_carried_over_to_any_storage(of, to, runs):
     params, state = runs[of]
     old, new = adam(of), adam(to)
-    carried, adaptation = adapt_state(new, params, state, was=old)
+    carried, adaptation = adapt_state(new, params, state, saved_by=old)
     assert (adaptation.filled, adaptation.dropped) == ((), ())
     assert jax.eval_shape(lambda: carried) == jax.eval_shape(new.init, params)
     assert carried["count"] == 10 and carried["learning_rate"] == np.float32(RATE)
@@ -281,7 +281,7 @@ def test_the_moments_are_carried_over_to_any_storage(of, to, runs):
         assert_same(carried, state)
     if to == "float32":
         assert_same({name: carried[name] for name in ("mu", "nu")}, read)
-    back, _ = adapt_state(old, params, carried, was=new)
+    back, _ = adapt_state(old, params, carried, saved_by=new)
     if of in ("bfloat16", "packed16") and to == "float32":
         assert_same(back, state)  # what has been rounded is rounded to itself
 
@@ -290,7 +290,7 @@ def test_every_word_of_a_storage_that_stays_stays_as_it_is():
     params, tx = jnp.zeros(2**16), adam("packed8")
     state = tx.init(params) | {"moments": jnp.arange(2**16).astype(jnp.uint16)}
     guarded = adamx.skip_nonfinite(tx)
-    assert_same(adapt_state(guarded, params, state, was=tx)[0]["moments"], state["moments"])
+    assert_same(adapt_state(guarded, params, state, saved_by=tx)[0]["moments"], state["moments"])
 
 
 def test_a_storage_added_to_a_saved_run_makes_no_jump(saved, checkpointer, runs):
@@ -299,7 +299,7 @@ def test_a_storage_added_to_a_saved_run_makes_no_jump(saved, checkpointer, runs)
     folder = saved(state)
     with pytest.raises(ValueError, match="structure"):
         checkpointer.restore(folder, jax.eval_shape(new.init, params))
-    carried, _ = adapt_state(new, params, checkpointer.restore(folder), was=old)
+    carried, _ = adapt_state(new, params, checkpointer.restore(folder), saved_by=old)
     grads = gradient(10, params)
     (a, after), (b, wanted) = new.update(grads, carried), old.update(grads, state)
     moments = adamx.moments(after, new)
@@ -324,26 +324,28 @@ def test_a_storage_added_to_a_saved_run_makes_no_jump(saved, checkpointer, runs)
 )
 def test_moments_are_not_lost_in_another_storage_without_being_told(of, to, runs):
     params, state = runs[of]
-    with pytest.raises(ValueError, match=r"adapt_state: '(mu|moments)/.*was saved as.*was=old_tx"):
+    with pytest.raises(
+        ValueError, match=r"adapt_state: '(mu|moments)/.*was saved as.*saved_by=old_tx"
+    ):
         adapt_state(adam(to), params, state)
 
 
 def test_the_old_transformation_has_to_be_the_one_that_made_the_state(runs):
     params, state = runs["packed16"]
     for wrong in (adam("float32"), adam("packed8")):
-        with pytest.raises(ValueError, match=r"adapt_state: .*was=old_tx"):
-            adapt_state(adam("packed16"), params, state, was=wrong)
+        with pytest.raises(ValueError, match=r"adapt_state: .*saved_by=old_tx"):
+            adapt_state(adam("packed16"), params, state, saved_by=wrong)
     with pytest.raises(
-        ValueError, match=r"was must be .* do not fit it: consecutive_skipped, skipped"
+        ValueError, match=r"saved_by must be .* do not fit it: consecutive_skipped, skipped"
     ):
         wrong = adamx.skip_nonfinite(adam("packed16"))
-        adapt_state(adam("packed16"), params, state, was=wrong)
+        adapt_state(adam("packed16"), params, state, saved_by=wrong)
 
 
 def test_other_decays_are_carried_over_in_packed8(runs):
     params, state = runs["packed8"]
     old, new = adam("packed8"), adam("packed8", b1=0.5)
-    carried, _ = adapt_state(new, params, state, was=old)
+    carried, _ = adapt_state(new, params, state, saved_by=old)
     found, read = adamx.moments(carried, new), adamx.moments(state, old)
     moments_within(found, read, "packed8")
     assert_same(found["nu"], read["nu"])
@@ -364,7 +366,7 @@ def test_groups_with_masters_change_their_storages_leaf_by_leaf():
     old = in_groups(w="packed16", b="float32", v="packed8")
     new = in_groups(w="bfloat16", b="packed16", v="packed8")
     params, state = train(adamx.make_step(old), (params, old.init(params)), range(7))
-    carried, adaptation = adapt_state(new, params, state, was=old)
+    carried, adaptation = adapt_state(new, params, state, saved_by=old)
     assert (adaptation.filled, adaptation.dropped) == ((), ())
     assert jax.eval_shape(lambda: carried) == jax.eval_shape(new.init, params)
     kept = ("count", "remainder", "accumulated", "micro_step", "skipped", "learning_rate")
@@ -374,7 +376,7 @@ def test_groups_with_masters_change_their_storages_leaf_by_leaf():
     for leaf, moments in {"w": "bfloat16", "b": "packed16", "v": "float32"}.items():
         here, there = ({name: x[name][leaf] for name in ("mu", "nu")} for x in (found, read))
         moments_within(here, there, moments)
-    back, _ = adapt_state(old, params, carried, was=new)
+    back, _ = adapt_state(old, params, carried, saved_by=new)
     assert_same(back["moments"]["v"], state["moments"]["v"])
     step = adamx.make_step(new)
     assert_same(adamx.masters(params, carried), adamx.masters(params, state))
@@ -387,7 +389,7 @@ def test_a_storage_inside_a_storage_is_carried_over():
 
     old, new = made(adamx.scale_by_adam()), made(adamx.packed16(adamx.scale_by_adam()))
     params, state = train(adamx.make_step(old), (FLOAT32, old.init(FLOAT32)), range(3))
-    carried, _ = adapt_state(new, params, state, was=old)
+    carried, _ = adapt_state(new, params, state, saved_by=old)
     assert_same(carried["trace"], state["trace"])
     read, found = adamx.moments(state, old), adamx.moments(carried, new)
     assert_same(found["mu"], read["mu"])  # of 7 bits here and there
@@ -397,11 +399,11 @@ def test_a_storage_inside_a_storage_is_carried_over():
 def test_a_new_slot_is_filled_in_and_an_old_one_dropped_beside_another_storage(runs):
     params, state = runs["packed16"]
     tx = adamx.amsgrad(RATE, moments="bfloat16")
-    carried, adaptation = adapt_state(tx, params, state, was=adam("packed16"))
+    carried, adaptation = adapt_state(tx, params, state, saved_by=adam("packed16"))
     assert set(adaptation.filled) == {"nu_max/b", "nu_max/w"} and not adaptation.dropped
     moments_within(adamx.moments(carried, tx), adamx.moments(state, adam("packed16")), "bfloat16")
     tx = adamx.momentum(RATE)
-    carried, adaptation = adapt_state(tx, params, state, was=adam("packed16"))
+    carried, adaptation = adapt_state(tx, params, state, saved_by=adam("packed16"))
     assert adaptation.dropped == ("nu/b", "nu/w") and not adaptation.filled
     assert_same(carried["mu"], adamx.moments(state, adam("packed16"))["mu"])
 
@@ -420,7 +422,7 @@ def test_what_is_kept_of_the_masters_cannot_change(of, to):
     for a, b in ((of, to), (to, of)):
         for was in (None, made(a)):
             with pytest.raises(ValueError, match=r"keep= of master_weights cannot change"):
-                adapt_state(made(b), BFLOAT16, made(a).init(BFLOAT16), was=was)
+                adapt_state(made(b), BFLOAT16, made(a).init(BFLOAT16), saved_by=was)
 
 
 def test_masters_are_added_to_a_saved_run():

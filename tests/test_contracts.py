@@ -209,9 +209,9 @@ def test_eager_jitted_and_inline_agree(name):
 def test_second_call_does_not_compile(name, monkeypatch):
     tx, params = TRANSFORMATIONS[name](), example()
     traces = []
-    original = type(tx).resolve
+    original = type(tx).for_tree
     monkeypatch.setattr(
-        type(tx), "resolve", lambda self, tree: (traces.append(1), original(self, tree))[1]
+        type(tx), "for_tree", lambda self, tree: (traces.append(1), original(self, tree))[1]
     )
     state = tx.init(params)
     traces.clear()
@@ -347,7 +347,7 @@ def test_stands_inside_optax(name):
         adamx.chain(tx),
         adamx.chain(adamx.named("all", tx)),
     ]
-    if not tx.stands_alone:
+    if not tx.place == "outermost":
         outers.append(adamx.chain(adamx.identity(), adamx.chain(tx)))
     together = jax.jit(lambda p: [outer.update(p, outer.init(p), p)[0] for outer in outers])
     for got in together(params):

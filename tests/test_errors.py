@@ -832,7 +832,7 @@ class Only(adamx.Transformation):
     paths: frozenset[str]
     inner: adamx.Transformation
 
-    def bind(self, path, leaf):
+    def for_leaf(self, path, leaf):
         return self.inner if path in self.paths else adamx.identity()
 
 
@@ -927,7 +927,7 @@ def test_a_concept_that_mixes_dtypes_is_told_so_where_promotion_is_strict():
 class Norm(adamx.Transformation):
     """A concept that reads the whole tree."""
 
-    def measure(self, step, leaves):
+    def tree_scalars(self, step, leaves):
         return sum(jnp.sum(x * x) for x in leaves)
 
     def emit(self, u, slots, step):
@@ -954,7 +954,7 @@ A_BRANCH = {
 @pytest.mark.parametrize(
     ("branch", "kind", "said"),
     [
-        (optax.clip(1.0), TypeError, "got a foreign transformation, which acts on whole trees"),
+        (optax.clip(1.0), TypeError, "got an Optax transformation, which acts on whole trees"),
         (adamx.chain(optax.clip(1.0)), ValueError, r"got chain\(.*\), which reads the whole tree"),
         (Norm(), ValueError, r"got Norm\(\), which reads the whole tree"),
         (adamx.chain(adamx.ema(0.9), Norm()), ValueError, "got .* which reads the whole tree"),

@@ -167,7 +167,7 @@ def test_a_group_may_clip_by_its_own_norm_and_keep_masters():
 
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), start())
     masters = adamx.by_path({"embed": adamx.master_weights(adamx.sgd(2.0**-10))}, default=None)
-    assert masters.stands_last
+    assert masters.place == "last"
     _, state = train(masters, [jax.tree.map(jnp.ones_like, half)] * 3, half)
     assert state["remainder"]["embed"].dtype == jnp.int16
     assert state["remainder"]["layers"][0]["bias"] is None
@@ -256,7 +256,7 @@ def test_groups_whose_last_stage_settles_the_parameters_come_last():
 
 def test_a_concept_in_a_group_sees_the_whole_state():
     class times_count(adamx.Transformation):
-        def prepare(self, step):
+        def scalars(self, step):
             return step.state["count"].astype(float)
 
         def emit(self, u, slots, step):

@@ -16,7 +16,7 @@ from flax.training import dynamic_scale
 import adamx
 from adamx import master_weights, masters
 from adamx.core.rounding import bits_of, from_bits
-from adamx.precision.remainder import join, split, split8
+from adamx.storage.remainder import join, split, split8
 
 KEEP = ("remainder", "remainder8", "float32")
 BF16 = jnp.bfloat16
@@ -369,9 +369,11 @@ def test_the_step_copies_nothing(keep, most):
 
 
 def warned(tx, params):
+    """The warnings of `init`, each at the line of the caller."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tx.init(params)
+    assert all(w.filename == __file__ for w in caught)
     return [str(w.message) for w in caught if w.category is adamx.PrecisionWarning]
 
 
@@ -390,9 +392,19 @@ def test_what_needs_no_warning_does_not_warn():
     assert not warned(adamx.chain(adamx.identity(), master_weights(adamx.adam(1e-3))), half)
     assert not warned(adamx.ema(0.9), half)
     tx = adamx.adam(1e-3)
-    adamx.make_step(tx, rounding="stochastic")
-    assert not warned(tx, half)
-    assert warned(adamx.adam(1e-3), half)
+    step = adamx.make_step(tx, rounding="stochastic")
+    assert not warned(step, half)
+    assert warned(tx, half) and warned(adamx.make_step(tx), half)
+
+
+def test_a_step_leaves_nothing_in_its_transformation():
+    tx = adamx.adam(1e-3)
+    before = dict(vars(tx))
+    params = jnp.ones(2, BF16)
+    step = adamx.make_step(tx, rounding="stochastic")
+    step(params, step.init(params), jnp.ones(2, BF16))
+    assert all(vars(tx)[name] is value for name, value in before.items())
+    assert vars(tx).keys() - before.keys() <= {"_flat", "_slot_names", "recorded_names"}
 
 
 # ----------------------------------------------------------------------------------- loss scaling

@@ -143,8 +143,8 @@ def test_two_programs_are_compiled_and_the_cheap_one_runs_in_between():
     step = adamx.make_step(tx)
     _, state = trained(tx, 7, step=step)
     assert int(state["monitor_step"]) == 1
-    between: Any = step._between  # pyright: ignore
-    assert between._step._cache_size() == step._last._cache_size() == 1  # pyright: ignore
+    full, between = step._programs  # pyright: ignore
+    assert between._program._cache_size() == full._cache_size() == 1
     like = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
     programs = (between, tx), (adamx.make_step(adamw()), adamw())  # pyright: ignore
     costs: Any = [
@@ -152,7 +152,7 @@ def test_two_programs_are_compiled_and_the_cheap_one_runs_in_between():
         for program, of in programs
     ]
     moved = [cost["bytes accessed"] for cost in costs]
-    assert moved[0] == moved[1]
+    assert moved[0] <= moved[1] + 32  # and the counter
 
 
 def test_none_keeps_the_state_and_measures_nothing():

@@ -86,7 +86,7 @@ class guarded(Transformation):
 
     inner: Transformation
 
-    def measure(self, step, leaves):
+    def tree_scalars(self, step, leaves):
         ok = jnp.array([jnp.isfinite(u).all() for u in leaves]).all()
         return {
             "ok": ok,
@@ -128,10 +128,10 @@ class by_path(Transformation):
     patterns: tuple[str, ...]
     concepts: tuple[Transformation, ...]
 
-    def bind(self, path, leaf):
+    def for_leaf(self, path, leaf):
         for pattern, concept in zip(self.patterns, self.concepts, strict=True):
             if fnmatch.fnmatch(path, pattern):
-                return concept.bind(path, leaf)
+                return concept.for_leaf(path, leaf)
         raise ValueError(f"by_path: nothing matches {path!r}")
 
 
@@ -239,7 +239,7 @@ def test_a_concept_reads_the_old_slots():
 class clip_by_global_norm(Transformation):
     max_norm: float
 
-    def measure(self, step, leaves):
+    def tree_scalars(self, step, leaves):
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(u)) for u in leaves))
         return {"factor": jnp.minimum(1, self.max_norm / norm), "grad_norm": norm}
 
@@ -278,7 +278,7 @@ def test_a_concept_that_reads_the_tree_cannot_stand_in_a_branch():
 
 
 class scaled_by_loss(Transformation):
-    def prepare(self, step):
+    def scalars(self, step):
         return step.extra["value"]
 
     def record(self, scalars):
@@ -290,7 +290,7 @@ class scaled_by_loss(Transformation):
 
 def test_extra_arguments_reach_the_concept_that_reads_them():
     class at_init(scaled_by_loss):
-        def prepare(self, step):
+        def scalars(self, step):
             return step.extra.get("value", 0.0)
 
     tx = chain(at_init(), scale(-1.0))
@@ -308,7 +308,7 @@ def test_a_kernel_is_traced_once_for_each_shape_and_dtype():
 
     class counted(Transformation):
         def emit(self, u, slots, step):
-            traces.append((u.shape, step.dtype))
+            traces.append((u.shape, step.grad_dtype))
             return u
 
     tree = {

@@ -161,7 +161,7 @@ def test_wrong_arguments_are_named():
         adamx.schedule_free_adamw(0.1, b1=0.0)
     with pytest.raises(TypeError, match="inner must be an adamx transformation"):
         adamx.schedule_free(0.1, 0.1)  # pyright: ignore
-    with pytest.raises(TypeError, match="schedule_free: got a foreign transformation"):
+    with pytest.raises(TypeError, match="schedule_free: got an Optax transformation"):
         adamx.schedule_free(optax.sgd(0.1), 0.1)  # pyright: ignore
     with pytest.raises(ValueError, match="schedule_free: needs the parameters"):
         tx = adamx.schedule_free(adamx.sgd(0.1), 0.1)

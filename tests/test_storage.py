@@ -358,7 +358,7 @@ def test_what_cannot_be_stored_so_is_refused_at_construction(build, message):
 def test_moments_of_another_kind_are_refused():
     with pytest.raises(TypeError, match="moments must be one of"):
         adamx.adam(0.1, moments=16)  # pyright: ignore
-    with pytest.raises(TypeError, match="packed16: got a foreign transformation"):
+    with pytest.raises(TypeError, match="packed16: got an Optax transformation"):
         packed16(optax.scale_by_adam())  # pyright: ignore
     with pytest.raises(TypeError, match="inner must be an adamx transformation, got 3"):
         packed16(3)  # pyright: ignore

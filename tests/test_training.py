@@ -56,7 +56,7 @@ def test_every_donated_buffer_is_reused_for_the_result_at_its_place():
 
 def test_step_hands_on_extra_arguments():
     class scaled_by_value(adamx.Transformation):
-        def prepare(self, step):
+        def scalars(self, step):
             return step.extra.get("value", 1.0)
 
         def emit(self, u, slots, step):

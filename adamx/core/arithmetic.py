@@ -7,6 +7,7 @@ Three dtypes, named: *compute* is float32, or wider where a leaf is; *store* is 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import numbers
 from typing import Any
 
@@ -84,16 +85,52 @@ def zeros(param: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
 
 
 def placed_like(start: jax.Array, param: jax.Array) -> jax.Array:
-    """Return a start value on the devices of its parameter, also where it is compiled.
+    """Return a start value on the devices of its parameter, also if it is compiled.
 
-    Under `jax.jit(tx.init)` zeros depend on nothing, and would all be made on one device. Outside
-    of jit `zeros_like` has placed them; a slot of another shape places itself.
+    Under `jax.jit(tx.init)` zeros depend on nothing, and would all be made on one device. A slot of
+    another shape is placed along the axes that it shares with its parameter (`shared_axes`).
     """
-    if isinstance(param, Tracer) and start.shape == param.shape:
-        # a choice between equals lies where that lies by which it is made; the barrier keeps the
-        # compiler from seeing that they are equal before the partitioner has come by
-        return jax.lax.select(param == param, start, jax.lax.optimization_barrier(start))
-    return start
+    axes = shared_axes(start.shape, param.shape)
+    own = tuple(i for i, axis in enumerate(axes) if axis is None)
+    alone = start.shape != param.shape and len(own) == len(axes)
+    if alone or not isinstance(param, Tracer):
+        return start  # outside of jit `zeros_like` has placed it
+    # The select inherits the sharding of its condition. The barrier keeps XLA from simplifying it
+    # before the partitioner has run.
+    others = tuple(i for i in range(param.ndim) if i not in axes)
+    true = jnp.all(param == param, others) if others else param == param
+    if own:
+        true = jnp.broadcast_to(jnp.expand_dims(true, own), start.shape)
+    if jax.typeof(start).sharding != jax.typeof(true).sharding:  # on a mesh with explicit axes
+        start = jax.sharding.reshard(start, jax.typeof(true).sharding)
+    return jax.lax.select(true, start, jax.lax.optimization_barrier(start))
+
+
+def shared_axes(shape: tuple[int, ...], param: tuple[int, ...]) -> tuple[int | None, ...]:
+    """Return for each axis of a slot the axis of its parameter that it is, or None.
+
+    With as many axes as the parameter, an axis is the parameter's if both are equally long. With
+    fewer, the slot's shape has to be the parameter's with some axes left out in one way only: a row
+    of a square matrix is as long as a column.
+
+    Args:
+        shape: of the slot.
+        param: the shape of the parameter.
+
+    Example:
+        >>> shared_axes((1, 3), (2, 3)), shared_axes((2,), (2, 3)), shared_axes((2,), (2, 2))
+        ((None, 1), (0,), (None,))
+    """
+    if len(shape) == len(param):
+        return tuple(
+            i if a == b else None for i, (a, b) in enumerate(zip(shape, param, strict=True))
+        )
+    kept = [
+        axes
+        for axes in itertools.combinations(range(len(param)), len(shape))
+        if tuple(param[i] for i in axes) == shape
+    ]
+    return kept[0] if len(kept) == 1 else (None,) * len(shape)
 
 
 def average(old: jax.Array, new: jax.Array, decay: Any, weight: Any) -> jax.Array:

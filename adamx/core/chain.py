@@ -1,22 +1,25 @@
 """One stage after the other: `chain(f, g)` feeds what f emits to g.
 
 A chain inside another chain is spliced, so that chaining is associative. Inside a concept (a
-branch of a fan-out, say) a chain acts on one array; at the top it also takes what acts on trees:
-foreign transformations, and concepts that read the whole tree.
+branch of a fan-out, say) a chain acts on one array; at the top its stages may also act on the whole
+tree: Optax transformations, and concepts that read all updates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import optax
 
-from adamx.core import errors, lifting
-from adamx.core.expressions import Expr
-from adamx.core.foreign import as_concept
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots, accumulated, emitted, parts
+from adamx.core.foreign import as_concept, named, narrow
+from adamx.core.lifting import Between
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr
+from adamx.formula.symbols import Symbols
 
 
 class chain(Transformation):
@@ -24,7 +27,7 @@ class chain(Transformation):
 
     Attributes:
         stages: adamx concepts, chains of them, and Optax transformations, in any order. The state
-            of an Optax transformation stands under its factory's name.
+            of an Optax transformation is stored under the name of the function that made it.
 
     Raises:
         TypeError: if a stage is not a transformation.
@@ -44,41 +47,44 @@ class chain(Transformation):
 
     stages: tuple[Transformation, ...]
 
-    holds_trees = True
-    variadic = "stages"
-
     def __init__(self, *stages: optax.GradientTransformation) -> None:
         spliced: list[Transformation] = []
         for stage in stages:
             concept = as_concept(stage, "chain: a stage")
             spliced += concept.stages if isinstance(concept, chain) else [concept]
         for stage in spliced[:-1]:
-            if stage.stands_last:
+            if stage.place == "last":
                 raise ValueError(
                     f"chain: {type(stage).__name__} settles what the parameters become, so that it "
                     f"has to be the last stage, and {spliced[-1]!r} follows it: put that inside"
                 )
         for stage in spliced if len(spliced) > 1 else ():
-            for part in lifting.parts(stage):
-                if part.stands_alone:
+            for part in parts(stage):
+                if part.place == "outermost":
                     raise ValueError(
                         f"chain: {type(part).__name__} wraps the whole optimizer, so that it can "
                         f"be no stage of it: write {type(part).__name__}(chain(...), ...)"
                     )
-        object.__setattr__(self, "stages", tuple(spliced))
+        self._set(stages=tuple(spliced))
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    @classmethod
+    def check_argument(cls, name: str, value: Any) -> None:
+        pass  # `as_concept` does
+
+    def arguments(self) -> Iterator[tuple[str, Any]]:
+        yield from (("", stage) for stage in self.stages)
+
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         new: Slots = {}
         for i, stage in enumerate(self.stages):
-            changed = stage.accumulate(u, slots | new, step.child(i))
-            errors.check_accumulated(stage, slots, changed)
-            new |= changed
-            u = _emitted(stage, u, slots | new, step.child(i))
+            new |= accumulated(stage, u, slots | new, step.child(i))
+            if i + 1 < len(self.stages):
+                u = emitted(stage, u, slots | new, step.child(i))
         return new
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         for i, stage in enumerate(self.stages):
-            u = _emitted(stage, u, slots, step.child(i))
+            u = emitted(stage, u, slots, step.child(i))
         return u
 
     def tree_names(self) -> tuple[str, ...]:
@@ -90,11 +96,16 @@ class chain(Transformation):
     def segments(self) -> list[Transformation]:
         runs: list[list[Transformation]] = []
         for stage in self.stages:
-            if runs and stage.leafwise and not runs[-1][-1].holds_trees:
+            if runs and stage.leafwise and not _over_the_tree(runs[-1][-1]):
                 runs[-1].append(stage)
-            else:
-                runs.append([stage])
+                continue
+            if runs and isinstance(stage, named):
+                runs.append([narrow()])
+            runs.append([stage])
         return [run[0] if len(run) == 1 else chain(*run) for run in runs or [[]]]
+
+    def between(self) -> Between | None:
+        return self.stages[0].between() if len(self.stages) == 1 else None
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         for stage in self.stages:
@@ -102,7 +113,5 @@ class chain(Transformation):
         return u
 
 
-def _emitted(stage: Transformation, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
-    out = stage.emit(u, slots, step)
-    errors.check_emitted(stage, u, out)
-    return out
+def _over_the_tree(stage: Transformation) -> bool:
+    return type(stage).update_tree is not Transformation.update_tree

@@ -7,16 +7,17 @@ That Adam's two moments read the same gradient is what makes it a composition an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import optax
 
-from adamx.core.expressions import Expr
-from adamx.core.formula import Symbols, applied
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr
+from adamx.formula.symbols import Symbols, applied
 
 
 class combine(Transformation):
@@ -45,8 +46,6 @@ class combine(Transformation):
     fn: Callable[..., jax.Array]
     branches: tuple[Transformation, ...]
 
-    variadic = "branches"
-
     def __init__(
         self, fn: Callable[..., jax.Array], *branches: optax.GradientTransformation
     ) -> None:
@@ -57,10 +56,12 @@ class combine(Transformation):
                 raise TypeError(
                     f"combine: a branch must be an adamx transformation, got {branch!r}"
                 )
-        object.__setattr__(self, "fn", fn)
-        object.__setattr__(self, "branches", branches)
+        self._set(fn=fn, branches=branches)
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def arguments(self) -> Iterator[tuple[str, Any]]:
+        yield from (("", argument) for argument in (self.fn, *self.branches))
+
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return self.fn(*(b.emit(u, slots, step.child(i)) for i, b in enumerate(self.branches)))
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

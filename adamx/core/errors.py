@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-if TYPE_CHECKING:
-    from adamx.core.transformation import Transformation
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
@@ -28,7 +25,7 @@ def describe(x: Any) -> str:
     return f"{type(x).__name__} {x!r}" if isinstance(x, numbers.Number) else type(x).__name__
 
 
-def floating(path: str, leaf: Any) -> jax.Array:
+def as_inexact(path: str, leaf: Any) -> jax.Array:
     """Return the leaf as an array; raise TypeError unless it is of floating or complex numbers."""
     where = f"adamx: leaf {path!r} must be a floating-point array"
     if not isinstance(leaf, (*_ARRAYS, float, complex)):
@@ -51,7 +48,7 @@ def floating(path: str, leaf: Any) -> jax.Array:
     return array
 
 
-def beside(treedef: Any, name: str, tree: Any, updates: list[Any]) -> list[Any]:
+def flatten_like(treedef: Any, name: str, tree: Any, updates: list[Any]) -> list[Any]:
     """Return the leaves of a tree that has the updates' structure; raise ValueError otherwise.
 
     Beside an update that is None anything may stand.
@@ -87,14 +84,14 @@ def _paths(tree: Any) -> list[str]:
     return [path for path, _ in _flat(tree)]
 
 
-def fitting(path: str, update: jax.Array, param: Any) -> jax.Array:
+def check_shape(path: str, update: jax.Array, param: Any) -> jax.Array:
     """Return the parameter as an array; raise unless the update has its shape and kind."""
     if param is None:
         raise ValueError(
             f"adamx: leaf {path!r} has an update, {describe(update)}, and params is None there: "
             "take the gradient with respect to the same tree that is passed as params"
         )
-    param = floating(path, param)
+    param = as_inexact(path, param)
     if update.shape != param.shape:
         raise ValueError(
             f"adamx: leaf {path!r} has an update of shape {list(update.shape)} for a parameter of "
@@ -237,26 +234,25 @@ def check_disjoint(names: Mapping[str, Any], more: Mapping[str, Any]) -> None:
 
 
 def check_accumulated(
-    concept: Transformation, slots: Mapping[str, jax.Array], new: Mapping[str, jax.Array]
+    concept: str, slots: Mapping[str, jax.Array], new: Mapping[str, jax.Array]
 ) -> None:
-    """Raise where a concept returned a slot that was not started, or not like that."""
-    name_of = type(concept).__name__
+    """Raise if the concept of this name returned a slot that was not started, or not like that."""
     for name, value in new.items():
         if name not in slots:
-            raise ValueError(f"{name_of}: accumulate returned {name!r}, which slots did not start")
+            raise ValueError(f"{concept}: accumulate returned {name!r}, which slots did not start")
         if value.shape != slots[name].shape:
             raise ValueError(
-                f"{name_of}: accumulate returned {name!r} of shape {list(value.shape)}, slots "
+                f"{concept}: accumulate returned {name!r} of shape {list(value.shape)}, slots "
                 f"started it with {list(slots[name].shape)}"
             )
         if jnp.iscomplexobj(value) and not jnp.iscomplexobj(slots[name]):
-            raise TypeError(f"{name_of}: accumulate returned a complex {name!r} for a real slot")
+            raise TypeError(f"{concept}: accumulate returned a complex {name!r} for a real slot")
 
 
-def check_emitted(concept: Transformation, u: jax.Array, out: jax.Array) -> None:
-    """Raise where a concept changed the shape of the update, or made a real one complex."""
+def check_emitted(concept: str, u: jax.Array, out: jax.Array) -> None:
+    """Raise if the concept of this name changed the update's shape, or made a real one complex."""
     if out.shape != u.shape or (jnp.iscomplexobj(out) and not jnp.iscomplexobj(u)):
         raise ValueError(
-            f"{type(concept).__name__}: emit returned {describe(out)} for an update "
+            f"{concept}: emit returned {describe(out)} for an update "
             f"{describe(u)}: shape and kind have to stay"
         )

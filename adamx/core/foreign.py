@@ -1,4 +1,4 @@
-"""Optax transformations from outside adamx, as stages of a chain.
+"""Optax transformations as stages of a chain.
 
 They act on whole trees, between the kernels; schedules, clips, partitions and every optimizer
 outside the Adam family stay Optax's.
@@ -6,8 +6,6 @@ outside the Adam family stay Optax's.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,19 +13,19 @@ import jax.numpy as jnp
 import optax
 
 from adamx.core import errors
-from adamx.core.expressions import Expr, call
-from adamx.core.formula import Symbols
 from adamx.core.lifting import Leaves, State
-from adamx.core.printing import factory_name
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr, call
+from adamx.formula.symbols import Symbols
+from adamx.formula.values import factory_name
 
 
 class named(Transformation):
-    """Give an Optax transformation a name, under which the chain's state keeps its state.
+    """Give an Optax transformation the name under which the chain's state keeps its state.
 
-    A stage of `chain` that is not named stands under its factory's name, so that only two of one
-    kind need this. A transformation without memory has no entry.
+    A stage of `chain` that is not named has the name of the function that made it, so that only two
+    of one kind need this. A transformation without memory has no entry.
 
     Attributes:
         name: the entry in the state.
@@ -46,52 +44,44 @@ class named(Transformation):
     name: str
     tx: optax.GradientTransformation
 
-    holds_trees = True
-    is_foreign = True
-
     def __post_init__(self) -> None:
         if not isinstance(self.tx, optax.GradientTransformation):
             raise TypeError(f"named: tx must be an Optax or adamx transformation, got {self.tx!r}")
+
+    @classmethod
+    def check_argument(cls, name: str, value: Any) -> None:
+        pass  # any transformation will do
 
     @property
     def children(self) -> tuple[Transformation, ...]:
         return ()
 
-    @property
-    def leafwise(self) -> bool:
-        return False
+    def __repr__(self) -> str:
+        return f"{self.name}(...)" if self.name == factory_name(self.tx) else super().__repr__()
 
     def init_tree(self, leaves: Leaves) -> State:
         state = self.tx.init(leaves.tree(leaves.values))
         return {name: state for name in self.state_names()}
 
-    def update_tree(self, leaves: Leaves, step: Step, last: bool) -> tuple[Leaves, State]:
+    def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
         tx = optax.with_extra_args_support(self.tx)
         params = leaves.params_tree()
         updates = leaves.tree(leaves.values)
-        like = updates if params is None else params
-        fresh = jax.eval_shape(tx.init, like)
+        fresh = jax.eval_shape(tx.init, updates if params is None else params)
         state = errors.entry(step.state, self.name) if self.state_names() else fresh
         if None not in leaves.values:
             errors.check_foreign(self.name, state, fresh)
         updates, new = tx.update(updates, state, params, **step.extra)
-        state = step.kept(_as_before(self.name, new, state), state)
-        values = errors.beside(leaves.treedef, self.name, updates, leaves.values)
+        state = step.select(_as_before(self.name, new, state), state)
+        values = leaves.column(self.name, updates)
         values = [None if u is None else step.emitted(u) for u in values]
-        if last:
-            pairs = zip(values, leaves.dtypes, strict=True)
-            values = [None if u is None else u.astype(dtype) for u, dtype in pairs]
-        entries = {name: state for name in self.state_names()}
-        return dataclasses.replace(leaves, values=values), entries
-
-    def reveal_tree(self, state: Mapping[str, Any]) -> State:
-        return {}
+        return leaves.with_values(values), {name: state for name in self.state_names()}
 
     def tree_names(self) -> tuple[str, ...]:
         return ()
 
     def state_names(self) -> tuple[str, ...]:
-        """Return the entry's name, or nothing where the transformation has no memory."""
+        """Return the entry's name, or nothing if the transformation has no memory."""
         try:
             state = jax.eval_shape(self.tx.init, jax.ShapeDtypeStruct((), jnp.float32))
         except Exception:  # an init that needs another tree than one scalar: it may have memory
@@ -102,11 +92,21 @@ class named(Transformation):
         return call(self.name, u)
 
 
-def _as_before(name: str, new: Any, old: Any) -> Any:
-    """Return a stage's new state in the dtypes that its init chose, whatever the updates came in.
+class narrow(Transformation):
+    """Cast the updates to the gradients' dtypes, in which an Optax transformation expects them."""
 
-    Behind `accumulate`, and where the parameters are rounded stochastically, they are wider. Raise
-    where it is another tree: a stage that has no update for a leaf may drop what it keeps of it.
+    def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
+        return leaves.narrowed(), {}
+
+
+def _as_before(name: str, new: Any, old: Any) -> Any:
+    """Return a stage's new state in the dtypes that its init chose.
+
+    Inside `accumulate`, and with stochastic rounding, the updates are wider than the gradients.
+
+    Raises:
+        ValueError: if the tree has changed: for a leaf without an update some stages of Optax drop
+            what they keep.
     """
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise ValueError(

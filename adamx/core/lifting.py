@@ -2,10 +2,10 @@
 
     state = {"count": t, <recorded scalar>: value, ..., <slot>: tree of that slot, ...}
 
-A transformation gives its `segments()`: runs of leafwise concepts, with foreign transformations
-between them. A run is one kernel: the function of one leaf, traced once for each (shape, dtype)
-whatever the number of leaves. What is the same for all leaves (1 - b^t, the learning rate) is
-computed once a step, outside the kernels.
+A transformation gives its `segments()`: runs of leafwise concepts, and stages that act on the whole
+tree. A run is one kernel: the function of one leaf, traced once for each (shape, dtype) whatever
+the number of leaves. What is the same for all leaves (1 - b^t, the learning rate) is computed once
+a step, outside the kernels.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,17 +29,24 @@ from adamx.core.arithmetic import (
     real_times_complex,
     widen,
 )
+from adamx.core.concept import (
+    Concept,
+    Scalars,
+    Slots,
+    accumulated,
+    any_of,
+    disjoint,
+    emitted,
+    first_recorded,
+    hook,
+    recorded,
+    scalars_of,
+)
 from adamx.core.paths import flatten
-from adamx.core.step import Step
+from adamx.core.precision_warning import warn_of_rounding
+from adamx.core.step import LeafStep, Step
 
-if TYPE_CHECKING:
-    from adamx.core.transformation import Transformation
-
-Result = TypeVar("Result")
 State = dict[str, Any]
-Slots = dict[str, jax.Array]
-Start = Callable[["Transformation", str, Slots], Slots]
-Prepared = tuple[Any, tuple[Any, ...]]  # a concept's own scalars, and its children's
 
 _MAX_COUNT = np.iinfo(np.int32).max
 
@@ -50,221 +57,259 @@ class Leaves:
 
     Attributes:
         paths: each leaf's place in the tree, such as "dense/kernel".
-        values: the updates: in emit dtype at first, in compute dtype between segments.
-        params: the parameters, or None where `update` was called without.
-        dtypes: the emit dtypes.
-        treedef: what puts a list together again.
-        start: makes what `init` gives a leaf from its concept, its path and the concept's own start
-            values; None leaves these.
+        values: the updates: as they came at first, in compute dtype between segments.
+        params: the parameters, or None if `update` was called without.
+        came: the dtypes of the gradients.
+        emit: the dtypes in which the updates leave adamx; None leaves one as it is.
+        treedef: puts a list together again.
     """
 
     paths: list[str]
     values: list[Any]
     params: list[Any] | None
-    dtypes: list[Any]
+    came: list[Any]
+    emit: list[Any]
     treedef: Any
-    start: Start | None = None
 
     def tree(self, values: list[Any]) -> Any:
         """Put a parallel list together again."""
         return self.treedef.unflatten(values)
+
+    def column(self, name: str, tree: Any) -> list[Any]:
+        """Take another tree apart along this one: a parallel list; raise where it differs.
+
+        Args:
+            name: of the tree, for the error: "params", or that of an entry of the state.
+            tree: the tree.
+        """
+        return errors.flatten_like(self.treedef, name, tree, self.values)
 
     def params_tree(self) -> Any:
         """Put the parameters together, with None where there is no update, if there are any."""
         return None if self.params is None else self.tree(self.params)
 
     def like(self) -> list[Any]:
-        """Return the parameters where there are any, the updates otherwise."""
+        """Return the parameters if there are any, the updates otherwise."""
         return self.values if self.params is None else self.params
+
+    def narrowed(self) -> Leaves:
+        """Return the updates in the dtypes in which they leave adamx."""
+        pairs = zip(self.values, self.emit, strict=True)
+        return self.with_values([u if u is None or d is None else u.astype(d) for u, d in pairs])
+
+    def with_values(self, values: list[Any]) -> Leaves:
+        """Return the same leaves with other updates."""
+        return dataclasses.replace(self, values=values)
 
 
 def take_apart(updates: Any, params: Any) -> Leaves:
-    """Flatten the updates, and the parameters beside them; raise where they do not fit."""
+    """Flatten the updates, and the parameters along them; raise where they do not fit."""
     paths, given, treedef = flatten(updates)
     values = [
-        None if u is None else errors.floating(path, u)
+        None if u is None else errors.as_inexact(path, u)
         for path, u in zip(paths, given, strict=True)
     ]
-    beside = None
+    column = None
     if params is not None:
-        beside = errors.beside(treedef, "params", params, values)
-        beside = [
-            None if u is None else errors.fitting(path, u, p)
-            for path, u, p in zip(paths, values, beside, strict=True)
+        column = [
+            None if u is None else errors.check_shape(path, u, p)
+            for path, u, p in zip(
+                paths, values, errors.flatten_like(treedef, "params", params, values), strict=True
+            )
         ]
-    dtypes = [None if u is None else u.dtype for u in values]
-    return Leaves(paths, values, beside, dtypes, treedef)
-
-
-def disjoint(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge dictionaries that must have no name in common."""
-    merged: dict[str, Any] = {}
-    for part in parts:
-        errors.check_disjoint(merged, part)
-        merged |= part
-    return merged
+    came = [None if u is None else u.dtype for u in values]
+    return Leaves(paths, values, column, came, came, treedef)
 
 
 # ------------------------------------------------------------------------------ the whole program
 
 
-def init(tx: Transformation, params: Any, start: Start | None = None) -> State:
-    """Return the state before the first step; see `Transformation.init`, and `Leaves` for start."""
-    leaves = dataclasses.replace(take_apart(params, None), start=start)
-    tx = tx.resolve(params)
-    entries = disjoint(*(segment.init_tree(leaves) for segment in tx.segments()))
-    for name in tx.tree_names():
-        column = leaves.treedef.flatten_up_to(entries[name])
-        pairs = zip(column, leaves.values, strict=True)
-        entries[name] = leaves.tree([x if x is None else placed_like(x, p) for x, p in pairs])
+class Between(NamedTuple):
+    """What to run in the calls between two full steps, in place of a transformation.
+
+    Attributes:
+        tx: the cheap transformation. It needs those entries of the state alone that it names.
+        counter: the entry of the state that counts the calls since the last full step.
+        every: which call after that is the next full step.
+        moves: whether it moves the parameters; False means that its updates are None.
+        always_counts: whether each call raises the counter; False if a step may be skipped.
+    """
+
+    tx: Stage
+    counter: str
+    every: int
+    moves: bool = True
+    always_counts: bool = True
+
+
+class Stage(Concept):
+    """A concept applied to a tree; what acts on the whole tree defines some of this anew."""
+
+    def segments(self) -> list[Any]:
+        """Return the parts that run one after the other over the whole tree."""
+        return [self]
+
+    def tree_names(self) -> tuple[str, ...]:
+        """Return the names under which the state has a tree like the parameters'."""
+        return self.slot_names()
+
+    def state_names(self) -> tuple[str, ...]:
+        """Return the names of this transformation's entries in the state, `count` aside."""
+        return (*self.tree_names(), *self.recorded_names)
+
+    @property
+    def leafwise(self) -> bool:
+        """Whether one leaf's update depends on that leaf alone, so that it may be used anywhere."""
+        over_the_tree = type(self).update_tree is not Stage.update_tree
+        if over_the_tree or self.overrides("tree_scalars"):
+            return False
+        return all(child.leafwise for child in self.children)
+
+    def between(self) -> Between | None:
+        """Return what to run between two full steps; None if every step is a full one."""
+        return None
+
+    def init_tree(self, leaves: Leaves) -> State:
+        """Return this segment's entries of the state: a tree for each slot, recorded scalars.
+
+        Args:
+            leaves: the parameters, as `values`.
+        """
+        present = [p for p in leaves.values if p is not None]
+        if any_of(self, lambda concept: concept.takes_steps):
+            warn_of_rounding(present)
+        slots = {name: leaves.tree(column) for name, column in self.first_slots(leaves).items()}
+        return disjoint(slots, first_recorded(self, present))
+
+    def first_slots(self, leaves: Leaves) -> dict[str, list[Any]]:
+        """Return the slots' start values by name, in lists parallel to the leaves."""
+        columns: dict[str, list[Any]] = {n: [None] * len(leaves.paths) for n in self.slot_names()}
+        for i, (path, param) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
+            if param is not None:
+                concept = self.for_leaf(path, param)
+                for name, value in hook(concept, "slots", param).items():
+                    if name not in columns:
+                        raise ValueError(
+                            f"{type(concept).__name__}.slots: started {name!r} for leaf {path!r}, "
+                            f"and the names of the slots are {sorted(columns)}: define slot_names"
+                        )
+                    columns[name][i] = placed_like(value, param)
+        return columns
+
+    def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
+        """Run this segment: by default one kernel for each leaf.
+
+        Args:
+            leaves: the updates; leaves that are None stay None, and their slots as they are.
+            step: the step.
+
+        Returns:
+            The new leaves, in compute dtype, and the entries of the state that this segment owns.
+        """
+        names = self.slot_names()
+        columns = {name: leaves.column(name, errors.entry(step.state, name)) for name in names}
+        present = [u for u in leaves.values if u is not None]
+        varies = any_of(self, lambda concept: concept.overrides("for_leaf"))
+        whole = Variant(self, step, present)
+        # equal variants share a kernel; most are the same object, which is found by its id
+        variants, seen, alive = {self: whole}, {id(self): whole}, [self]
+        out = list(leaves.values)
+        for i, (path, like) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
+            if out[i] is None:
+                continue
+            own = self.for_leaf(path, like) if varies else self
+            if id(own) not in seen:
+                if own not in variants:
+                    variants[own] = Variant(own, step, present)
+                seen[id(own)] = variants[own]
+                alive.append(own)
+            variant = seen[id(own)]
+            slots = {name: columns[name][i] for name in names if columns[name][i] is not None}
+            errors.check_slots(path, slots, variant.slots_like(like))
+            param = None if leaves.params is None else leaves.params[i]
+            out[i], new = variant.kernel(out[i], slots, param, leaves.came[i])
+            for name, value in new.items():
+                columns[name][i] = value
+        entries = {name: leaves.tree(column) for name, column in columns.items()}
+        scalars = recorded(self, whole.scalars)
+        before = {name: errors.entry(step.state, name) for name in scalars}
+        for name, x in scalars.items():  # float64 gradients of float32 parameters change no dtype
+            errors.check_recorded(name, before[name], x)
+            scalars[name] = x.astype(jnp.result_type(before[name]))
+        return leaves.with_values(out), entries | step.select(scalars, before)
+
+
+def init(tx: Stage, params: Any) -> State:
+    """Return the state before the first step; see `Transformation.init`."""
+    leaves = take_apart(params, None)
+    segments = tx.for_tree(params).segments()
+    entries = disjoint(*(segment.init_tree(leaves) for segment in segments))
     return {"count": jnp.zeros([], jnp.int32)} | entries
 
 
 def update(
-    tx: Transformation,
+    tx: Stage,
     updates: Any,
     state: State,
     params: Any,
     extra: Mapping[str, Any],
-    narrow: bool = True,
+    wide: bool = False,
 ) -> tuple[Any, State]:
-    """Return (outgoing updates, new state); see `Transformation.update`, and `run` for narrow."""
+    """Return (outgoing updates, new state); see `Transformation.update`.
+
+    With `wide` the updates leave in compute dtype, for a caller that rounds them itself.
+    """
     errors.check_state(state)
     leaves = take_apart(updates, params)
-    tx = tx.resolve(leaves.tree(leaves.like()))
+    if wide:
+        leaves = dataclasses.replace(leaves, emit=[None] * len(leaves.paths))
+    tx = tx.for_tree(leaves.tree(leaves.like()))
     count = jnp.minimum(state["count"], _MAX_COUNT - 1) + 1
     step = Step(count=count, state=state | {"count": count}, extra=extra)
-    leaves, entries = run(tx, leaves, step, narrow)
+    leaves, entries = run(tx, leaves, step)
     new = {"count": count} | entries
     errors.check_names(state, new)
-    return leaves.tree(leaves.values), {name: new[name] for name in state}
+    return leaves.tree(leaves.narrowed().values), {name: new[name] for name in state}
 
 
-def run(tx: Transformation, leaves: Leaves, step: Step, narrow: bool) -> tuple[Leaves, State]:
+def run(tx: Stage, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
     """Run the segments of a transformation one after the other.
 
     Args:
-        tx: the transformation, with what depends on the whole tree settled.
+        tx: the transformation, after `for_tree`.
         leaves: the updates.
-        step: the step, without what belongs to one concept or leaf.
-        narrow: whether the updates leave in their emit dtypes; else in compute dtype.
+        step: the step.
 
     Returns:
         The new leaves, and the entries of the state that the segments own.
     """
     new: State = {}
-    segments = tx.segments()
-    for number, segment in enumerate(segments):
-        last = narrow and (number + 1 == len(segments) or segments[number + 1].is_foreign)
+    for segment in tx.segments():
         here = dataclasses.replace(step, state={**step.state, **new})
-        leaves, entries = segment.update_tree(leaves, here, last)
+        leaves, entries = segment.update_tree(leaves, here)
         new |= entries
     return leaves, new
 
 
-# --------------------------------------------------------------- one segment of leafwise concepts
-
-
-def init_leaves(tx: Transformation, leaves: Leaves) -> State:
-    """Return the entries of a leafwise segment: a tree for each slot, and recorded scalars."""
-    columns: dict[str, list[Any]] = {name: [None] * len(leaves.paths) for name in slot_names(tx)}
-    for i, (path, param) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
-        if param is not None:
-            concept = tx.bind(path, param)
-            first = concept.slots(param)
-            if leaves.start:
-                first = leaves.start(concept, path, first)
-            for name, value in first.items():
-                columns[name][i] = value
-    present = [p for p in leaves.values if p is not None]
-    slots = {name: leaves.tree(column) for name, column in columns.items()}
-    return disjoint(slots, recorded_first(tx, present))
-
-
-def update_leaves(
-    tx: Transformation, leaves: Leaves, step: Step, last: bool
-) -> tuple[Leaves, State]:
-    """Run one kernel over the leaves; narrow to the emit dtypes where it is the last of its kind.
-
-    Args:
-        tx: the segment: a concept, or a chain of them.
-        leaves: the updates; leaves that are None stay None, and their slots as they are.
-        step: the step, without what belongs to one concept or leaf.
-        last: whether the updates leave adamx here.
-
-    Returns:
-        The new leaves, and the entries of the state that this segment owns.
-    """
-    names = slot_names(tx)
-    columns = {
-        name: errors.beside(leaves.treedef, name, errors.entry(step.state, name), leaves.values)
-        for name in names
-    }
-    present = [u for u in leaves.values if u is not None]
-    binds = any_of(tx, lambda concept: concept.overrides("bind"))
-    whole = Variant(tx, step, present)
-    # equal variants share a kernel; most are the same object, which is found without comparing
-    variants, seen, alive = {tx: whole}, {id(tx): whole}, [tx]
-    out = list(leaves.values)
-    for i, (path, like) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
-        if out[i] is None:
-            continue
-        bound = tx.bind(path, like) if binds else tx
-        if id(bound) not in seen:
-            if bound not in variants:
-                variants[bound] = Variant(bound, step, present)
-            seen[id(bound)] = variants[bound]
-            alive.append(bound)
-        variant = seen[id(bound)]
-        slots = {name: columns[name][i] for name in names if columns[name][i] is not None}
-        errors.check_slots(path, slots, variant.slots_like(like))
-        param = None if leaves.params is None else leaves.params[i]
-        out[i], new = variant.kernel(out[i], slots, param, leaves.dtypes[i], last)
-        for name, value in new.items():
-            columns[name][i] = value
-    entries = {name: leaves.tree(column) for name, column in columns.items()}
-    scalars = recorded(tx, whole.prepared)
-    before = {name: errors.entry(step.state, name) for name in scalars}
-    for name, x in scalars.items():  # float64 gradients of float32 parameters change no dtype
-        errors.check_recorded(name, before[name], x)
-        scalars[name] = x.astype(jnp.result_type(before[name]))
-    return dataclasses.replace(leaves, values=out), entries | step.kept(scalars, before)
-
-
-def reveal_leaves(tx: Transformation, state: Mapping[str, Any]) -> State:
-    """Return the slots of a leafwise segment as the formula sees them: a tree for each."""
-    names = slot_names(tx)
-    if not names:
-        return {}
-    kept = [errors.entry(state, name) for name in names]
-    paths, _, treedef = flatten(kept[0])
-    columns = [treedef.flatten_up_to(tree) for tree in kept]
-    tx, revealed = tx.resolve(kept[0]), []
-    for path, *values in zip(paths, *columns, strict=True):
-        slots = {name: x for name, x in zip(names, values, strict=True) if x is not None}
-        like = next(iter(slots.values()), None)
-        revealed.append({} if like is None else tx.bind(path, like).reveal(slots))
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    return {
-        name: treedef.unflatten([slots.get(name) for slots in revealed])
-        for name in jax.eval_shape(lambda leaf: tx.reveal(tx.slots(leaf)), scalar)
-    }
+# -------------------------------------------------------------------------------- one leaf's kernel
 
 
 class Variant:
-    """What the leaves that a concept is bound to alike share in one step.
+    """What the leaves with the same variant of a concept share in one step.
 
     Attributes:
         kernel: the function of one leaf.
-        prepared: the scalars of the step.
+        scalars: the scalars of the step.
     """
 
-    def __init__(self, tx: Transformation, step: Step, leaves: Sequence[jax.Array]) -> None:
+    def __init__(self, tx: Concept, step: Step, leaves: Sequence[jax.Array]) -> None:
         """Make the kernel, and compute the scalars from the step and the leaves."""
-        self.prepared = prepare(tx, step, leaves)
-        self.kernel = leaf_kernel(tx, step.count, step.taken, self.prepared)
+        self.scalars = scalars_of(tx, step, leaves)
+        self.kernel = leaf_kernel(tx, step, self.scalars)
         self._slots = functools.cache(
-            lambda shape, dtype: jax.eval_shape(tx.slots, jax.ShapeDtypeStruct(shape, dtype))
+            lambda shape, dtype: jax.eval_shape(
+                functools.partial(hook, tx, "slots"), jax.ShapeDtypeStruct(shape, dtype)
+            )
         )
 
     def slots_like(self, param: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:
@@ -273,129 +318,43 @@ class Variant:
 
 
 def leaf_kernel(
-    tx: Transformation, count: jax.Array, taken: jax.Array | None, prepared: Prepared
+    tx: Concept, step: Step, scalars: Scalars
 ) -> Callable[..., tuple[jax.Array, Slots]]:
     """Return the function of one leaf: widen, accumulate, store, and emit from what was stored.
 
-    In a step that is not taken what is stored is what was there: the memory is read and written as
-    ever, which needs no copy, and what is emitted comes from the same slots.
+    In a skipped step the kernel writes the old slots back, which needs no extra copy, and emits
+    from them.
     """
+    as_stored = frozenset(tx.stored_names())
 
-    @functools.partial(jax.jit, static_argnums=(3, 4))
+    @functools.partial(jax.jit, static_argnums=3)
     def kernel(
-        u: jax.Array,
-        slots: Slots,
-        param: jax.Array | None,
-        emit: Any,
-        last: bool,
+        u: jax.Array, slots: Slots, param: jax.Array | None, came: Any
     ) -> tuple[jax.Array, Slots]:
-        floating = [x for x in (u, param, *slots.values()) if x is not None and is_inexact(x)]
-        compute = compute_dtype(*(x.dtype for x in floating))
+        present = [x for x in (u, param, *slots.values()) if x is not None and is_inexact(x)]
+        compute = compute_dtype(*(x.dtype for x in present))
         wide = functools.partial(widen, compute=compute)
+
+        def seen(slots: Slots) -> Slots:
+            return {name: x if name in as_stored else wide(x) for name, x in slots.items()}
+
         concept = jax.tree.map(wide, tx)
-        scalars, inner = jax.tree.map(wide, prepared)
-        u, param, old = jax.tree.map(wide, (u, param, slots))
-        step = Step(
-            count=count, scalars=scalars, inner=inner, old=old, param=param, dtype=emit, taken=taken
-        )
+        own, inner = jax.tree.map(wide, scalars)
+        u, param, old = wide(u), jax.tree.map(wide, param), seen(slots)
+        here = LeafStep(step.count, own, inner, old, param, came)
         with real_times_complex(compute):
-            new = concept.accumulate(u, old, step)
-            errors.check_accumulated(concept, slots, new)
+            new = accumulated(concept, u, old, here)
             new = {name: x.astype(slots[name].dtype) for name, x in new.items()}
-            stored = slots | step.kept(new, {name: slots[name] for name in new})
-            out = concept.emit(u, jax.tree.map(wide, stored), step)
-        errors.check_emitted(concept, u, out)
-        return step.emitted(out.astype(emit if last else compute)), stored
+            stored = slots | step.select(new, {name: slots[name] for name in new})
+            out = emitted(concept, u, seen(stored), here)
+        return step.emitted(out.astype(compute)), stored
 
     return kernel
 
 
 def counted(entries: State, step: Step) -> State:
     """Return a wrapper's entries, with the count of the steps that were taken among them."""
-    return {"count": step.kept(step.count, step.count - 1)} | entries
-
-
-def prepare(tx: Transformation, step: Step, leaves: Sequence[jax.Array] | None) -> Prepared:
-    """Return the scalars of a concept and its children; the first child may read the leaves too."""
-    if leaves is not None and tx.overrides("measure"):
-        wide = [widen(u, compute_dtype(u.dtype)) for u in leaves]
-        own = tx.measure(step, wide)
-    else:
-        own = tx.prepare(step)
-    children = tx.children
-    inner = [prepare(child, step, None if i else leaves) for i, child in enumerate(children)]
-    return own, tuple(inner)
-
-
-def recorded(tx: Transformation, prepared: Prepared) -> Slots:
-    """Return the scalars that a concept and its children keep in the state."""
-    own, inner = prepared
-    children = zip(tx.children, inner, strict=True)
-    return disjoint(_kept(tx, own), *(recorded(child, part) for child, part in children))
-
-
-def recorded_first(tx: Transformation, leaves: Sequence[jax.Array], inner: bool = True) -> Slots:
-    """Return the same before the first step: its scalars, and zeros for what reads the tree."""
-    step, kept = Step(count=jnp.ones([], jnp.int32)), {}
-    if tx.overrides("record") and tx.overrides("measure"):
-        kept = jax.eval_shape(lambda leaves: _kept(tx, tx.measure(step, leaves)), leaves)
-        kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)
-    elif tx.overrides("record"):
-        kept = _kept(tx, tx.prepare(step))
-    children = tx.children if inner else ()
-    return disjoint(kept, *(recorded_first(child, leaves) for child in children))
-
-
-def _kept(tx: Transformation, own: Any) -> Slots:
-    """Return what a concept records of its own scalars: floats as float32, or float64 arrays."""
-    scalars = {name: jnp.asarray(x) for name, x in tx.record(own).items()}
-    return {
-        name: x.astype(jnp.float32) if is_inexact(x) and (x.weak_type or x.itemsize < 4) else x
-        for name, x in scalars.items()
-    }
-
-
-def parts(tx: Transformation) -> Iterator[Transformation]:
-    """Yield a concept, its children, and theirs."""
-    yield tx
-    for child in tx.children:
-        yield from parts(child)
-
-
-def any_of(tx: Transformation, holds: Callable[[Transformation], bool]) -> bool:
-    """Say whether something holds for a concept or for one of its children."""
-    return any(map(holds, parts(tx)))
-
-
-def remembered(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
-    """Keep what a function of a concept returns in the concept, which never changes."""
-    key = f"__{function.__name__}__"
-
-    @functools.wraps(function)
-    def once(tx: Any) -> Result:
-        if key not in vars(tx):
-            vars(tx)[key] = function(tx)
-        return vars(tx)[key]
-
-    return once
-
-
-@remembered
-def slot_names(tx: Transformation) -> tuple[str, ...]:
-    """Return the names of a concept's slots; they do not depend on the parameter."""
-    if not tx.overrides("slots"):
-        return tuple(name for child in tx.children for name in slot_names(child))
-    return tuple(jax.eval_shape(tx.slots, jax.ShapeDtypeStruct((), jnp.float32)))
-
-
-@remembered
-def recorded_names(tx: Transformation) -> tuple[str, ...]:
-    """Return the names of the scalars that a concept and its children keep in the state."""
-    names: list[str] = []
-    if tx.overrides("record"):
-        scalar = jax.ShapeDtypeStruct((), jnp.float32)
-        names += jax.eval_shape(lambda leaf: recorded_first(tx, [leaf], inner=False), scalar)
-    return (*names, *(name for child in tx.children for name in recorded_names(child)))
+    return {"count": step.select(step.count, step.count - 1)} | entries
 
 
 def is_concrete(*trees: Any) -> bool:
@@ -405,7 +364,7 @@ def is_concrete(*trees: Any) -> bool:
 
 
 def on_many_devices(tree: Any) -> bool:
-    """Say whether an array of the tree lies on more than one device."""
+    """Say whether an array of the tree is on more than one device."""
     return any(len(x.devices()) > 1 for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
 
 

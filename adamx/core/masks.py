@@ -1,7 +1,7 @@
 """Which leaves a concept acts on: a tree of bools, a function of the parameters, or patterns.
 
-A concept with a field `mask` uses `kept` when it is made and `settle` in its `resolve`: where the
-mask is True the leaf gets the concept, elsewhere nothing happens to it.
+A concept with a field `mask` uses `copied` when it is made and `settle` in its `for_tree`: leaves
+whose mask is True get the concept, nothing happens to the others.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 
+from adamx.core.identity import identity
 from adamx.core.paths import Pattern, check_all_used, matches, paths_of
 from adamx.core.transformation import Transformation
-from adamx.transforms.identity import identity
 
 
-def kept(mask: Any) -> Any:
-    """Return what to keep of a mask: a copy, since the caller may change the tree."""
+def copied(mask: Any) -> Any:
+    """Return a copy of a mask that is a tree, since the caller may change it."""
     return mask if callable(mask) else copy.deepcopy(mask)
 
 
@@ -42,7 +42,7 @@ def settle(concept: Any, tree: Any) -> Transformation:
     paths = paths_of(tree)
     patterns = _patterns(mask)
     if patterns is not None:
-        check_all_used(name, patterns, paths)
+        check_all_used(name, patterns, tree)
         chosen = {path for path in paths if any(matches(p, path) for p in patterns)}
     else:
         try:
@@ -73,5 +73,5 @@ class _masked(Transformation):
     paths: frozenset[str]
     nothing: Transformation = identity()
 
-    def bind(self, path: str, leaf: jax.Array) -> Transformation:
+    def for_leaf(self, path: str, leaf: jax.Array) -> Transformation:
         return self.concept if path in self.paths else self.nothing

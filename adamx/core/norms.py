@@ -14,11 +14,18 @@ https://doi.org/10.1145/355769.355771 (the ranges; two here, where there are thr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from adamx.core.arithmetic import root, squared_magnitude
+from adamx.core.arithmetic import (
+    compute_dtype,
+    real_dtype,
+    real_times_complex,
+    root,
+    squared_magnitude,
+)
 
 Axes = int | tuple[int, ...] | None
 """The axes to reduce over; None means all of them."""
@@ -84,3 +91,59 @@ def _bound(x: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(x):
         return jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
     return jnp.abs(x)
+
+
+# For float32 and float64: the sum under which squares of single elements may have been lost, and
+# the factors with which the norms of such and of overflowing updates are computed: powers of two,
+# which round nothing, far enough from both ends of the range.
+_SCALES = {4: (2.0**-80, 2.0**-96, 2.0**80), 8: (2.0**-800, 2.0**-700, 2.0**500)}
+
+
+def sum_of_all_squares(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Return the sum of |u|^2 over all elements: infinite where it overflows.
+
+    Written alike wherever it is needed, so that the compiler finds the sums to be one.
+
+    Args:
+        leaves: arrays in compute dtype.
+
+    Example:
+        >>> print(sum_of_all_squares([jnp.array([1.0, 2.0]), jnp.array(3.0)]))
+        14.0
+    """
+    dtype = real_dtype(compute_dtype(*(u.dtype for u in leaves)))
+    sums = [jnp.sum(squared_magnitude(u)).astype(dtype) for u in leaves]
+    return sum(sums, start=jnp.zeros([], dtype))
+
+
+def global_norm(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Return the root of the sum of squares over all elements of all leaves.
+
+    Args:
+        leaves: arrays in compute dtype; with none the norm is 0.
+
+    Returns:
+        A scalar, float32 or float64: inf where an element is infinite, NaN where one is NaN.
+
+    Example:
+        The squares of these are no float32:
+
+        >>> print(global_norm([jnp.array([3e30]), jnp.array([4e30])]))
+        5e+30
+        >>> print(global_norm([jnp.array([3e-30, 4e-30])]))
+        5e-30
+    """
+    plain = sum_of_all_squares(leaves)
+    small, down, up = _SCALES[plain.dtype.itemsize]
+
+    def scaled() -> jax.Array:
+        # not a constant: the compiler would write (c u)^2 as c^2 u^2, which overflows
+        factor = jnp.where(plain <= small, up, down).astype(plain.dtype)
+        shares = []
+        for u in leaves:
+            with real_times_complex(u.dtype):
+                shares.append(factor.astype(real_dtype(u.dtype)) * u)
+        return root(sum_of_all_squares(shares)) / factor
+
+    usual = (plain > small) & (plain < jnp.inf)
+    return jax.lax.cond(usual, lambda: jnp.sqrt(plain), scaled)

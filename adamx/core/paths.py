@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,8 +20,13 @@ from typing import Any
 import jax
 from jax.tree_util import GetAttrKey
 
+from adamx.formula.values import function_name
+
 Pattern = str | re.Pattern[str]
-"""What chooses leaves by their path."""
+"""Chooses leaves by their path."""
+
+Predicate = Callable[[str, Any], bool]
+"""Chooses leaves by their path and the leaf itself, an array or its shape."""
 
 
 def check_pattern(function: str, pattern: Any) -> None:
@@ -32,13 +38,15 @@ def check_pattern(function: str, pattern: Any) -> None:
         )
 
 
-def text(pattern: Pattern) -> str:
-    """Return a pattern as it was written."""
-    return pattern if isinstance(pattern, str) else pattern.pattern
+def text(pattern: Pattern | Predicate) -> str:
+    """Return a pattern as it was written, a predicate's name."""
+    if isinstance(pattern, re.Pattern):
+        return pattern.pattern
+    return function_name(pattern) if callable(pattern) else pattern
 
 
-def matches(pattern: Pattern, path: str) -> bool:
-    """Say whether a pattern matches a whole path.
+def matches(pattern: Pattern | Predicate, path: str, leaf: Any = None) -> bool:
+    """Say whether a pattern matches a whole path, or a predicate is true of a leaf.
 
     Example:
         >>> matches("*/bias", "dense/0/bias"), matches("*/bias", "bias"), matches("*bias", "bias")
@@ -48,6 +56,8 @@ def matches(pattern: Pattern, path: str) -> bool:
     """
     if isinstance(pattern, str):
         return fnmatch.fnmatchcase(path, pattern)
+    if callable(pattern):
+        return leaf is not None and bool(pattern(path, leaf))
     return pattern.fullmatch(path) is not None
 
 
@@ -107,14 +117,23 @@ def check_distinct(paths: Sequence[str]) -> None:
         )
 
 
-def check_all_used(function: str, patterns: Sequence[Pattern], paths: Sequence[str]) -> None:
+def check_all_used(function: str, patterns: Sequence[Pattern | Predicate], tree: Any) -> None:
     """Raise ValueError where a pattern matches no leaf of a tree that has leaves."""
+    paths, leaves, _ = flatten(tree)
+    check_distinct(paths)
     for pattern in patterns if paths else ():
-        if not any(matches(pattern, path) for path in paths):
+        if not any(map(functools.partial(matches, pattern), paths, leaves)):
             some = ", ".join(map(repr, paths[:6])) + (", ..." if len(paths) > 6 else "")
+            how = "is true of" if callable(pattern) else "matches"
+            kind = "predicate" if callable(pattern) else "pattern"
+            rule = (
+                ""
+                if callable(pattern)
+                else ("it has to match the whole path, where * stands for any characters; ")
+            )
             raise ValueError(
-                f"{function}: the pattern {text(pattern)!r} matches no leaf: it has to match the "
-                f"whole path, where * stands for any characters; the paths are {some}"
+                f"{function}: the {kind} {text(pattern)!r} {how} no leaf: {rule}the paths are "
+                f"{some}"
             )
 
 
@@ -149,7 +168,7 @@ class _AllBut:
 
     def __call__(self, tree: Any) -> Any:
         paths = paths_of(tree)
-        check_all_used("all_but", self.patterns, paths)
+        check_all_used("all_but", self.patterns, tree)
         chosen = [not any(matches(p, path) for p in self.patterns) for path in paths]
         return jax.tree.structure(tree, is_leaf=lambda x: x is None).unflatten(chosen)
 

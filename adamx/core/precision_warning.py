@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-
-from adamx.core.lifting import any_of
-
-if TYPE_CHECKING:
-    from adamx.core.transformation import Transformation
-
-ROUNDED = "__rounded__"  # set in a transformation whose updates are rounded without bias
 
 
 class PrecisionWarning(UserWarning):
@@ -29,23 +23,31 @@ class PrecisionWarning(UserWarning):
     """
 
 
-def warn_of_rounding(tx: Transformation, params: Any) -> None:
-    """Warn at `init`, if an optimizer is given 16-bit parameters without masters."""
-    if not any_of(tx, lambda concept: concept.takes_steps) or ROUNDED in vars(tx):
-        return
-    if any_of(tx, lambda concept: concept.keeps_precision):
-        return
-    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype")]
-    narrow = [d for d in dtypes if jnp.issubdtype(d, jnp.inexact) and jnp.finfo(d).bits < 32]
+def warn_of_rounding(params: Sequence[jax.Array]) -> None:
+    """Warn if some of the parameters to which an optimizer adds its steps are of 16 bits.
+
+    Inside `master_weights` the parameters are float32 masters, so that nothing is said there.
+    """
+    narrow = [p.dtype for p in params if jnp.finfo(p.dtype).bits < 32]
     if not narrow:
         return
-    dtype = narrow[0]
     warnings.warn(
-        f"adamx: {len(narrow)} of the parameters' leaves are {dtype}: a step smaller than "
-        f"{float(jnp.finfo(dtype).eps) / 2:.1g} of a parameter is rounded away when it is added. "
-        "Keep what is missing with adamx.master_weights(tx), or round without bias with "
-        "adamx.make_step(tx, rounding='stochastic'), made before init, or "
+        f"adamx: {len(narrow)} of the parameters' leaves are {narrow[0]}: a step smaller than "
+        f"{float(jnp.finfo(narrow[0]).eps) / 2:.1g} of a parameter is rounded away when it is "
+        "added. Keep what is missing with adamx.master_weights(tx), or round without bias: with "
+        "step = adamx.make_step(tx, rounding='stochastic') and state = step.init(params), or with "
         "adamx.apply_updates(..., rounding='stochastic')",
         PrecisionWarning,
-        stacklevel=3,
+        stacklevel=_levels_up(),
     )
+
+
+def _levels_up() -> int:
+    """Return how many frames up, counted from the caller, the code outside adamx and JAX is."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+_INSIDE = ("adamx", "jax")

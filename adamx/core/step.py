@@ -1,4 +1,4 @@
-"""What a concept sees of the step it is in."""
+"""The step that a concept is in: as the tree sees it, and as one leaf sees it."""
 
 from __future__ import annotations
 
@@ -12,52 +12,73 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step, as one concept sees it.
+    """One step of the whole tree: the argument of `scalars`, `tree_scalars` and `update_tree`.
 
     Attributes:
         count: int32 scalar, t in the papers: 1 in the first step.
-        scalars: what this concept's own `prepare` or `measure` returned; floating scalars arrive
-            in the (real) compute dtype of the leaf.
-        inner: the same for its children; taken apart by `child`.
-        old: in `accumulate` and `emit`, the leaf's slots before this step.
-        param: in `accumulate` and `emit`, the parameter in compute dtype; None where `update` was
-            called without params.
-        dtype: in `accumulate` and `emit`, the emit dtype: that of the incoming gradient.
-        state: in `prepare` and `measure`, the whole state before this step, with what earlier
-            segments of the chain have already changed in it.
-        taken: a bool scalar: where it is False, the step is none: slots and scalars stay as they
-            are and nothing is emitted, which the kernels see to. None, as everywhere but inside
-            `accumulate` and `skip_nonfinite`, means that it is taken.
-        extra: in `prepare` and `measure`, the extra keyword arguments of `update`.
+        state: the whole state before this step, with the changes that earlier segments of the chain
+            have already made in it; empty before the first step.
+        extra: the extra keyword arguments of `update`.
+        taken: a bool scalar. False means: skip this step; slots and scalars keep their old values
+            and the updates are zero. None means that the step is taken, without a selection.
     """
 
     count: jax.Array
-    scalars: Any = None
-    inner: tuple[Any, ...] = ()
-    old: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-    param: jax.Array | None = None
-    dtype: Any = None
     state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    taken: jax.Array | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def child(self, index: int) -> Step:
-        """Return the same step as the child concept number `index` sees it."""
-        scalars, inner = self.inner[index]
-        return dataclasses.replace(self, scalars=scalars, inner=inner)
+    taken: jax.Array | None = None
 
     def only_if(self, taken: jax.Array) -> Step:
-        """Return the same step, taken only where `taken` is True too."""
+        """Return the same step, taken only if `taken` is True as well."""
         both = taken if self.taken is None else self.taken & taken
         return dataclasses.replace(self, taken=both)
 
-    def kept(self, new: Any, old: Any) -> Any:
-        """Return a tree of the new values where the step is taken, of the old ones where not."""
+    def select(self, new: Any, old: Any) -> Any:
+        """Return the new values if the step is taken, the old ones if it is skipped.
+
+        Args:
+            new: a tree of arrays.
+            old: a tree like it.
+        """
         taken = self.taken
         if taken is None:
             return new
         return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
 
     def emitted(self, update: jax.Array) -> jax.Array:
-        """Return an outgoing update, or what moves no parameter: -0, as -0 + (-0) is -0 too."""
-        return self.kept(update, -jnp.zeros_like(update))
+        """Return an outgoing update, or -0 in a skipped step: p + (-0) is p, also for p = -0."""
+        return self.select(update, -jnp.zeros_like(update))
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafStep:
+    """One step of one leaf: the argument of `accumulate` and `emit`.
+
+    Attributes:
+        count: int32 scalar, t in the papers: 1 in the first step.
+        scalars: what this concept's own `scalars` or `tree_scalars` returned; floating-point
+            scalars have the (real) compute dtype of the leaf.
+        inner: the same for its children; `child` takes it apart.
+        old: the leaf's slots before this step, in compute dtype.
+        param: the parameter in compute dtype; None if `update` was called without params.
+        grad_dtype: the dtype in which the gradient came.
+    """
+
+    count: jax.Array
+    scalars: Any
+    inner: tuple[Any, ...]
+    old: dict[str, jax.Array]
+    param: jax.Array | None
+    grad_dtype: Any
+
+    def child(self, index: int) -> LeafStep:
+        """Return the same step as the child concept number `index` sees it."""
+        scalars, inner = self.inner[index]
+        return dataclasses.replace(self, scalars=scalars, inner=inner)
+
+    def needs_param(self, concept: Any) -> jax.Array:
+        """Return the parameter; raise ValueError in the concept's name if there is none."""
+        if self.param is None:
+            name = type(concept).__name__
+            raise ValueError(f"{name}: needs the parameters: update(updates, state, params)")
+        return self.param

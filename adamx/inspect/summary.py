@@ -19,13 +19,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamx.core import errors, lifting
-from adamx.core.expressions import REDUCTIONS, W
+from adamx.core import errors
+from adamx.core.concept import any_of, parts
 from adamx.core.foreign import as_concept, named
-from adamx.core.formula import Formula, derived
+from adamx.core.paths import flatten
 from adamx.core.precision_warning import PrecisionWarning
-from adamx.core.printing import factory_name
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import REDUCTIONS, G, W
+from adamx.formula.symbols import Formula, Symbols
+from adamx.formula.values import factory_name
 from adamx.wrappers.by_path import by_path
 from adamx.wrappers.skip_nonfinite import skip_nonfinite
 
@@ -201,15 +203,14 @@ def summary(tx: optax.GradientTransformation, params: Any, *, by: str = "group")
     concept = as_concept(tx, "summary: tx")
     if by not in ("group", "leaf"):
         raise ValueError(f"summary: by must be 'group' or 'leaf', got {by!r}")
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
-    shapes = [_shape(path, leaf) for path, (_, leaf) in zip(paths, flat, strict=True)]
+    paths, given, treedef = flatten(params)
+    shapes = [_shape(path, leaf) for path, leaf in zip(paths, given, strict=True)]
     bound: list[Transformation | None] = [None] * len(paths)
 
     def look(params: Any) -> Any:
-        resolved = concept.resolve(params)
+        resolved = concept.for_tree(params)
         for i, (path, leaf) in enumerate(zip(paths, treedef.flatten_up_to(params), strict=True)):
-            bound[i] = None if leaf is None else resolved.bind(path, leaf)
+            bound[i] = None if leaf is None else resolved.for_leaf(path, leaf)
         return tx.init(params)
 
     with warnings.catch_warnings(record=True) as caught:
@@ -218,14 +219,14 @@ def summary(tx: optax.GradientTransformation, params: Any, *, by: str = "group")
     entries = state if isinstance(tx, Transformation) else {_FOREIGN: state}
     slots, scalars = _slots(concept, entries, paths, shapes, treedef)
     formulas = {b: derived(b) for b in dict.fromkeys(bound) if b is not None}
-    groups = [part for part in lifting.parts(concept) if isinstance(part, by_path)]
-    guarded = lifting.any_of(concept, lambda part: isinstance(part, skip_nonfinite))
+    groups = [part for part in parts(concept) if isinstance(part, by_path)]
+    guarded = any_of(concept, lambda part: isinstance(part, skip_nonfinite))
     leaves = []
     for path, shape, variant, own in zip(paths, shapes, bound, slots, strict=True):
         if shape is not None and variant is not None:
             formula = formulas[variant]
             rereads = guarded or not formula.operations().isdisjoint(REDUCTIONS)
-            group = " / ".join(part.label(path) for part in groups)
+            group = " / ".join(part.label(path, shape) for part in groups)
             leaves.append(Leaf(path, group, shape, own, formula, rereads))
     said = []
     for warning in caught:
@@ -236,6 +237,21 @@ def summary(tx: optax.GradientTransformation, params: Any, *, by: str = "group")
     said += [*_foreign_precision(tx, leaves), *_decayed_vectors(leaves), *_large_eps(leaves)]
     composition = repr(tx) if isinstance(tx, Transformation) else f"{factory_name(tx)}(...)"
     return Summary(tuple(leaves), scalars, composition, tuple(said), by)
+
+
+def derived(tx: Transformation) -> Formula:
+    """Return the formula of a transformation that is bound to one leaf.
+
+    Example:
+        >>> import adamx
+        >>> print(derived(adamx.momentum(0.1)))
+        w_t <- w_{t-1} - lr m_t
+            m_t = b m_{t-1} + (1 - b) g_t
+            m_0 = 0
+            b = 0.9, lr = 0.1
+    """
+    symbols = Symbols()
+    return symbols.finished(tx.formula(G, symbols))
 
 
 def _shape(path: str, leaf: Any) -> jax.ShapeDtypeStruct | None:
@@ -257,7 +273,7 @@ def _slots(
 ) -> tuple[list[dict[str, Any]], int]:
     """Return each leaf's slots, and the bytes of what else the state keeps."""
     slots: list[dict[str, Any]] = [{} for _ in paths]
-    foreign = {part.name for part in lifting.parts(concept) if isinstance(part, named)}
+    foreign = {part.name for part in parts(concept) if isinstance(part, named)}
     foreign.add(_FOREIGN)
     scalars = 0
     for name, entry in state.items():

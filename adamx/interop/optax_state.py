@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamx.core import errors, lifting
+from adamx.core import errors
+from adamx.core.concept import parts
 from adamx.core.errors import describe
 from adamx.core.lifting import State
 from adamx.core.paths import leaves_by_path
@@ -217,9 +218,9 @@ def _put(found: Found, slot: str, path: str, where: str, value: Any) -> None:
 
 def _take_out_eps_root(tx: Transformation, nu: dict[str, tuple[str, Any]], count: int) -> None:
     """Take from AdaBelief's nu the eps_root that Optax has added to it in each step."""
-    for part in lifting.parts(tx):
+    for part in parts(tx):
         if isinstance(part, rms_scaling):
-            inside = [*lifting.parts(part.second_moment)]
+            inside = [*parts(part.second_moment)]
             decays = [p.decay for p in inside if isinstance(p, ema_of_squares)]
             if any(isinstance(p, deviation) for p in inside) and decays and count:
                 total = part.eps_root * one_minus_power(decays[0], jnp.asarray(count))
@@ -229,7 +230,7 @@ def _take_out_eps_root(tx: Transformation, nu: dict[str, tuple[str, Any]], count
 
 
 def _in_units_of_the_last(tx: Transformation, given: Mapping[str, jax.Array]) -> jax.Array:
-    powers = [p.weight_lr_power for p in lifting.parts(tx) if isinstance(p, schedule_free)]
+    powers = [p.weight_lr_power for p in parts(tx) if isinstance(p, schedule_free)]
     last = given["max_lr"] ** jnp.float32(powers[0] if powers else 0)
     return jnp.where(last > 0, given["weight_sum"] / jnp.where(last > 0, last, 1), 0)
 

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 
 from adamx.core import lifting
 from adamx.core.chain import chain
+from adamx.core.concept import parts
 from adamx.core.errors import describe
+from adamx.core.foreign import named
 from adamx.core.lifting import State
 from adamx.core.paths import flatten
 from adamx.core.transformation import Transformation
@@ -32,13 +34,13 @@ def check_plain(function: str, tx: Any) -> None:
         raise TypeError(
             f"{function}: tx must be the adamx transformation whose state this is about, got {tx!r}"
         )
-    for part in lifting.parts(tx):
+    for part in parts(tx):
         if isinstance(part, Storage):
             raise ValueError(
                 f"{function}: tx must keep float32 slots, got {type(part).__name__}: convert with "
                 'moments="float32", and adapt_state(tx, params, state) takes it to this storage'
             )
-        if part.is_foreign and (names := part.state_names()):
+        if isinstance(part, named) and (names := part.state_names()):
             raise ValueError(
                 f"{function}: tx holds a stage of Optax whose state stands under {names[0]!r}: "
                 f"convert without that stage, and add its state as it is: state | {{{names[0]!r}: "
@@ -54,7 +56,7 @@ def stands_before(tx: Transformation, first: type, second: type) -> bool:
         >>> stands_before(adamx.amsgrad(0.1), adamx.bias_correction, adamx.running_max)
         True
     """
-    for part in lifting.parts(tx):
+    for part in parts(tx):
         if isinstance(part, chain):
             kinds = [type(stage) for stage in part.stages]
             if first in kinds and second in kinds[kinds.index(first) :]:
@@ -149,7 +151,7 @@ def _after(tx: Transformation, params: Any, count: int, others: Set[str]) -> Sta
     """
     nothing = jax.tree.map(lambda _: None, params)
     steps = count if others else min(count, 1)
-    return _run(tx.resolve(params), nothing, jnp.int32(count - steps), jnp.int32(steps))
+    return _run(tx.for_tree(params), nothing, jnp.int32(count - steps), jnp.int32(steps))
 
 
 @jax.jit

@@ -26,7 +26,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from adamx.core import errors, lifting
+from adamx.core import errors
+from adamx.core.concept import parts
 from adamx.core.errors import describe
 from adamx.core.lifting import State
 from adamx.core.paths import leaves_by_path, paths_of
@@ -272,7 +273,7 @@ def _slot(function: str, field: str, group: Mapping[str, Any], tx: Transformatio
     What is checked here is what field and slot mean, as far as the composition says it.
     """
     if field == _PRODUCT:
-        if not any(isinstance(part, scheduled_nesterov_ema) for part in lifting.parts(tx)):
+        if not any(isinstance(part, scheduled_nesterov_ema) for part in parts(tx)):
             raise ValueError(
                 f"{function}: mu_product is the product of the momenta of PyTorch's NAdam, which "
                 "rise from half of betas[0], while those of adamx.nadam are constant: give "
@@ -316,7 +317,7 @@ def _slot(function: str, field: str, group: Mapping[str, Any], tx: Transformatio
 
 def _product(tx: Transformation, count: Any) -> np.ndarray:
     """Return b_1 ... b_t of NAdam's momenta."""
-    (found,) = [p for p in lifting.parts(tx) if isinstance(p, scheduled_nesterov_ema)]
+    (found,) = [p for p in parts(tx) if isinstance(p, scheduled_nesterov_ema)]
     t = jnp.maximum(count, 1).astype(float)
     rate = -np.log(0.96) * found.momentum_decay
     return np.array(jnp.where(count > 0, 1 - one_minus_product(found.decay, rate, t), 1.0))

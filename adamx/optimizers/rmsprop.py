@@ -26,8 +26,8 @@ from adamx.core.checks import (
     optional,
 )
 from adamx.core.combine import combine
-from adamx.core.expressions import abs_, call
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import abs_, call
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.bias_correction import bias_correction as corrected
 from adamx.transforms.ema import ema

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from adamx.core.lifting import Slots, slot_names
+from adamx.core.concept import Slots
 from adamx.core.rounding import round_stochastically
 from adamx.storage.storage import Storage
 
@@ -46,7 +46,7 @@ class bfloat16(Storage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kept = slot_names(self.inner)
+        kept = self.inner.slot_names()
         if unknown := sorted(set(self.only or ()) - set(kept)):
             raise ValueError(f"bfloat16: only names {unknown}, and the slots are {sorted(kept)}")
 

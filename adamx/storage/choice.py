@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from adamx.core import lifting
 from adamx.core.transformation import Transformation
 from adamx.storage.bfloat16 import bfloat16
 from adamx.storage.packed8 import packed8, ratio_bound
@@ -51,7 +50,7 @@ def stored(
     if moments == "packed8":
         raise ValueError(
             "packed8: keeps mu as its ratio to the root of nu, for which Adam's two decays give a "
-            f"bound, and the slots here are {sorted(lifting.slot_names(inner))}: bfloat16 keeps "
+            f"bound, and the slots here are {sorted(inner.slot_names())}: bfloat16 keeps "
             "any slots, in 2 bytes each"
         )
     kind = ValueError if isinstance(moments, str) else TypeError

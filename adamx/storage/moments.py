@@ -1,4 +1,8 @@
-"""Reading the slots of a state, whatever they are stored in."""
+"""Reading the slots of a state, however they are stored.
+
+decoded(concept, slots) = the children's, after the concept's own `decode`
+encoded(concept, slots) = the concept's own `encode`, after the children's
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from adamx.core import errors
-from adamx.core.lifting import disjoint
+from adamx.core.concept import Concept, Slots
+from adamx.core.lifting import Leaves
+from adamx.core.paths import flatten
 from adamx.core.transformation import Transformation
+from adamx.storage import masters
+from adamx.storage.storage import Storage
+
+
+def decoded(concept: Concept, slots: Slots) -> Slots:
+    """Return one leaf's slots as the formula sees them, from the slots as they are stored."""
+    if isinstance(concept, Storage) and slots:
+        slots = concept.decoded(slots)
+    for child in concept.children:
+        slots = decoded(child, slots)
+    return slots
+
+
+def encoded(concept: Concept, slots: Slots) -> Slots:
+    """Return one leaf's slots as they are stored, from the slots as the formula sees them."""
+    for child in concept.children:
+        slots = encoded(child, slots)
+    if isinstance(concept, Storage) and slots:
+        names = concept.inner.slot_names()
+        others = {name: x for name, x in slots.items() if name not in names}
+        slots = others | concept.encoded({n: slots[n] for n in names if n in slots})
+    return slots
+
+
+def without_storages(tx: Any) -> Any:
+    """Return the transformation with each storage replaced by the concept inside it."""
+    if isinstance(tx, Storage):
+        return without_storages(tx.inner)
+    return tx.with_children([without_storages(child) for child in tx.children])
 
 
 def moments(state: Mapping[str, Any], tx: Transformation) -> dict[str, Any]:
@@ -19,8 +54,8 @@ def moments(state: Mapping[str, Any], tx: Transformation) -> dict[str, Any]:
 
     Returns:
         For each slot, such as `mu` and `nu`, a tree shaped like the parameters: float32, or wider
-        where the parameter is. Slots that are not packed are the state's own arrays. What foreign
-        stages keep is left out.
+        where the parameter is. Slots that are not packed are the state's own arrays. What Optax's
+        stages and `master_weights` keep is left out.
 
     Raises:
         ValueError: if the state has not the slots of `tx`.
@@ -33,4 +68,32 @@ def moments(state: Mapping[str, Any], tx: Transformation) -> dict[str, Any]:
         (['count', 'learning_rate', 'moments'], {'w': Array([2.], dtype=float32)})
     """
     errors.check_state(state)
-    return disjoint(*(segment.reveal_tree(state) for segment in tx.segments()))
+    names = tx.tree_names()
+    if not names:
+        return {}
+    paths, _, treedef = flatten(errors.entry(state, names[0]))
+    none = [None] * len(paths)
+    columns = [treedef.flatten_up_to(errors.entry(state, name)) for name in names]
+    like = [_largest(slots) for slots in zip(*columns, strict=True)]
+    leaves = Leaves(paths, like, None, none, none, treedef)
+    found = decoded_slots(tx.for_tree(leaves.tree(like)), leaves, state)
+    return {name: leaves.tree(x) for name, x in found.items() if name not in masters.NAMES}
+
+
+def decoded_slots(tx: Any, leaves: Leaves, state: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the slots of a state as the formula sees them, in lists parallel to the leaves."""
+    names = tx.tree_names()
+    columns = [leaves.treedef.flatten_up_to(errors.entry(state, name)) for name in names]
+    seen = without_storages(tx).tree_names()
+    found: dict[str, list[Any]] = {name: [None] * len(leaves.paths) for name in seen}
+    for i, (path, like) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
+        if like is not None:
+            slots = {n: x[i] for n, x in zip(names, columns, strict=True) if x[i] is not None}
+            for name, x in decoded(tx.for_leaf(path, like), slots).items():
+                found[name][i] = x
+    return found
+
+
+def _largest(slots: tuple[Any, ...]) -> Any:
+    """Return a leaf's largest slot: the one most like its parameter."""
+    return max((x for x in slots if x is not None), key=lambda x: (x.ndim, x.size), default=None)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamx.core.lifting import Slots, slot_names
+from adamx.core.concept import Slots
 from adamx.core.rounding import bits_of, from_bits
 from adamx.storage.storage import Storage
 
@@ -73,7 +73,7 @@ class packed16(Storage):
 
 def check_pair(storage: Any) -> None:
     """Raise where a storage of two moments is given something that does not keep both."""
-    kept = slot_names(storage.inner)
+    kept = storage.inner.slot_names()
     if not {"mu", "nu"} <= set(kept):
         name = type(storage).__name__
         raise ValueError(

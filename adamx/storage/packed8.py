@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamx.core.checks import DECAY, NON_NEGATIVE, check, checked
-from adamx.core.lifting import Slots
+from adamx.core.concept import Slots
 from adamx.core.rounding import INFINITY, bits_of, from_bits
 from adamx.storage.packed16 import check_pair, others, pair
 from adamx.storage.storage import Storage

@@ -16,14 +16,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from adamx.core import errors, lifting
-from adamx.core.expressions import Expr
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
+from adamx.core.arithmetic import compute_dtype, is_inexact, widen
+from adamx.core.concept import Slots, accumulated, hook
 from adamx.core.rounding import random_bits, step_key
-from adamx.core.step import Step
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr
+from adamx.formula.symbols import Symbols
 
 
 class Storage(Transformation):
@@ -34,7 +35,7 @@ class Storage(Transformation):
 
     Raises:
         TypeError: in `grad` through a step, since a narrow format has no derivative.
-        ValueError: if `inner` reads the whole tree or keeps nothing.
+        ValueError: if `inner` reads the whole tree or keeps no slots.
 
     Example:
         A format with a quarter of float32's bits, in five lines (with nearest rounding, which
@@ -55,10 +56,8 @@ class Storage(Transformation):
     inner: Transformation
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        if not isinstance(self.inner, Transformation):
-            raise TypeError(f"{name}: inner must be an adamx transformation, got {self.inner!r}")
-        if not lifting.slot_names(self.inner):
+        if not self.inner.slot_names():
+            name = type(self).__name__
             raise ValueError(f"{name}: {self.inner!r} keeps no slots, so there is nothing to store")
 
     def encode(self, slots: Slots, bits: Slots) -> Slots:
@@ -71,47 +70,59 @@ class Storage(Transformation):
                 updated in place.
 
         Returns:
-            Arrays of the same shape, by name; the names may be others.
+            Arrays by name, of any dtypes and shapes; the names may be others.
         """
         raise NotImplementedError
 
     def decode(self, stored: Slots) -> Slots:
-        """Return the slots that `encode` was given, as far as they were kept."""
+        """Return the slots that `encode` was given, as far as they were kept.
+
+        Args:
+            stored: the arrays that `encode` returned, in the same dtypes.
+        """
         raise NotImplementedError
 
     def slots(self, param: jax.Array) -> Slots:
-        return _encoded(self, self.inner.slots(param))
+        return self.encoded(self.inner.slots(param))
 
-    def prepare(self, step: Step) -> Any:
+    def stored_names(self) -> tuple[str, ...]:
+        return self.slot_names()
+
+    def scalars(self, step: Step) -> Any:
         return step_key(step.count)
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
-        before = self._decoded(slots)
-        changed = self.inner.accumulate(u, before, self._seen(step))
-        errors.check_accumulated(self.inner, before, changed)
-        after = before | changed
-        own = {name: after[name] for name in lifting.slot_names(self.inner)}
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
+        before = self.decoded(slots, u.dtype)
+        after = before | accumulated(self.inner, u, before, self._inside(step, u.dtype))
+        own = {name: after[name] for name in self.inner.slot_names() if name in after}
         own = _not_differentiable(type(self).__name__, own)
-        return self.encode(own, _bits(step.scalars, own))
+        return hook(self, "encode", own, _bits(step.scalars, own))
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
-        return self.inner.emit(u, self._decoded(slots), self._seen(step))
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
+        return self.inner.emit(u, self.decoded(slots, u.dtype), self._inside(step, u.dtype))
 
-    def reveal(self, slots: Slots) -> Slots:
-        return self.inner.reveal(self._decoded(slots))
+    def decoded(self, slots: Slots, compute: DTypeLike | None = None) -> Slots:
+        """Return all of a leaf's slots, with those of the inner concept decoded.
 
-    def conceal(self, seen: Slots) -> Slots:
-        return _encoded(self, self.inner.conceal(seen))
-
-    def _decoded(self, slots: Slots) -> Slots:
-        """Return all of a leaf's slots, with those of the inner concept decoded."""
-        names = lifting.slot_names(self)
+        Args:
+            slots: the leaf's slots, this storage's as they are stored.
+            compute: the dtype to widen them to; None means float32, or wider if a slot is.
+        """
+        names = self.slot_names()
         others = {name: x for name, x in slots.items() if name not in names}
-        return others | self.decode({name: slots[name] for name in names if name in slots})
+        found = hook(self, "decode", {name: slots[name] for name in names if name in slots})
+        for name in found.keys() - set(self.inner.stored_names()):
+            if is_inexact(x := found[name]):
+                found[name] = widen(x, compute_dtype(x.dtype) if compute is None else compute)
+        return others | found
 
-    def _seen(self, step: Step) -> Step:
+    def encoded(self, slots: Slots) -> Slots:
+        """Return the slots of the inner concept encoded, outside a step."""
+        return _encoded(self, slots)
+
+    def _inside(self, step: LeafStep, compute: DTypeLike) -> LeafStep:
         """Return the step as the inner concept sees it."""
-        return dataclasses.replace(step.child(0), old=self._decoded(step.old))
+        return dataclasses.replace(step.child(0), old=self.decoded(step.old, compute))
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         return self.inner.formula(u, symbols)
@@ -120,7 +131,7 @@ class Storage(Transformation):
 @jax.jit
 def _encoded(storage: Storage, slots: Slots) -> Slots:
     """Encode outside a step: compiled, since operation by operation it takes a second a shape."""
-    return storage.encode(slots, _bits(step_key(0), slots))
+    return hook(storage, "encode", slots, _bits(step_key(0), slots))
 
 
 def _bits(key: jax.Array, slots: Slots) -> Slots:

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
-from adamx.core.expressions import Expr, W, call, reduced
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
+from adamx.core.concept import Slots
 from adamx.core.norms import Axes, norm
-from adamx.core.step import Step
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr, W, call, reduced
+from adamx.formula.symbols import Symbols
 
 
 class adaptive_clip(Transformation):
@@ -62,11 +62,9 @@ class adaptive_clip(Transformation):
     def __post_init__(self) -> None:
         check(self, clipping=NON_NEGATIVE, eps=NON_NEGATIVE)
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
-        if step.param is None:
-            raise ValueError("adaptive_clip: needs the parameters: update(updates, state, params)")
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         axes = self._axes(u)
-        largest = self.clipping * jnp.maximum(norm(step.param, axes), self.eps)
+        largest = self.clipping * jnp.maximum(norm(step.needs_param(self), axes), self.eps)
         size = norm(u, axes)
         over = size > largest
         return u * jnp.where(over, largest / jnp.where(over, size, 1), 1)

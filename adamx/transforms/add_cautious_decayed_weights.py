@@ -20,13 +20,13 @@ import jax.numpy as jnp
 
 from adamx.core import masks
 from adamx.core.checks import RATE, ScalarOrSchedule, check
-from adamx.core.expressions import ZERO, Expr, W
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.schedules import scheduled
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import ZERO, Expr, W
+from adamx.formula.symbols import Symbols
 from adamx.transforms.cautious import agreement
-from adamx.transforms.scale_by_learning_rate import scheduled
 
 
 class add_cautious_decayed_weights(Transformation):
@@ -52,20 +52,17 @@ class add_cautious_decayed_weights(Transformation):
 
     def __post_init__(self) -> None:
         check(self, weight_decay=RATE)
-        object.__setattr__(self, "mask", masks.kept(self.mask))
+        self._set(mask=masks.copied(self.mask))
 
-    def resolve(self, tree: Any) -> Transformation:
+    def for_tree(self, tree: Any) -> Transformation:
         return masks.settle(self, tree)
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         return scheduled(self.weight_decay, step.count)
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
-        if step.param is None:
-            raise ValueError(
-                "add_cautious_decayed_weights: needs the parameters: update(updates, state, params)"
-            )
-        return u + step.scalars * jnp.where(agreement(u, step.param) >= 0, step.param, 0)
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
+        param = step.needs_param(self)
+        return u + step.scalars * jnp.where(agreement(u, param) >= 0, param, 0)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         u, decay = symbols.named(u), symbols.number("wd", self.weight_decay)

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, real_dtype, squared_magnitude
 from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
-from adamx.core.expressions import Expr, call, last
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.schedules import scheduled_decay
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled_decay
+from adamx.formula.expressions import Expr, call, last
+from adamx.formula.symbols import Symbols
 
 
 class additive_average_of_squares(Transformation):
@@ -61,10 +61,10 @@ class additive_average_of_squares(Transformation):
         dtype = real_dtype(compute_dtype(param.dtype))
         return {self.name: jnp.full_like(param, self.initial, dtype)}
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         return scheduled_decay(self.decay, step.count)
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         nu = slots[self.name]
         largest = jnp.finfo(nu.dtype).max
         square = jnp.minimum(squared_magnitude(u), largest)
@@ -72,7 +72,7 @@ class additive_average_of_squares(Transformation):
         change = weight * jnp.sign(square - nu) * square
         return {self.name: nu + jnp.minimum(change, largest - nu)}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return slots[self.name]
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

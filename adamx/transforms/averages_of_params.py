@@ -21,13 +21,13 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype
 from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
-from adamx.core.expressions import Expr, T, W, following, last
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.schedules import scheduled
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr, T, W, following, last
+from adamx.formula.symbols import Symbols
 from adamx.transforms.bias_correction import weight_in_formula, weight_of_past
-from adamx.transforms.scale_by_learning_rate import scheduled
 
 
 class mean_of_params(Transformation):
@@ -57,15 +57,15 @@ class mean_of_params(Transformation):
 
     name: str = "params_mean"
 
-    stands_last = True
+    place = "last"
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.array(param, compute_dtype(param.dtype))}
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         return 1 / step.count.astype(float)
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         return _towards_params(self, step.scalars, u, slots, step)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
@@ -105,7 +105,7 @@ class ema_of_params(Transformation):
     decay: ScalarOrSchedule = 0.999
     name: str = "params_ema"
 
-    stands_last = True
+    place = "last"
 
     def __post_init__(self) -> None:
         check(self, decay=DECAY_OR_SCHEDULE)
@@ -117,7 +117,7 @@ class ema_of_params(Transformation):
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.array(param, compute_dtype(param.dtype))}
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         past = weight_of_past(self.decay, step, self._correction)
         if not callable(self.decay):
             return (1 - self.decay) / past, past
@@ -126,7 +126,7 @@ class ema_of_params(Transformation):
     def record(self, scalars: Any) -> Slots:
         return {self._correction: scalars[1]} if callable(self.decay) else {}
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         share, _ = step.scalars
         return _towards_params(self, share, u, slots, step)
 
@@ -139,9 +139,5 @@ class ema_of_params(Transformation):
 
 def _towards_params(concept: Any, share: Any, u: jax.Array, slots: Slots, step: Step) -> Slots:
     """Move the average towards the new parameters by a share of the difference."""
-    if step.param is None:
-        raise ValueError(
-            f"{type(concept).__name__}: needs the parameters: update(updates, state, params)"
-        )
     past = slots[concept.name]
-    return {concept.name: past + share * ((step.param + u) - past)}
+    return {concept.name: past + share * ((step.needs_param(concept) + u) - past)}

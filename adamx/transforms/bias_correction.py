@@ -24,12 +24,12 @@ import numpy as np
 
 from adamx.core import errors
 from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
-from adamx.core.expressions import Expr, T, last
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.schedules import scheduled
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled
+from adamx.formula.expressions import Expr, T, last
+from adamx.formula.symbols import Symbols
 
 CORRECTION = "bias_correction"
 
@@ -119,15 +119,15 @@ class bias_correction(Transformation):
     def __post_init__(self) -> None:
         check(self, decay=DECAY_OR_SCHEDULE)
         if not callable(self.decay):  # nothing is kept that would need a name
-            object.__setattr__(self, "name", CORRECTION)
+            self._set(name=CORRECTION)
 
-    def prepare(self, step: Step) -> jax.Array:
+    def scalars(self, step: Step) -> jax.Array:
         return weight_of_past(self.decay, step, self.name)
 
     def record(self, scalars: Any) -> Slots:
         return {self.name: scalars} if callable(self.decay) else {}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return u / step.scalars
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

@@ -24,11 +24,11 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import divide
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
-from adamx.core.expressions import ZERO, Expr, reduced, symbol
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import ZERO, Expr, reduced, symbol
+from adamx.formula.symbols import Symbols
 
 
 def agreement(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -69,10 +69,8 @@ class cautious(Transformation):
 
     def __post_init__(self) -> None:
         check(self, xi=NON_NEGATIVE)
-        if not isinstance(self.inner, Transformation):
-            raise TypeError(f"cautious: inner must be an adamx transformation, got {self.inner!r}")
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         update = self.inner.emit(u, slots, step.child(0))
         kept = agreement(update, u) > 0
         number = jnp.sum(kept, dtype=jnp.int32).astype(u.real.dtype)

@@ -12,81 +12,20 @@ Source: Pascanu et al. (2013), section 3.2, https://arxiv.org/abs/1211.5063
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from adamx.core.arithmetic import (
-    compute_dtype,
-    real_dtype,
-    real_times_complex,
-    root,
-    squared_magnitude,
-)
 from adamx.core.checks import RATE, ScalarOrSchedule, check
-from adamx.core.expressions import Expr, call, reduced
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.norms import global_norm
+from adamx.core.schedules import scheduled
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled
-
-# For float32 and float64: the sum under which squares of single elements may have been lost, and
-# the factors with which the norms of such and of overflowing updates are computed: powers of two,
-# which round nothing, far enough from both ends of the range.
-_SCALES = {4: (2.0**-80, 2.0**-96, 2.0**80), 8: (2.0**-800, 2.0**-700, 2.0**500)}
-
-
-def sum_of_all_squares(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Return the sum of |u|^2 over all elements: infinite where it overflows.
-
-    Written alike wherever it is needed, so that the compiler finds the sums to be one.
-
-    Args:
-        leaves: arrays in compute dtype.
-
-    Example:
-        >>> print(sum_of_all_squares([jnp.array([1.0, 2.0]), jnp.array(3.0)]))
-        14.0
-    """
-    dtype = real_dtype(compute_dtype(*(u.dtype for u in leaves)))
-    sums = [jnp.sum(squared_magnitude(u)).astype(dtype) for u in leaves]
-    return sum(sums, start=jnp.zeros([], dtype))
-
-
-def global_norm(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Return the root of the sum of squares over all elements of all leaves.
-
-    Args:
-        leaves: arrays in compute dtype; with none the norm is 0.
-
-    Returns:
-        A scalar, float32 or float64: inf where an element is infinite, NaN where one is NaN.
-
-    Example:
-        The squares of these are no float32:
-
-        >>> print(global_norm([jnp.array([3e30]), jnp.array([4e30])]))
-        5e+30
-        >>> print(global_norm([jnp.array([3e-30, 4e-30])]))
-        5e-30
-    """
-    plain = sum_of_all_squares(leaves)
-    small, down, up = _SCALES[plain.dtype.itemsize]
-
-    def scaled() -> jax.Array:
-        # not a constant: the compiler would write (c u)^2 as c^2 u^2, which overflows
-        factor = jnp.where(plain <= small, up, down).astype(plain.dtype)
-        shares = []
-        for u in leaves:
-            with real_times_complex(u.dtype):
-                shares.append(factor.astype(real_dtype(u.dtype)) * u)
-        return root(sum_of_all_squares(shares)) / factor
-
-    usual = (plain > small) & (plain < jnp.inf)
-    return jax.lax.cond(usual, lambda: jnp.sqrt(plain), scaled)
+from adamx.formula.expressions import Expr, call, reduced
+from adamx.formula.symbols import Symbols
 
 
 class clip_by_global_norm(Transformation):
@@ -118,17 +57,17 @@ class clip_by_global_norm(Transformation):
 
     def __init__(self, max_norm: ScalarOrSchedule, record: bool | str = False) -> None:
         """Check max_norm and settle the name of what is recorded."""
-        object.__setattr__(self, "max_norm", max_norm)
+        self._set(max_norm=max_norm)
         check(self, max_norm=RATE)
         name = record if isinstance(record, str) else "grad_norm" if record else None
-        object.__setattr__(self, "recorded_as", name)
+        self._set(recorded_as=name)
 
     def arguments(self) -> Iterator[tuple[str, Any]]:
         yield "", self.max_norm
         if self.recorded_as is not None:
             yield "record", self.recorded_as == "grad_norm" or self.recorded_as
 
-    def measure(self, step: Step, leaves: list[jax.Array]) -> Any:
+    def tree_scalars(self, step: Step, leaves: list[jax.Array]) -> Any:
         norm = global_norm(leaves)
         limit = jnp.asarray(scheduled(self.max_norm, step.count), norm.dtype)
         beyond = norm > limit
@@ -138,7 +77,7 @@ class clip_by_global_norm(Transformation):
         _, norm = scalars
         return {} if self.recorded_as is None else {self.recorded_as: norm}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         factor, _ = step.scalars
         return factor * u
 

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
-from adamx.core.expressions import Expr, call, reduced, sqrt
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
+from adamx.core.concept import Slots
 from adamx.core.norms import rms
-from adamx.core.step import Step
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr, call, reduced, sqrt
+from adamx.formula.symbols import Symbols
 
 
 class clip_by_rms(Transformation):
@@ -47,7 +47,7 @@ class clip_by_rms(Transformation):
     def __post_init__(self) -> None:
         check(self, threshold=NON_NEGATIVE)
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         size = rms(u).reshape(())
         over = size > self.threshold
         return u * jnp.where(over, self.threshold / jnp.where(over, size, 1), 1)

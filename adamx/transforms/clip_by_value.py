@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
-from adamx.core.expressions import Expr, call
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr, call
+from adamx.formula.symbols import Symbols
 
 
 class clip_by_value(Transformation):
@@ -45,7 +45,7 @@ class clip_by_value(Transformation):
     def __post_init__(self) -> None:
         check(self, max_delta=NON_NEGATIVE)
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         if not jnp.iscomplexobj(u):
             return jnp.clip(u, -self.max_delta, self.max_delta)
         size = jnp.abs(u)

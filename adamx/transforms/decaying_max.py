@@ -19,12 +19,12 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, real_dtype
 from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
-from adamx.core.expressions import Expr, abs_, call, last
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.schedules import scheduled
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled
+from adamx.formula.expressions import Expr, abs_, call, last
+from adamx.formula.symbols import Symbols
 
 
 class decaying_max(Transformation):
@@ -59,13 +59,13 @@ class decaying_max(Transformation):
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.zeros_like(param, real_dtype(compute_dtype(param.dtype)))}
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         return scheduled(self.decay, step.count)
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         return {self.name: jnp.maximum(step.scalars * slots[self.name], jnp.abs(u) + self.eps)}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return slots[self.name]
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import divide, limit_for_squares, root
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
-from adamx.core.expressions import ONE, Expr, T, call, sqrt, where
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots, slot_names
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import ONE, Expr, T, call, sqrt, where
+from adamx.formula.symbols import Symbols
 
 
 class delayed_rms_scaling(Transformation):
@@ -56,23 +56,18 @@ class delayed_rms_scaling(Transformation):
 
     def __post_init__(self) -> None:
         check(self, eps=NON_NEGATIVE)
-        if not isinstance(self.second_moment, Transformation):
-            raise TypeError(
-                "delayed_rms_scaling: second_moment must be an adamx transformation, "
-                f"got {self.second_moment!r}"
-            )
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
-        return super().accumulate(limit_for_squares(u, step.dtype), slots, step)
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
+        return super().accumulate(limit_for_squares(u, step.grad_dtype), slots, step)
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
-        u = limit_for_squares(u, step.dtype)
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
+        u = limit_for_squares(u, step.grad_dtype)
         second_moment = self.second_moment.emit(u, slots | step.old, step.child(0))
         scaled = divide(u, jnp.maximum(root(second_moment), self.eps))
         return jnp.where(step.count == 1, 0, scaled)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
-        u, own = symbols.named(u), slot_names(self.second_moment)
+        u, own = symbols.named(u), self.second_moment.slot_names()
         second = symbols.before(self.second_moment.formula(u, symbols), own)
         least = call("max", sqrt(second), symbols.number("eps", self.eps))
         return where(Expr(">", (T, ONE)), u / least, 0)

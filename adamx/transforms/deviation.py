@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import jax
 
-from adamx.core.expressions import Expr
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr
+from adamx.formula.symbols import Symbols
 
 
 class deviation(Transformation):
@@ -41,7 +41,7 @@ class deviation(Transformation):
 
     slot: str = "mu"
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         if self.slot not in slots:
             raise ValueError(
                 f"deviation: no concept beside it keeps a slot {self.slot!r}, only {sorted(slots)}"

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import zeros
-from adamx.core.expressions import ONE, Expr, T, last, where
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import ONE, Expr, T, last, where
+from adamx.formula.symbols import Symbols
 
 
 class difference(Transformation):
@@ -39,10 +39,10 @@ class difference(Transformation):
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: zeros(param)}
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         return {self.name: u}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return jnp.where(step.count == 1, 0, u - step.old[self.name])
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

@@ -23,12 +23,12 @@ from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, zeros
 from adamx.core.checks import DECAY_OR_SCHEDULE, FINITE, Scalar, ScalarOrSchedule, check
-from adamx.core.expressions import Expr, last
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.schedules import scheduled_decay
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled_decay
+from adamx.formula.expressions import Expr, last
+from adamx.formula.symbols import Symbols
 
 
 class ema(Transformation):
@@ -66,14 +66,14 @@ class ema(Transformation):
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.full_like(zeros(param, self.dtype), self.initial)}
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         return scheduled_decay(self.decay, step.count)
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         decay, weight = step.scalars
         return {self.name: average(slots[self.name], u, decay, weight)}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return slots[self.name]
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import average, placed_like, squared_magnitude, zeros
 from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
-from adamx.core.expressions import Expr, last, reduced
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
+from adamx.core.concept import Slots
 from adamx.core.norms import reduced_size
-from adamx.core.step import Step
+from adamx.core.schedules import scheduled_decay
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled_decay
+from adamx.formula.expressions import Expr, last, reduced
+from adamx.formula.symbols import Symbols
 
 BlockAxes = tuple[int, ...] | Callable[[str, jax.Array], tuple[int, ...]] | None
 """The axes that are averaged over, for all leaves or from a leaf's path and the leaf."""
@@ -69,7 +69,7 @@ class ema_of_mean_squares(Transformation):
     def __post_init__(self) -> None:
         check(self, decay=DECAY_OR_SCHEDULE)
 
-    def bind(self, path: str, leaf: jax.Array) -> Transformation:
+    def for_leaf(self, path: str, leaf: jax.Array) -> Transformation:
         if not callable(self.axes):
             return self
         return dataclasses.replace(self, axes=tuple(self.axes(path, leaf)))
@@ -79,17 +79,17 @@ class ema_of_mean_squares(Transformation):
         start = placed_like(zeros(param), param)
         return {self.name: start.real.sum(self._axes(param), keepdims=True)}
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         return scheduled_decay(self.decay, step.count)
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         nu, axes = slots[self.name], self._axes(u)
         mean = jnp.sum(squared_magnitude(u), axes, keepdims=True) / reduced_size(u, axes)
         mean = jnp.minimum(mean, jnp.finfo(nu.dtype).max)  # as in ema_of_squares
         decay, weight = step.scalars
         return {self.name: average(nu, mean, decay, weight)}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return jnp.broadcast_to(slots[self.name], u.shape)
 
     def _axes(self, x: jax.Array) -> tuple[int, ...]:

@@ -26,12 +26,12 @@ from adamx.core.checks import (
     ScalarOrSchedule,
     check,
 )
-from adamx.core.expressions import Expr, last
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.schedules import scheduled_decay
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled_decay
+from adamx.formula.expressions import Expr, last
+from adamx.formula.symbols import Symbols
 
 
 class ema_of_squares(Transformation):
@@ -69,16 +69,16 @@ class ema_of_squares(Transformation):
         dtype = real_dtype(compute_dtype(param.dtype)) if self.dtype is None else self.dtype
         return {self.name: jnp.full_like(param, self.initial, dtype)}
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         return scheduled_decay(self.decay, step.count)
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         nu = slots[self.name]
         square = jnp.minimum(squared_magnitude(u), jnp.finfo(nu.dtype).max)
         decay, weight = step.scalars
         return {self.name: average(nu, square, decay, weight)}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return slots[self.name]
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

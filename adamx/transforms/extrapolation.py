@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import FINITE_OR_SCHEDULE, ScalarOrSchedule, check
-from adamx.core.expressions import ONE, Expr, T, last, where
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.schedules import scheduled
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled
+from adamx.formula.expressions import ONE, Expr, T, last, where
+from adamx.formula.symbols import Symbols
 
 
 class extrapolation(Transformation):
@@ -48,10 +48,10 @@ class extrapolation(Transformation):
     def __post_init__(self) -> None:
         check(self, factor=FINITE_OR_SCHEDULE)
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         return scheduled(self.factor, step.count)
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         if self.slot not in step.old:
             raise ValueError(
                 f"extrapolation: no piece keeps {self.slot!r}, only {sorted(step.old)}: put a "

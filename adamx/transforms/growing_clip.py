@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
-from adamx.core.expressions import Expr, T, call
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr, T, call
+from adamx.formula.symbols import Symbols
 
 
 class growing_clip(Transformation):
@@ -49,10 +49,10 @@ class growing_clip(Transformation):
     def __post_init__(self) -> None:
         check(self, power=NON_NEGATIVE)
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         return (step.count - 1).astype(float) ** self.power
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         bound = step.scalars
         if jnp.iscomplexobj(u):
             return jnp.where(jnp.abs(u) > bound, bound * jnp.sign(u), u)

@@ -24,12 +24,12 @@ from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, zeros
 from adamx.core.checks import DECAY_OR_SCHEDULE, Range, ScalarOrSchedule, check
-from adamx.core.expressions import Expr, last
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.schedules import scheduled, scheduled_decay
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled, scheduled_decay
+from adamx.formula.expressions import Expr, last
+from adamx.formula.symbols import Symbols
 
 POSITIVE_DECAY = Range(math.ulp(0.0), 1.0, "in (0, 1)", open_above=True, schedule=True)
 
@@ -72,16 +72,16 @@ class interpolated_ema(Transformation):
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: zeros(param, self.dtype)}
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         decay, weight = scheduled_decay(self.decay, step.count)
         ratio = scheduled(self.blend, step.count) / decay
         return decay, weight, ratio, 1 - ratio
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         decay, weight, _, _ = step.scalars
         return {self.name: average(slots[self.name], u, decay, weight)}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         _, _, ratio, rest = step.scalars
         return ratio * slots[self.name] + rest * u
 

@@ -21,13 +21,13 @@ from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, zeros
 from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
-from adamx.core.expressions import Expr, T, following, last
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.schedules import scheduled
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr, T, following, last
+from adamx.formula.symbols import Symbols
 from adamx.transforms.bias_correction import one_minus_power, weight_in_formula, weight_of_past
-from adamx.transforms.scale_by_learning_rate import scheduled
 
 
 class nesterov_ema(Transformation):
@@ -65,7 +65,7 @@ class nesterov_ema(Transformation):
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: zeros(param, self.dtype)}
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         past = weight_of_past(self.decay, step, self._correction)
         if callable(self.decay):
             decay, tomorrow = (
@@ -81,11 +81,11 @@ class nesterov_ema(Transformation):
     def record(self, scalars: Any) -> Slots:
         return {self._correction: scalars[-1]} if callable(self.decay) else {}
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         decay, weight, *_ = step.scalars
         return {self.name: average(slots[self.name], u, decay, weight)}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         _, _, ahead, today, _ = step.scalars
         return ahead * slots[self.name] + today * u
 

@@ -15,12 +15,12 @@ import dataclasses
 import jax
 
 from adamx.core.arithmetic import divide
-from adamx.core.expressions import Expr
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.identity import identity
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
-from adamx.transforms.identity import identity
+from adamx.formula.expressions import Expr
+from adamx.formula.symbols import Symbols
 
 
 class ratio(Transformation):
@@ -48,14 +48,7 @@ class ratio(Transformation):
     _: dataclasses.KW_ONLY
     denominator: Transformation
 
-    def __post_init__(self) -> None:
-        for field in ("numerator", "denominator"):
-            if not isinstance(getattr(self, field), Transformation):
-                raise TypeError(
-                    f"ratio: {field} must be an adamx transformation, got {getattr(self, field)!r}"
-                )
-
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         numerator = self.numerator.emit(u, slots, step.child(0))
         return divide(numerator, self.denominator.emit(u, slots, step.child(1)))
 

@@ -36,11 +36,11 @@ import numpy as np
 
 from adamx.core.arithmetic import limit_for_squares, widen
 from adamx.core.checks import DECAY, NON_NEGATIVE, Scalar, check
-from adamx.core.expressions import Expr, T, expr, sqrt, where
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr, T, expr, sqrt, where
+from adamx.formula.symbols import Symbols
 from adamx.transforms.rms_scaling import rms_scaling
 
 CONSTANT_DECAY = dataclasses.replace(
@@ -85,7 +85,7 @@ class rectified(Transformation):
         if not isinstance(self.scaling, rms_scaling):
             raise TypeError(f"rectified: scaling must be an rms_scaling, got {self.scaling!r}")
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         decay, threshold = (widen(x, jnp.result_type(float)) for x in (self.decay, self.threshold))
         length = effective_length(decay, step.count)
         ready = (length >= threshold) & (length > 4)
@@ -94,11 +94,11 @@ class rectified(Transformation):
         factor = jnp.sqrt((rho - 4) / (limit - 4) * ((rho - 2) / (limit - 2)) * (limit / rho))
         return ready, factor
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         ready, factor = step.scalars
         inner = step.child(0)
         scaled = factor * self.scaling.emit(u, slots, inner)
-        u = limit_for_squares(u, step.dtype)
+        u = limit_for_squares(u, step.grad_dtype)
         return jnp.where(ready, scaled, self.scaling.numerator.emit(u, slots, inner.child(0)))
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

@@ -17,12 +17,12 @@ import jax
 
 from adamx.core.arithmetic import divide, limit_for_squares, root
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
-from adamx.core.expressions import Expr, sqrt
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.identity import identity
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
-from adamx.transforms.identity import identity
+from adamx.formula.expressions import Expr, sqrt
+from adamx.formula.symbols import Symbols
 
 
 class rms_scaling(Transformation):
@@ -55,18 +55,12 @@ class rms_scaling(Transformation):
 
     def __post_init__(self) -> None:
         check(self, eps=NON_NEGATIVE, eps_root=NON_NEGATIVE)
-        for field in ("numerator", "second_moment"):
-            if not isinstance(getattr(self, field), Transformation):
-                raise TypeError(
-                    f"rms_scaling: {field} must be an adamx transformation, "
-                    f"got {getattr(self, field)!r}"
-                )
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
-        return super().accumulate(limit_for_squares(u, step.dtype), slots, step)
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
+        return super().accumulate(limit_for_squares(u, step.grad_dtype), slots, step)
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
-        u = limit_for_squares(u, step.dtype)
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
+        u = limit_for_squares(u, step.grad_dtype)
         numerator = self.numerator.emit(u, slots, step.child(0))
         second_moment = self.second_moment.emit(u, slots, step.child(1))
         return divide(numerator, root(second_moment + self.eps_root) + self.eps)

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, real_dtype
-from adamx.core.expressions import Expr, call, last
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr, call, last
+from adamx.formula.symbols import Symbols
 
 
 class running_max(Transformation):
@@ -45,7 +45,7 @@ class running_max(Transformation):
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.zeros_like(param, real_dtype(compute_dtype(param.dtype)))}
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         if jnp.iscomplexobj(u):
             raise TypeError(
                 f"running_max: complex numbers have no maximum, got {u.dtype}: put it behind a "
@@ -54,7 +54,7 @@ class running_max(Transformation):
         largest = float(jnp.finfo(u.dtype).max)
         return {self.name: jnp.maximum(slots[self.name], jnp.minimum(u, largest))}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return slots[self.name]
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import FINITE_OR_SCHEDULE, ScalarOrSchedule, check
-from adamx.core.expressions import Expr
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.schedules import scheduled
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled
+from adamx.formula.expressions import Expr
+from adamx.formula.symbols import Symbols
 
 
 class scale(Transformation):
@@ -42,10 +42,10 @@ class scale(Transformation):
     def __post_init__(self) -> None:
         check(self, step_size=FINITE_OR_SCHEDULE)
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         return scheduled(self.step_size, step.count)
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return jnp.multiply(step.scalars, u)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

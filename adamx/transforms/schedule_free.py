@@ -27,15 +27,15 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core import errors, lifting
-from adamx.core.arithmetic import compute_dtype
+from adamx.core.arithmetic import compute_dtype, real_times_complex
 from adamx.core.checks import NON_NEGATIVE, RATE, Range, Scalar, ScalarOrSchedule, check
-from adamx.core.expressions import Expr, W, call, last
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots, disjoint
+from adamx.core.schedules import scheduled
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.precision.master_weights import masters
-from adamx.transforms.scale_by_learning_rate import scheduled
+from adamx.formula.expressions import Expr, W, call, last
+from adamx.formula.symbols import Symbols
+from adamx.storage.masters import NAMES, masters
 
 SHARE = Range(  # with 0 the average x would not be in y
     math.ulp(0.0),
@@ -86,21 +86,17 @@ class schedule_free(Transformation):
     b1: Scalar = 0.9
     weight_lr_power: Scalar = 2.0
 
-    stands_last = True
+    place = "last"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Transformation):
-            raise TypeError(
-                f"schedule_free: inner must be an adamx transformation, got {self.inner!r}"
-            )
         check(self, learning_rate=RATE, b1=SHARE, weight_lr_power=NON_NEGATIVE)
 
     def slots(self, param: jax.Array) -> Slots:
         # a copy, so that parameter and slot can both be donated
         z = jnp.array(param, compute_dtype(param.dtype), copy=True)
-        return lifting.disjoint({"z": z}, super().slots(param))
+        return disjoint({"z": z}, super().slots(param))
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         if not step.state:  # before the first step
             return {"share": 0.0, "weight_sum": 0.0, "max_lr": 0.0, "b1": self.b1}
         largest, total = (errors.scalar(step.state, name) for name in ("max_lr", "weight_sum"))
@@ -113,15 +109,14 @@ class schedule_free(Transformation):
     def record(self, scalars: Any) -> Slots:
         return {name: scalars[name] for name in ("weight_sum", "max_lr", "b1")}
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         new = super().accumulate(u, slots, step)
         return new | {"z": slots["z"] + self.inner.emit(u, slots | new, step.child(0))}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
-        if step.param is None:
-            raise ValueError("schedule_free: needs the parameters: update(updates, state, params)")
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
+        y = step.needs_param(self)
         share, new, old = step.scalars["share"], slots["z"], step.old["z"]
-        return share * (new - step.param) + (1 - share) * (1 - self.b1) * (new - old)
+        return share * (new - y) + (1 - share) * (1 - self.b1) * (new - old)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         rate, b = symbols.number("lr", self.learning_rate), symbols.number("b", self.b1)
@@ -163,16 +158,16 @@ def schedule_free_eval_params(state: Mapping[str, Any], params: Any) -> Any:
             f"schedule_free_eval_params: the state has no {missing}, only {sorted(state)}: it is "
             "not that of a schedule-free optimizer"
         )
-    wide = masters(params, state) if {"remainder", "master"} & state.keys() else params
+    wide = masters(params, state) if {*NAMES} & state.keys() else params
     leaves, ys = lifting.take_apart(params, None), lifting.take_apart(wide, None)
-    zs = errors.beside(leaves.treedef, "z", state["z"], leaves.values)
+    zs = leaves.column("z", state["z"])
     b1 = state["b1"]
 
     def average(param: Any, y: Any, z: Any) -> Any:
         if param is None or z is None:
             return param
         y, wide_b1 = y.astype(z.dtype), b1.astype(jnp.finfo(z.dtype).dtype)
-        with lifting.real_times_complex(z.dtype):
+        with real_times_complex(z.dtype):
             return ((y - (1 - wide_b1) * z) / wide_b1).astype(param.dtype)
 
     columns = zip(leaves.values, ys.values, zs, strict=True)

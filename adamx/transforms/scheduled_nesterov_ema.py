@@ -29,11 +29,11 @@ from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, widen, zeros
 from adamx.core.checks import DECAY, NON_NEGATIVE, Scalar, check
-from adamx.core.expressions import Expr, T, expr, last
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr, T, expr, last
+from adamx.formula.symbols import Symbols
 from adamx.transforms.bias_correction import one_minus_power
 
 CONSTANT_DECAY = dataclasses.replace(
@@ -103,7 +103,7 @@ class scheduled_nesterov_ema(Transformation):
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: zeros(param, self.dtype)}
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         t = step.count.astype(float)
         decay, rate = widen(self.decay, t.dtype), _RATE * widen(self.momentum_decay, t.dtype)
         now, then = (jnp.exp(-rate * s) / 2 for s in (t, t + 1))
@@ -111,11 +111,11 @@ class scheduled_nesterov_ema(Transformation):
         today = (1 - decay + decay * now) / one_minus_product(decay, rate, t)
         return 1 - self.decay, ahead, today
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         weight, _, _ = step.scalars
         return {self.name: average(slots[self.name], u, self.decay, weight)}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         _, ahead, today = step.scalars
         return ahead * slots[self.name] + today * u
 

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import average, compute_dtype, real_dtype, squared_magnitude
 from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
-from adamx.core.expressions import ONE, Expr, T, last, where
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.schedules import scheduled_decay
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled_decay
+from adamx.formula.expressions import ONE, Expr, T, last, where
+from adamx.formula.symbols import Symbols
 
 
 class seeded_ema_of_squares(Transformation):
@@ -55,17 +55,17 @@ class seeded_ema_of_squares(Transformation):
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.zeros_like(param, real_dtype(compute_dtype(param.dtype)))}
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         decay, weight = scheduled_decay(self.decay, step.count)
         return decay, jnp.where(step.count == 1, 1.0, weight)
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         nu = slots[self.name]  # 0 before the first step, so that a weight of 1 sets it
         square = jnp.minimum(squared_magnitude(u), jnp.finfo(nu.dtype).max)
         decay, weight = step.scalars
         return {self.name: average(nu, square, decay, weight)}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return slots[self.name]
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

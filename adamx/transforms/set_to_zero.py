@@ -10,11 +10,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from adamx.core.expressions import ZERO, Expr
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import ZERO, Expr
+from adamx.formula.symbols import Symbols
 
 
 class set_to_zero(Transformation):
@@ -26,7 +26,7 @@ class set_to_zero(Transformation):
         Array([0., 0.], dtype=float32)
     """
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return jnp.zeros_like(u)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

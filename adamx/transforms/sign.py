@@ -13,11 +13,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from adamx.core.expressions import Expr, call
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr, call
+from adamx.formula.symbols import Symbols
 
 
 class sign(Transformation):
@@ -29,7 +29,7 @@ class sign(Transformation):
         Array([ 1., -1.,  0.], dtype=float32)
     """
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return jnp.sign(u)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, real_dtype, squared_magnitude
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
-from adamx.core.expressions import Expr, last
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr, last
+from adamx.formula.symbols import Symbols
 
 
 class sum_of_squares(Transformation):
@@ -51,12 +51,12 @@ class sum_of_squares(Transformation):
             self.name: jnp.full_like(param, self.initial, real_dtype(compute_dtype(param.dtype)))
         }
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         total = slots[self.name]
         room = jnp.finfo(total.dtype).max - total
         return {self.name: total + jnp.minimum(squared_magnitude(u), room)}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return slots[self.name]
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

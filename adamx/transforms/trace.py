@@ -21,12 +21,12 @@ from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import limit_sum, zeros
 from adamx.core.checks import FRACTION_OR_SCHEDULE, ScalarOrSchedule, check
-from adamx.core.expressions import Expr, following, last
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.schedules import scheduled
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.transforms.scale_by_learning_rate import scheduled
+from adamx.formula.expressions import Expr, following, last
+from adamx.formula.symbols import Symbols
 
 
 class trace(Transformation):
@@ -61,20 +61,20 @@ class trace(Transformation):
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: zeros(param, self.accumulator_dtype)}
 
-    def prepare(self, step: Step) -> Any:
+    def scalars(self, step: Step) -> Any:
         if not callable(self.decay):
             return self.decay, self.decay
         return scheduled(self.decay, step.count), scheduled(self.decay, step.count + 1)
 
-    def accumulate(self, u: jax.Array, slots: Slots, step: Step) -> Slots:
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         today, _ = step.scalars
-        return {self.name: limit_sum(u + today * slots[self.name], u, step.dtype)}
+        return {self.name: limit_sum(u + today * slots[self.name], u, step.grad_dtype)}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         if not self.nesterov:
             return slots[self.name]
         _, tomorrow = step.scalars
-        return limit_sum(u + tomorrow * slots[self.name], u, step.dtype)
+        return limit_sum(u + tomorrow * slots[self.name], u, step.grad_dtype)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         b, total = symbols.number("b", self.decay), symbols.slot(self.name)

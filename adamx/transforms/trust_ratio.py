@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.checks import NON_NEGATIVE, Scalar, check
-from adamx.core.expressions import ZERO, Expr, W, reduced, where
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
+from adamx.core.concept import Slots
 from adamx.core.norms import norm
-from adamx.core.step import Step
+from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import ZERO, Expr, W, reduced, where
+from adamx.formula.symbols import Symbols
 
 
 class trust_ratio(Transformation):
@@ -55,10 +55,8 @@ class trust_ratio(Transformation):
     def __post_init__(self) -> None:
         check(self, trust_coefficient=NON_NEGATIVE, eps=NON_NEGATIVE)
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
-        if step.param is None:
-            raise ValueError("trust_ratio: needs the parameters: update(updates, state, params)")
-        of_weights, of_update = norm(step.param).reshape(()), norm(u).reshape(())
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
+        of_weights, of_update = norm(step.needs_param(self)).reshape(()), norm(u).reshape(())
         nothing = (of_weights == 0) | (of_update == 0)
         ratio = self.trust_coefficient * of_weights / jnp.where(nothing, 1, of_update + self.eps)
         return u * jnp.where(nothing, 1, ratio)

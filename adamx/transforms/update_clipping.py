@@ -25,11 +25,11 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import limit_for_squares, root, squared_magnitude
 from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
-from adamx.core.expressions import Expr, call, reduced, sqrt
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Slots
-from adamx.core.step import Step
+from adamx.core.concept import Slots
+from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr, call, reduced, sqrt
+from adamx.formula.symbols import Symbols
 from adamx.transforms.bias_correction import weight_in_formula, weight_of_past
 
 CORRECTION = "clipping_correction"
@@ -67,19 +67,15 @@ class update_clipping(Transformation):
     slot: str = "nu"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Transformation):
-            raise TypeError(
-                f"update_clipping: inner must be an adamx transformation, got {self.inner!r}"
-            )
         check(self, decay=DECAY_OR_SCHEDULE, eps=NON_NEGATIVE)
 
-    def prepare(self, step: Step) -> jax.Array:
+    def scalars(self, step: Step) -> jax.Array:
         return weight_of_past(self.decay, step, CORRECTION)
 
     def record(self, scalars: Any) -> Slots:
         return {CORRECTION: scalars} if callable(self.decay) else {}
 
-    def emit(self, u: jax.Array, slots: Slots, step: Step) -> jax.Array:
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         if self.slot not in slots:
             raise ValueError(
                 f"update_clipping: there is no slot {self.slot!r}, only {sorted(slots)}"
@@ -88,7 +84,7 @@ class update_clipping(Transformation):
         info = jnp.finfo(nu.dtype)
         # never 0, whatever eps is
         least = jnp.maximum(nu, jnp.maximum(correction * self.eps**2, float(info.tiny)))
-        g = limit_for_squares(u, step.dtype)
+        g = limit_for_squares(u, step.grad_dtype)
         square = jnp.minimum(squared_magnitude(g), info.max)
         excess = root(correction * (jnp.sum(square / least) / max(u.size, 1)))
         return self.inner.emit(u, slots, step.child(0)) / jnp.maximum(1, excess)

@@ -11,28 +11,26 @@ after a step, but overwritten by the next gradient: that would be one more pass 
 
 from __future__ import annotations
 
-import dataclasses
 import numbers
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from adamx.core import errors, lifting
+from adamx.core import errors
 from adamx.core.arithmetic import real_dtype, real_times_complex, zeros
-from adamx.core.expressions import Expr
-from adamx.core.foreign import as_concept
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Leaves, State
+from adamx.core.concept import Slots
+from adamx.core.lifting import Between, Leaves, State
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
+from adamx.core.wrapper import Wrapper
+from adamx.formula.expressions import Expr
+from adamx.formula.symbols import Symbols
 
 SUM, MICRO = "accumulated", "micro_step"
 
 
-class accumulate(Transformation):
+class accumulate(Wrapper):
     """Let an optimizer take one step for the mean of `every` gradients.
 
     The state's `count`, and with it schedules and bias corrections, counts the optimizer's steps;
@@ -68,35 +66,21 @@ class accumulate(Transformation):
         (Array([-0.5], dtype=float32), 1)
     """
 
-    tx: optax.GradientTransformation
     every: int
 
-    holds_trees = True
-    stands_alone = True
-
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tx", as_concept(self.tx, "accumulate: tx"))
+        super().__post_init__()
         if not (isinstance(self.every, numbers.Integral) and self.every >= 1):
             raise ValueError(f"accumulate: every must be a whole number >= 1, got {self.every!r}")
-        object.__setattr__(self, "every", int(self.every))
+        self._set(every=int(self.every))
 
-    @property
-    def leafwise(self) -> bool:
-        return False
+    def slots(self, param: jax.Array) -> Slots:
+        return {SUM: zeros(param)}
 
-    def tree_names(self) -> tuple[str, ...]:
-        return (*self.children[0].tree_names(), SUM)
+    def start(self) -> State:
+        return {MICRO: jnp.zeros([], jnp.int32)}
 
-    def state_names(self) -> tuple[str, ...]:
-        return (*self.children[0].state_names(), SUM, MICRO)
-
-    def init_tree(self, leaves: Leaves) -> State:
-        entries = (segment.init_tree(leaves) for segment in self.children[0].segments())
-        start = [None if p is None else zeros(p) for p in leaves.values]
-        own = {SUM: leaves.tree(start), MICRO: jnp.zeros([], jnp.int32)}
-        return lifting.disjoint(*entries, own)
-
-    def update_tree(self, leaves: Leaves, step: Step, last: bool) -> tuple[Leaves, State]:
+    def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
         total = _added(leaves, step)
         added = errors.counter(step.state, MICRO) + 1
         full = added >= self.every
@@ -104,25 +88,31 @@ class accumulate(Transformation):
             None if u is None else _share(a, added)
             for u, a in zip(leaves.values, total, strict=True)
         ]
-        inner = step.only_if(full)
-        inside = dataclasses.replace(leaves, values=mean)
-        inside, entries = lifting.run(self.children[0], inside, inner, narrow=last)
-        own = {SUM: leaves.tree(total), MICRO: step.kept(jnp.where(full, 0, added), added - 1)}
-        return inside, lifting.counted(entries, inner) | own
+        inside, entries = self.run(leaves.with_values(mean), step.only_if(full))
+        number = step.select(jnp.where(full, 0, added), added - 1)
+        return inside, entries | {SUM: leaves.tree(total), MICRO: number}
 
-    def add(self, kept: State, updates: Any) -> State:
-        """Return the two entries of the state, `accumulated` and `micro_step`, one gradient on."""
-        leaves = lifting.take_apart(updates, None)
-        step = Step(count=kept[MICRO], state=kept)
-        return {SUM: leaves.tree(_added(leaves, step)), MICRO: kept[MICRO] + 1}
-
-    def reveal_tree(self, state: Mapping[str, Any]) -> State:
-        entries = (s.reveal_tree(state) for s in self.children[0].segments())
-        return lifting.disjoint(*entries, {SUM: errors.entry(state, SUM)})
+    def between(self) -> Between | None:
+        return Between(_add(), MICRO, self.every, moves=False) if self.every > 1 else None
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         symbols.remark(f"g_t: the mean of {self.every} gradients")
-        return self.children[0].formula(u, symbols)
+        return super().formula(u, symbols)
+
+
+class _add(Transformation):
+    """Between two steps: add a gradient to the sum, and move nothing."""
+
+    def tree_names(self) -> tuple[str, ...]:
+        return (SUM,)
+
+    def state_names(self) -> tuple[str, ...]:
+        return (SUM, MICRO)
+
+    def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
+        number = errors.counter(step.state, MICRO)
+        own = {SUM: leaves.tree(_added(leaves, step)), MICRO: step.select(number + 1, number)}
+        return leaves.with_values([None] * len(leaves.paths)), {"count": step.count - 1} | own
 
 
 def _share(total: jax.Array, number: jax.Array) -> jax.Array:
@@ -133,7 +123,7 @@ def _share(total: jax.Array, number: jax.Array) -> jax.Array:
 
 def _added(leaves: Leaves, step: Step) -> list[Any]:
     """Return the sum so far with the updates added, leaf by leaf."""
-    kept = errors.beside(leaves.treedef, SUM, errors.entry(step.state, SUM), leaves.values)
+    kept = leaves.column(SUM, errors.entry(step.state, SUM))
     first = errors.counter(step.state, MICRO) == 0
     total = list(kept)
     for i, (path, u) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
@@ -143,4 +133,4 @@ def _added(leaves: Leaves, step: Step) -> list[Any]:
             slots = {} if kept[i] is None else {SUM: kept[i]}
             errors.check_slots(path, slots, {SUM: jax.eval_shape(zeros, u)})
             total[i] = total[i] + u.astype(total[i].dtype)
-    return step.kept(total, kept)
+    return step.select(total, kept)

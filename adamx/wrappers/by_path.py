@@ -16,9 +16,10 @@ import jax
 import optax
 
 from adamx.core import errors, lifting, paths
+from adamx.core.concept import any_of, disjoint, parts
 from adamx.core.foreign import as_concept
 from adamx.core.lifting import Leaves, State
-from adamx.core.paths import Pattern
+from adamx.core.paths import Pattern, Predicate
 from adamx.core.printing import Verbatim
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -36,7 +37,8 @@ class by_path(Transformation):
     Attributes:
         patterns: what the groups' paths match, in order: the first match wins. As an argument,
             `groups` maps each pattern (a string such as "*/bias", where * stands for any
-            characters, or a compiled regular expression; both match the whole path) to a
+            characters, or a compiled regular expression; both match the whole path) or predicate (a
+            function of path and leaf, such as `lambda path, leaf: leaf.ndim == 2`) to a
             transformation, to None for frozen parameters, which keep no state and do not move, or
             to a dict of settings for the function given as `default`.
         transformations: those of the groups; the last one is that of all other leaves. As an
@@ -60,14 +62,12 @@ class by_path(Transformation):
         {'*/bias': 0.25, 'default': 1.0}
     """
 
-    patterns: tuple[Pattern, ...]
+    patterns: tuple[Pattern | Predicate, ...]
     transformations: tuple[Transformation, ...]
-
-    holds_trees = True
 
     def __init__(
         self,
-        groups: Mapping[Pattern, Any],
+        groups: Mapping[Pattern | Predicate, Any],
         *,
         default: optax.GradientTransformation | Callable[..., Any] | None,
     ) -> None:
@@ -75,13 +75,13 @@ class by_path(Transformation):
         if not isinstance(groups, Mapping):
             raise TypeError(f"by_path: groups must map patterns to groups, got {groups!r}")
         made = [_made(pattern, group, default) for pattern, group in groups.items()]
-        object.__setattr__(self, "patterns", tuple(groups))
+        self._set(patterns=tuple(groups))
         if len(set(self._labels)) < len(self._labels):
             raise ValueError(
                 f"by_path: patterns must differ, and {DEFAULT!r} names what no pattern matches, "
                 f"got {self._labels[:-1]}: '[d]efault' is a pattern for the path 'default'"
             )
-        object.__setattr__(self, "transformations", (*made, _made(DEFAULT, {}, default)))
+        self._set(transformations=(*made, _made(DEFAULT, {}, default)))
         trees = self.tree_names()
         for tx in self.transformations:
             scalars = [name for name in tx.state_names() if name not in tx.tree_names()]
@@ -93,13 +93,14 @@ class by_path(Transformation):
         yield "", Verbatim("{\n    " + lines.rstrip().replace("\n", "\n    ") + "\n}")
         yield "default", self.transformations[-1]
 
-    @property
-    def leafwise(self) -> bool:
-        return False
+    @classmethod
+    def check_argument(cls, name: str, value: Any) -> None:
+        pass  # `_made` does
 
     @property
-    def stands_last(self) -> bool:  # pyright: ignore
-        return any(lifting.any_of(tx, lambda part: part.stands_last) for tx in self.children)
+    def place(self) -> str:  # pyright: ignore
+        last = any(any_of(tx, lambda part: part.place == "last") for tx in self.children)
+        return "last" if last else "anywhere"
 
     @property
     def _labels(self) -> tuple[str, ...]:
@@ -111,61 +112,56 @@ class by_path(Transformation):
     def state_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(n for tx in self.transformations for n in tx.state_names()))
 
-    def resolve(self, tree: Any) -> Transformation:
-        paths.check_all_used("by_path", self.patterns, paths.paths_of(tree))
-        return super().resolve(tree)
+    def for_tree(self, tree: Any) -> Any:
+        paths.check_all_used("by_path", self.patterns, tree)
+        return super().for_tree(tree)
 
-    def bind(self, path: str, leaf: jax.Array) -> Transformation:
-        return self.transformations[self._group(path)].bind(path, leaf)
+    def for_leaf(self, path: str, leaf: jax.Array) -> Any:
+        return self.transformations[self._group(path, leaf)].for_leaf(path, leaf)
 
-    def label(self, path: str) -> str:
+    def label(self, path: str, leaf: Any) -> str:
         """Return the pattern of the group to which a leaf belongs, or "default"."""
-        return self._labels[self._group(path)]
+        return self._labels[self._group(path, leaf)]
 
     def init_tree(self, leaves: Leaves) -> State:
+        groups = self._groups(leaves)
         entries = []
-        for tx, part in self._parts(leaves):
-            own = (segment.init_tree(part) for segment in tx.segments())
-            entries.append(lifting.disjoint(*own))
-        return self._merged(leaves, entries)
+        for tx, part in self._parts(leaves, groups):
+            entries.append(disjoint(*(segment.init_tree(part) for segment in tx.segments())))
+        return self._merged(leaves, groups, entries)
 
-    def update_tree(self, leaves: Leaves, step: Step, last: bool) -> tuple[Leaves, State]:
-        values, entries = list(leaves.values), []
-        for label, (tx, part) in zip(self._labels, self._parts(leaves), strict=True):
+    def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
+        groups, values, emit, entries = (
+            self._groups(leaves),
+            list(leaves.values),
+            list(leaves.emit),
+            [],
+        )
+        for label, (tx, part) in zip(self._labels, self._parts(leaves, groups), strict=True):
             inside = dataclasses.replace(step, state=self._of_group(step.state, label, tx))
-            part, own = lifting.run(tx, part, inside, narrow=last)
-            values = [a if b is None else b for a, b in zip(values, part.values, strict=True)]
+            out, own = lifting.run(tx, part, inside)
+            for i, u in enumerate(out.values):
+                if u is not None:
+                    values[i], emit[i] = u, out.emit[i]
+            own.pop("count", None)  # one for all groups
             entries.append(own)
-        return dataclasses.replace(leaves, values=values), self._merged(leaves, entries)
+        out = dataclasses.replace(leaves, values=values, emit=emit)
+        return out, self._merged(leaves, groups, entries)
 
-    def reveal_tree(self, state: Mapping[str, Any]) -> State:
-        names = self.tree_names()
-        if not names:
-            return {}
-        like = errors.entry(state, names[0])
-        where, _, treedef = paths.flatten(like)
-        leaves = Leaves(where, [True] * len(where), None, [None] * len(where), treedef)
-        entries = []
-        for label, (tx, part) in zip(self._labels, self._parts(leaves), strict=True):
-            own = self._of_group(state, label, tx)
-            for name in tx.tree_names():
-                column = errors.beside(treedef, name, own[name], leaves.values)
-                mine = zip(part.values, column, strict=True)
-                own[name] = leaves.tree([None if u is None else x for u, x in mine])
-            entries.append(lifting.disjoint(*(s.reveal_tree(own) for s in tx.segments())))
-        return self._merged_trees(leaves, entries)
+    def _groups(self, leaves: Leaves) -> list[int]:
+        """Return the number of each leaf's group."""
+        return [self._group(path, x) for path, x in zip(leaves.paths, leaves.like(), strict=True)]
 
-    def _parts(self, leaves: Leaves) -> list[tuple[Transformation, Leaves]]:
+    def _group(self, path: str, leaf: Any) -> int:
+        found = (i for i, p in enumerate(self.patterns) if paths.matches(p, path, leaf))
+        return next(found, len(self.patterns))
+
+    def _parts(self, leaves: Leaves, groups: list[int]) -> list[tuple[Transformation, Leaves]]:
         """Return each group's transformation, and its leaves, with None in the place of others."""
-        group = [self._group(path) for path in leaves.paths]
         return [
-            (tx, dataclasses.replace(leaves, values=_only(number, group, leaves.values)))
+            (tx, leaves.with_values(_only(number, groups, leaves.values)))
             for number, tx in enumerate(self.transformations)
         ]
-
-    def _group(self, path: str) -> int:
-        found = (i for i, pattern in enumerate(self.patterns) if paths.matches(pattern, path))
-        return next(found, len(self.patterns))
 
     def _of_group(self, state: Mapping[str, Any], label: str, tx: Transformation) -> State:
         """Return the state as one group sees it: the common trees, and its own scalars."""
@@ -176,35 +172,30 @@ class by_path(Transformation):
             own[name] = errors.entry(x if isinstance(x, Mapping) else {name: x}, label)
         return {**state, **own}
 
-    def _merged(self, leaves: Leaves, entries: list[State]) -> State:
+    def _merged(self, leaves: Leaves, groups: list[int], entries: list[State]) -> State:
         """Return one state: each leaf's slots from its group, the scalars by the group's label."""
         scalars: State = {}
-        for label, tx, own in zip(self._labels, self.transformations, entries, strict=True):
-            for name in [name for name in own if name not in tx.tree_names()]:
-                scalars.setdefault(name, {})[label] = own.pop(name)
-        return self._merged_trees(leaves, entries) | scalars
-
-    def _merged_trees(self, leaves: Leaves, entries: list[State]) -> State:
-        group = [self._group(path) for path in leaves.paths]
-        merged: dict[str, list[Any]] = {}
-        for number, own in enumerate(entries):
-            for name, tree in own.items():
-                column = leaves.treedef.flatten_up_to(tree)
-                mine = merged.setdefault(name, [None] * len(group))
-                merged[name] = [
-                    x if g == number else kept
-                    for g, x, kept in zip(group, column, mine, strict=True)
-                ]
-        return {name: leaves.tree(column) for name, column in merged.items()}
+        columns: dict[str, list[Any]] = {}
+        each = zip(self._labels, self.transformations, entries, strict=True)
+        for number, (label, tx, own) in enumerate(each):
+            for name, entry in own.items():
+                if name not in tx.tree_names():
+                    scalars.setdefault(name, {})[label] = entry
+                    continue
+                mine = columns.setdefault(name, [None] * len(groups))
+                for i, x in enumerate(leaves.treedef.flatten_up_to(entry)):
+                    mine[i] = x if groups[i] == number else mine[i]
+        return {name: leaves.tree(column) for name, column in columns.items()} | scalars
 
 
-def _only(number: int, group: list[int], values: list[Any]) -> list[Any]:
-    return [x if g == number else None for g, x in zip(group, values, strict=True)]
+def _only(number: int, groups: list[int], values: list[Any]) -> list[Any]:
+    return [x if g == number else None for g, x in zip(groups, values, strict=True)]
 
 
 def _made(pattern: Any, group: Any, default: Any) -> Transformation:
     """Return the transformation of one group."""
-    paths.check_pattern("by_path", pattern)
+    if not callable(pattern):
+        paths.check_pattern("by_path", pattern)
     if isinstance(group, Mapping):
         if callable(default):
             group = default(**group)
@@ -224,8 +215,8 @@ def _made(pattern: Any, group: Any, default: Any) -> Transformation:
             f"settings, or None for frozen, got {group!r}"
         )
     made = as_concept(group, "by_path: a group")
-    for part in lifting.parts(made):
-        if part.stands_alone:
+    for part in parts(made):
+        if part.place == "outermost":
             raise ValueError(
                 f"by_path: {type(part).__name__} wraps the whole optimizer: put it around by_path, "
                 f"not into the group {paths.text(pattern)!r}"

@@ -14,24 +14,24 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from adamx.core import errors, lifting, paths
+from adamx.core import errors, paths
 from adamx.core.arithmetic import compute_dtype, divide, squared_magnitude, widen
-from adamx.core.expressions import Expr
-from adamx.core.foreign import as_concept
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Leaves, State
+from adamx.core.concept import parts
+from adamx.core.lifting import Between, Leaves, State
+from adamx.core.norms import global_norm
 from adamx.core.paths import Pattern
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
+from adamx.core.wrapper import Wrapper
+from adamx.storage.moments import decoded_slots
 from adamx.transforms.bias_correction import bias_correction, one_minus_power
-from adamx.transforms.clip_by_global_norm import global_norm
 from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.running_max import running_max
 
@@ -41,7 +41,7 @@ OTHERS = "others"
 Column = Sequence[Any]  # a value for each leaf of a group
 
 
-class monitor(Transformation):
+class monitor(Wrapper):
     """Keep statistics of every n-th step in the state, for `statistics` and any logger.
 
     They are under `state["monitor"][name][group]`, float32 scalars, as of the last step that was
@@ -76,64 +76,53 @@ class monitor(Transformation):
         (1.0, 0.2)
     """
 
-    tx: optax.GradientTransformation
     every: int | None = 100
     groups: tuple[Pattern, ...] | None = None
 
-    holds_trees = True
-    stands_alone = True
-
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tx", as_concept(self.tx, "monitor: tx"))
+        super().__post_init__()
         every = self.every
         if every is not None and not (isinstance(every, numbers.Integral) and every >= 1):
             raise ValueError(f"monitor: every must be a whole number >= 1 or None, got {every!r}")
         if self.groups is not None:
             for pattern in self.groups:
                 paths.check_pattern("monitor", pattern)
-            object.__setattr__(self, "groups", tuple(self.groups))
+            self._set(groups=tuple(self.groups))
 
-    @property
-    def leafwise(self) -> bool:
-        return False
-
-    def tree_names(self) -> tuple[str, ...]:
-        return self.children[0].tree_names()
+    def start(self) -> State:
+        return {SINCE: jnp.zeros([], jnp.int32)}
 
     def state_names(self) -> tuple[str, ...]:
-        return (*self.children[0].state_names(), STATISTICS, SINCE)
+        return (*super().state_names(), STATISTICS)
 
-    def resolve(self, tree: Any) -> Transformation:
-        paths.check_all_used("monitor", self.groups or (), paths.paths_of(tree))
-        return super().resolve(tree)
+    def for_tree(self, tree: Any) -> Any:
+        paths.check_all_used("monitor", self.groups or (), tree)
+        return super().for_tree(tree)
 
     def init_tree(self, leaves: Leaves) -> State:
-        inner = (segment.init_tree(leaves) for segment in self.children[0].segments())
-        entries = lifting.disjoint(*inner)
+        entries = super().init_tree(leaves)
         like = dataclasses.replace(leaves, params=leaves.values)
         state = entries | {"count": jnp.ones([], jnp.int32)}
         shapes = jax.eval_shape(lambda: self._measured(like, like, state))
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return entries | {STATISTICS: start, SINCE: jnp.zeros([], jnp.int32)}
+        return entries | {STATISTICS: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)}
 
-    def update_tree(self, leaves: Leaves, step: Step, last: bool) -> tuple[Leaves, State]:
+    def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
         before, since = errors.entry(step.state, STATISTICS), errors.counter(step.state, SINCE)
-        out, entries = lifting.run(self.children[0], leaves, step, narrow=last)
+        out, entries = self.run(leaves, step)
         state = {**step.state, **entries}
         now, since_now = before, since + 1
         if self.every is not None:
             due = since_now >= self.every
-            measure = lambda: self._measured(leaves, out, state, before)  # noqa: E731
+            measure = lambda: self._measured(leaves, out.narrowed(), state, before)  # noqa: E731
             now = measure() if self.every == 1 else jax.lax.cond(due, measure, lambda: before)
             since_now = jnp.where(due, 0, since_now)
-        own = step.kept({STATISTICS: now, SINCE: since_now}, {STATISTICS: before, SINCE: since})
+        own = step.select({STATISTICS: now, SINCE: since_now}, {STATISTICS: before, SINCE: since})
         return out, entries | own
 
-    def formula(self, u: Expr, symbols: Symbols) -> Expr:
-        return self.children[0].formula(u, symbols)
-
-    def reveal_tree(self, state: Mapping[str, Any]) -> State:
-        return lifting.disjoint(*(s.reveal_tree(state) for s in self.children[0].segments()))
+    def between(self) -> Between | None:
+        if self.every == 1:
+            return super().between()
+        return Between(_count(self.inner), SINCE, self.every or sys.maxsize)
 
     def _measured(
         self,
@@ -143,20 +132,20 @@ class monitor(Transformation):
         before: Mapping[str, Any] | None = None,
     ) -> dict[str, dict[str, Any]]:
         """Return the statistics by name and group; those of before where something is missing."""
-        slots = {}
-        for segment in self.children[0].segments():
-            slots |= segment.reveal_tree(state)
-        columns: dict[str, Column] = {"g": leaves.values, "u": out.values}
+        slots = decoded_slots(self.inner, leaves, state)
+        none = [None if g is None else jnp.zeros_like(g) for g in leaves.values]
+        updates = [z if u is None else u for u, z in zip(out.values, none, strict=True)]
+        columns: dict[str, Column] = {"g": leaves.values, "u": updates}
         if leaves.params is not None:
             columns["w"] = leaves.params
         for name in ("mu", "nu"):
             if name in slots:
-                columns[name] = leaves.treedef.flatten_up_to(slots[name])
+                columns[name] = slots[name]
         groups: dict[str, list[int]] = {}
         for i, path in enumerate(leaves.paths):
             groups.setdefault(self._group(path), []).append(i)
         found: dict[str, dict[str, jax.Array]] = {}
-        kinds = _statistics(self.children[0], state["count"])
+        kinds = _statistics(self.inner, state["count"])
         for group, members in groups.items():
             for name, (needed, statistic) in kinds.items():
                 if all(key in columns for key in needed):
@@ -179,6 +168,18 @@ class monitor(Transformation):
         return next(fitting, OTHERS)
 
 
+class _count(Wrapper):
+    """Between two measurements: the optimizer inside, and one more step counted."""
+
+    def start(self) -> State:
+        return {SINCE: jnp.zeros([], jnp.int32)}
+
+    def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
+        since = errors.counter(step.state, SINCE)
+        leaves, entries = self.run(leaves, step)
+        return leaves, entries | {SINCE: step.select(since + 1, since)}
+
+
 Rows = list[tuple[jax.Array, ...]]
 
 
@@ -194,12 +195,12 @@ def _statistics(
         "stuck_share": (("w", "u"), _stuck),
     }
     scalings = set()
-    for part in lifting.parts(tx):
+    for part in parts(tx):
         if isinstance(part, rms_scaling):
             if "mu" in part.numerator.state_names() and "nu" in part.second_moment.state_names():
                 noise = _mean(lambda m, v: divide(squared_magnitude(m), v))
                 kinds["signal_to_noise"] = ("mu", "nu"), noise
-            below = tuple(lifting.parts(part.second_moment))
+            below = tuple(parts(part.second_moment))
             scaling = part.eps, *(c.decay for c in below if isinstance(c, bias_correction))
             known = all(isinstance(number, float | int) for number in scaling)
             maximum = any(isinstance(c, running_max) for c in below)

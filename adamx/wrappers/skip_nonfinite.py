@@ -11,22 +11,20 @@ the trees is compiled.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from adamx.core import errors, lifting
+from adamx.core import errors
 from adamx.core.arithmetic import compute_dtype, widen
-from adamx.core.expressions import Expr
-from adamx.core.foreign import as_concept
-from adamx.core.formula import Symbols
-from adamx.core.lifting import Leaves, State
+from adamx.core.lifting import Between, Leaves, State
+from adamx.core.norms import sum_of_all_squares
 from adamx.core.step import Step
-from adamx.core.transformation import Transformation
-from adamx.transforms.clip_by_global_norm import clip_by_global_norm, sum_of_all_squares
+from adamx.core.wrapper import Wrapper
+from adamx.formula.expressions import Expr
+from adamx.formula.symbols import Symbols
+from adamx.transforms.clip_by_global_norm import clip_by_global_norm
 
 COUNTERS = ("skipped", "consecutive_skipped")
 
@@ -60,7 +58,7 @@ def all_finite(leaves: Sequence[jax.Array], before_clip: bool = False) -> jax.Ar
     return jax.lax.cond(jnp.isfinite(total), lambda: jnp.array(True), look)
 
 
-class skip_nonfinite(Transformation):
+class skip_nonfinite(Wrapper):
     """Leave everything as it is in a step whose gradient holds a NaN or an infinity.
 
     In such a step the parameters, the slots, the count and with it the schedules, and all recorded
@@ -89,53 +87,37 @@ class skip_nonfinite(Transformation):
         Array([-0.5, -1. ], dtype=float32)
     """
 
-    tx: optax.GradientTransformation
     max_consecutive: int | None = None
 
-    holds_trees = True
-    stands_alone = True
-
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tx", as_concept(self.tx, "skip_nonfinite: tx"))
+        super().__post_init__()
         limit = self.max_consecutive
         if limit is not None and not (isinstance(limit, numbers.Integral) and limit >= 0):
             raise ValueError(
                 "skip_nonfinite: max_consecutive must be a whole number >= 0 or None, "
                 f"got {limit!r}"
             )
-        object.__setattr__(self, "max_consecutive", None if limit is None else int(limit))
+        self._set(max_consecutive=None if limit is None else int(limit))
 
-    @property
-    def leafwise(self) -> bool:
-        return False
+    def start(self) -> State:
+        return {name: jnp.zeros([], jnp.int32) for name in COUNTERS}  # two buffers to donate
 
-    def tree_names(self) -> tuple[str, ...]:
-        return self.children[0].tree_names()
-
-    def state_names(self) -> tuple[str, ...]:
-        return (*self.children[0].state_names(), *COUNTERS)
-
-    def init_tree(self, leaves: Leaves) -> State:
-        entries = (segment.init_tree(leaves) for segment in self.children[0].segments())
-        counters = {name: jnp.zeros([], jnp.int32) for name in COUNTERS}  # two buffers to donate
-        return lifting.disjoint(*entries, counters)
-
-    def update_tree(self, leaves: Leaves, step: Step, last: bool) -> tuple[Leaves, State]:
+    def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
         present = [widen(u, compute_dtype(u.dtype)) for u in leaves.values if u is not None]
-        heads = [p for s in self.children[0].segments()[:1] for p in (s, *s.children[:1])]
+        heads = [p for s in self.inner.segments()[:1] for p in (s, *s.children[:1])]
         finite = all_finite(present, any(isinstance(p, clip_by_global_norm) for p in heads))
         skipped, in_a_row = (errors.counter(step.state, name) for name in COUNTERS)
         given_up = False if self.max_consecutive is None else in_a_row >= self.max_consecutive
         taken = finite | given_up
-        inner = step.only_if(taken)
-        leaves, entries = lifting.run(self.children[0], leaves, inner, narrow=last)
+        leaves, entries = self.run(leaves, step.only_if(taken))
         counts = jnp.where(taken, skipped, skipped + 1), jnp.where(finite, 0, in_a_row + 1)
-        counts = step.kept(counts, (skipped, in_a_row))
-        return leaves, lifting.counted(entries, inner) | dict(zip(COUNTERS, counts, strict=True))
+        counts = step.select(counts, (skipped, in_a_row))
+        return leaves, entries | dict(zip(COUNTERS, counts, strict=True))
 
-    def reveal_tree(self, state: Mapping[str, Any]) -> State:
-        return lifting.disjoint(*(s.reveal_tree(state) for s in self.children[0].segments()))
+    def between(self) -> Between | None:
+        found = super().between()
+        return found and found._replace(always_counts=False)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         symbols.remark("a step whose gradient is not finite changes nothing")
-        return self.children[0].formula(u, symbols)
+        return super().formula(u, symbols)

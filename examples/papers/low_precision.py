@@ -228,7 +228,8 @@ def marks(size: Size) -> list[int]:
 def train(variant: Variant, size: Size, tell: Callable[[], Any]) -> list[Run]:
     """Train the model from every seed; call `tell` after each step."""
     tx = variant.make(schedule(size))
-    init, step = jax.jit(tx.init), adamx.make_step(tx, rounding=variant.rounding)
+    step = adamx.make_step(tx, rounding=variant.rounding)
+    init = jax.jit(step.init)
     runs = []
     for seed in range(size.seeds):
         data, losses = load(size, seed), []

@@ -7,9 +7,9 @@ The neutral element of `chain`, and the branch that passes the gradient itself o
 
 from __future__ import annotations
 
-from adamx.core.expressions import Expr
-from adamx.core.formula import Symbols
 from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr
+from adamx.formula.symbols import Symbols
 
 
 class identity(Transformation):

@@ -16,17 +16,16 @@ import functools
 import numbers
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from adamx.core.expressions import (
+from adamx.formula.expressions import (
     ONE,
     ZERO,
     Expr,
-    G,
     Name,
     W,
     abs_,
@@ -41,11 +40,7 @@ from adamx.core.expressions import (
     sqrt,
     symbol,
 )
-from adamx.core.printing import function_name, value_text
-from adamx.core.static import Static
-
-if TYPE_CHECKING:
-    from adamx.core.transformation import Transformation
+from adamx.formula.values import Static, function_name, value_text
 
 _LETTERS = {
     "mu": "m", "nu": "v", "sum_of_squares": "s", "mu_slow": "slow", "nu_max": "vmax",
@@ -164,21 +159,6 @@ class Symbols:
         )
 
 
-def derived(tx: Transformation) -> Formula:
-    """Return the formula of a transformation that is bound to one leaf.
-
-    Example:
-        >>> import adamx
-        >>> print(derived(adamx.momentum(0.1)))
-        w_t <- w_{t-1} - lr m_t
-            m_t = b m_{t-1} + (1 - b) g_t
-            m_0 = 0
-            b = 0.9, lr = 0.1
-    """
-    symbols = Symbols()
-    return symbols.finished(tx.formula(G, symbols))
-
-
 def _collected(x: Expr) -> tuple[Expr, Expr]:
     """Return a and b of a * w + b, as far as an expression is written so."""
     if x == W:
@@ -250,7 +230,7 @@ def applied(function: Callable[..., Any], *args: Expr) -> Expr:
     write, it stands by its name.
 
     Example:
-        >>> from adamx.core.expressions import G, T
+        >>> from adamx.formula.expressions import G, T
         >>> print(applied(lambda a, b: jnp.maximum(a, 2 * b), G, T), applied(jnp.cumsum, G))
         max(g_t, 2*t) cumsum(g_t)
     """

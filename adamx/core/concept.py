@@ -1,0 +1,237 @@
+"""A concept: a filter with memory, written for one array.
+
+    accumulate:  slots_t = f(u_t, slots_{t-1})       take the incoming update in
+    emit:        u'_t    = h(u_t, slots_t)           give the outgoing update
+
+The two halves are separate so that a storage can change how slots are *stored* (in 16 bits, say)
+without knowing the formula: what is emitted is computed from what was stored.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adamx.core import errors
+from adamx.core.arithmetic import compute_dtype, is_inexact, widen
+from adamx.core.step import LeafStep, Step
+from adamx.core.value import Value
+from adamx.formula.expressions import Expr, call
+from adamx.formula.symbols import Symbols
+
+Slots = dict[str, jax.Array]
+Scalars = tuple[Any, tuple[Any, ...]]  # a concept's own, and its children's
+
+
+class Concept(Value):
+    """What a concept may define for one array; see `adamx.Transformation`.
+
+    Concepts held in fields are its children: their slots, scalars and variants are taken care of,
+    so that a concept made of concepts defines `emit` only, where each child reads the same incoming
+    update, and `accumulate` too where one reads what another emits.
+    """
+
+    place = "anywhere"  # in a chain: or "last", or "outermost": around the whole optimizer
+    takes_steps = False  # whether it makes an optimizer of a chain
+
+    def slots(self, param: jax.Array) -> Slots:
+        """Return the start values of the slots, by name, made from one parameter.
+
+        Args:
+            param: of any floating or complex dtype; under `jax.eval_shape` its shape alone.
+        """
+        return disjoint(*(child.slots(param) for child in self.children))
+
+    def slot_names(self) -> tuple[str, ...]:
+        """Return the names of all slots that a leaf may have.
+
+        By default `slots` is called once with a scalar's shape, to see which it returns. Define
+        this too if `slots` needs more axes than that, or if leaves have different slots; a leaf
+        without a slot has None in its place.
+        """
+        return self._slot_names
+
+    def stored_names(self) -> tuple[str, ...]:
+        """Return the slots that reach `accumulate` and `emit` as stored, not in compute dtype."""
+        return tuple(name for child in self.children for name in child.stored_names())
+
+    def scalars(self, step: Step) -> Any:
+        """Return scalars for `accumulate` and `emit`, in any pytree; called once a step."""
+        return None
+
+    def tree_scalars(self, step: Step, leaves: list[jax.Array]) -> Any:
+        """Return scalars as `scalars` does, from the updates of the whole tree in compute dtype.
+
+        A concept that defines this starts a new segment of the program: it is a stage of a
+        top-level chain.
+        """
+        return self.scalars(step)
+
+    def record(self, scalars: Any) -> Slots:
+        """Return those of the scalars that the state records, by name."""
+        return {}
+
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
+        """Return the slots that change.
+
+        Args:
+            u: the incoming update in compute dtype.
+            slots: all of the leaf's slots in compute dtype, those of other concepts as well.
+            step: the step as this leaf sees it.
+        """
+        new: Slots = {}
+        for i, child in enumerate(self.children):
+            new |= accumulated(child, u, slots | new, step.child(i))
+        return new
+
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
+        """Return the outgoing update, from the new slots as they were stored."""
+        return u
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        """Return the value of `emit` as an expression, for `summary`; by default `name(u)`.
+
+        Args:
+            u: the incoming update.
+            symbols: names the hyperparameters and slots; slots are defined there.
+        """
+        return call(type(self).__name__, u)
+
+    def for_tree(self, tree: Any) -> Any:
+        """Return this concept with everything settled that depends on the tree, such as a mask.
+
+        Args:
+            tree: the parameters, or the updates if `update` was called without params.
+        """
+        return self.with_children([child.for_tree(tree) for child in self.children])
+
+    def for_leaf(self, path: str, leaf: jax.Array) -> Any:
+        """Return the variant of this concept for one leaf; most concepts have one for all.
+
+        Args:
+            path: such as "dense/kernel".
+            leaf: the parameter, or the update if `update` was called without params.
+        """
+        return self.with_children([child.for_leaf(path, leaf) for child in self.children])
+
+    def overrides(self, method: str) -> bool:
+        """Say whether this concept itself defines an optional method, such as `tree_scalars`."""
+        return getattr(type(self), method) is not getattr(Concept, method)
+
+    @functools.cached_property
+    def _slot_names(self) -> tuple[str, ...]:
+        if not self.overrides("slots"):
+            return tuple(name for child in self.children for name in child.slot_names())
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        try:
+            return tuple(jax.eval_shape(self.slots, scalar))
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"{type(self).__name__}.slots: failed for a parameter of shape [], with which it "
+                f"is called to learn the names of the slots: {type(error).__name__}: {error}; let "
+                "it take such a parameter, or define slot_names(self), which returns the names"
+            ) from error
+
+    @functools.cached_property
+    def recorded_names(self) -> tuple[str, ...]:
+        """The names of the scalars that this concept and its children record in the state."""
+        names: list[str] = []
+        if self.overrides("record"):
+            scalar = jax.ShapeDtypeStruct((), jnp.float32)
+            names += jax.eval_shape(lambda leaf: _first_of_own(self, [leaf]), scalar)
+        return (*names, *(name for child in self.children for name in child.recorded_names))
+
+
+def accumulated(concept: Concept, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
+    """Return the slots that a concept changes; raise unless they are like those it started."""
+    new = hook(concept, "accumulate", u, slots, step)
+    errors.check_accumulated(type(concept).__name__, slots, new)
+    return new
+
+
+def emitted(concept: Concept, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
+    """Return what a concept emits; raise unless it has the update's shape."""
+    out = hook(concept, "emit", u, slots, step)
+    errors.check_emitted(type(concept).__name__, u, out)
+    return out
+
+
+def hook(concept: Concept, name: str, *args: Any) -> Any:
+    """Call a concept's method; a failed look-up in it raises ValueError with class and method."""
+    try:
+        return getattr(concept, name)(*args)
+    except (IndexError, KeyError) as error:
+        raise ValueError(
+            f"{type(concept).__name__}.{name}: {type(error).__name__}: {error}: slots hold what "
+            "`slots` started for this leaf, and scalars what `scalars` returned"
+        ) from error
+
+
+def scalars_of(tx: Concept, step: Step, leaves: Sequence[jax.Array] | None) -> Scalars:
+    """Return the scalars of a concept and its children; the first child may read the tree too."""
+    if leaves is not None and tx.overrides("tree_scalars"):
+        wide = [widen(u, compute_dtype(u.dtype)) for u in leaves]
+        own = hook(tx, "tree_scalars", step, wide)
+    else:
+        own = hook(tx, "scalars", step)
+    inner = [scalars_of(child, step, None if i else leaves) for i, child in enumerate(tx.children)]
+    return own, tuple(inner)
+
+
+def recorded(tx: Concept, scalars: Scalars) -> Slots:
+    """Return the scalars that a concept and its children record in the state."""
+    own, inner = scalars
+    children = zip(tx.children, inner, strict=True)
+    return disjoint(_recorded(tx, own), *(recorded(child, part) for child, part in children))
+
+
+def first_recorded(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
+    """Return the recorded scalars' initial values; those that read the tree start at zero."""
+    own = _first_of_own(tx, leaves)
+    return disjoint(own, *(first_recorded(child, leaves) for child in tx.children))
+
+
+def _first_of_own(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
+    step = Step(count=jnp.ones([], jnp.int32))
+    if not tx.overrides("record"):
+        return {}
+    if not tx.overrides("tree_scalars"):
+        return _recorded(tx, hook(tx, "scalars", step))
+    shapes = jax.eval_shape(
+        lambda leaves: _recorded(tx, hook(tx, "tree_scalars", step, leaves)), leaves
+    )
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _recorded(tx: Concept, own: Any) -> Slots:
+    """Return what a concept records of its own scalars: floats as float32, or float64 arrays."""
+    scalars = {name: jnp.asarray(x) for name, x in hook(tx, "record", own).items()}
+    return {
+        name: x.astype(jnp.float32) if is_inexact(x) and (x.weak_type or x.itemsize < 4) else x
+        for name, x in scalars.items()
+    }
+
+
+def parts(tx: Concept) -> Iterator[Any]:
+    """Yield a concept, its children, and theirs."""
+    yield tx
+    for child in tx.children:
+        yield from parts(child)
+
+
+def any_of(tx: Concept, holds: Callable[[Any], bool]) -> bool:
+    """Say whether something holds for a concept or for one of its children."""
+    return any(map(holds, parts(tx)))
+
+
+def disjoint(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge dictionaries that must have no name in common."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        errors.check_disjoint(merged, part)
+        merged |= part
+    return merged

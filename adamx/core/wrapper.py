@@ -1,0 +1,139 @@
+"""What goes around a whole optimizer: the base of `skip_nonfinite`, `accumulate` and their like.
+
+    (u'_t, state_t) = around(optimizer)(g_t, state_{t-1})
+
+A wrapper sees the whole tree, before and after the optimizer inside it. What it keeps is in the
+same flat state: a slot for each leaf (`slots`), and other entries (`start`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import optax
+
+from adamx.core import errors, lifting
+from adamx.core.concept import Slots, disjoint, hook
+from adamx.core.foreign import as_concept
+from adamx.core.lifting import Between, Leaves, State
+from adamx.core.step import Step
+from adamx.core.transformation import Transformation
+from adamx.formula.expressions import Expr
+from adamx.formula.symbols import Symbols
+
+
+class Wrapper(Transformation):
+    """The base of what goes around a whole optimizer: subclass it and define `update_tree`.
+
+    A subclass may also define `slots(param)` (arrays kept for each leaf, as for a concept),
+    `start()` (other entries of the state) and `between()` (a cheaper program for the calls between
+    two full steps).
+
+    Attributes:
+        tx: the whole optimizer, an adamx or Optax transformation.
+
+    Raises:
+        TypeError: if `tx` is not a transformation.
+
+    Example:
+        The step, but not before the third call:
+
+        >>> import adamx, jax.numpy as jnp
+        >>> class patient(adamx.Wrapper):
+        ...     def start(self):
+        ...         return {"calls": jnp.zeros([], jnp.int32)}
+        ...     def update_tree(self, leaves, step):
+        ...         calls = step.state["calls"] + 1
+        ...         leaves, entries = self.run(leaves, step.only_if(calls >= 3))
+        ...         return leaves, entries | {"calls": calls}
+        >>> tx, w = patient(adamx.sgd(0.5)), jnp.zeros(1)
+        >>> state = tx.init(w)
+        >>> for _ in range(3):
+        ...     updates, state = tx.update(jnp.ones(1), state)
+        ...     w = w + updates
+        >>> w, int(state["count"])
+        (Array([-0.5], dtype=float32), 1)
+    """
+
+    tx: optax.GradientTransformation
+
+    place = "outermost"
+
+    def __post_init__(self) -> None:
+        self._set(tx=as_concept(self.tx, f"{type(self).__name__}: tx"))
+
+    @classmethod
+    def check_argument(cls, name: str, value: Any) -> None:
+        pass  # `as_concept` does
+
+    @property
+    def inner(self) -> Transformation:
+        """The optimizer inside."""
+        return self.children[0]
+
+    def slots(self, param: jax.Array) -> Slots:
+        """Return the start values of what this wrapper itself keeps for one leaf."""
+        return {}
+
+    def start(self) -> State:
+        """Return the start values of what else it keeps: arrays by name, in any pytree."""
+        return {}
+
+    def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
+        """Return the outgoing leaves, and the entries of the optimizer inside and its own.
+
+        Args:
+            leaves: the updates (`values`) and parameters (`params`), in lists parallel to `paths`.
+            step: the step; `step.only_if(condition)` makes the optimizer inside skip it otherwise.
+        """
+        return self.run(leaves, step)
+
+    def run(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
+        """Run the optimizer inside; its entries include the count of the steps it has taken."""
+        leaves, entries = lifting.run(self.inner, leaves, step)
+        return leaves, {"count": step.select(step.count, step.count - 1)} | entries
+
+    def own(self, leaves: Leaves, step: Step) -> dict[str, list[Any]]:
+        """Return the wrapper's own slots in the state, by name, in lists parallel to the leaves.
+
+        Raises:
+            ValueError: if the state does not have them as `slots` starts them.
+        """
+        found = {
+            name: leaves.column(name, errors.entry(step.state, name)) for name in self.slot_names()
+        }
+        start = functools.cache(
+            lambda *like: jax.eval_shape(
+                functools.partial(hook, self, "slots"), jax.ShapeDtypeStruct(*like)
+            )
+        )
+        for i, (path, like) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
+            if leaves.values[i] is not None:
+                slots = {name: x[i] for name, x in found.items() if x[i] is not None}
+                errors.check_slots(path, slots, start(like.shape, like.dtype))
+        return found
+
+    def between(self) -> Between | None:
+        """Return what to run between two full steps: this wrapper around what the inner one has."""
+        found = self.inner.between()
+        return found and found._replace(tx=self.with_children([found.tx]))
+
+    def tree_names(self) -> tuple[str, ...]:
+        return (*self.inner.tree_names(), *self.slot_names())
+
+    def state_names(self) -> tuple[str, ...]:
+        return (*self.inner.state_names(), *self.slot_names(), *self._start_names)
+
+    @functools.cached_property
+    def _start_names(self) -> tuple[str, ...]:
+        return tuple(jax.eval_shape(self.start))
+
+    def init_tree(self, leaves: Leaves) -> State:
+        entries = (segment.init_tree(leaves) for segment in self.inner.segments())
+        slots = {name: leaves.tree(column) for name, column in self.first_slots(leaves).items()}
+        return disjoint(*entries, slots, self.start())
+
+    def formula(self, u: Expr, symbols: Symbols) -> Expr:
+        return self.inner.formula(u, symbols)

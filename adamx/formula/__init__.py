@@ -1,0 +1,1 @@
+"""Formulas as values: concepts write theirs, `summary` prints them, a test evaluates them."""

@@ -1,0 +1,93 @@
+"""The value of a hyperparameter: how it compares, as a part of a jit key, and how it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import numbers
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Static:
+    """A box whose equality is the value's where that is a plain bool, and identity elsewhere.
+
+    0.0 and -0.0 differ, since a program with one is not the program with the other.
+
+    Example:
+        >>> Static(0.5) == Static(0.5), Static({"w": True}) == Static({"w": True})
+        (True, True)
+        >>> Static(0.0) == Static(-0.0), hash(Static([1])) == hash(Static([2]))
+        (False, True)
+    """
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Static):
+            return NotImplemented
+        a, b = self.value, other.value
+        if a is b:
+            return True
+        if isinstance(a, numbers.Real) and isinstance(b, numbers.Real) and a == b:
+            return math.copysign(1, a) == math.copysign(1, b)
+        try:
+            return type(a) is type(b) and bool(a == b)
+        except Exception:  # a foreign value's __eq__ may raise anything; then identity decides
+            return False
+
+    def __hash__(self) -> int:
+        try:
+            return hash(self.value)
+        except TypeError:
+            return hash(type(self.value))
+
+
+def value_text(value: Any) -> str:
+    """Return a hyperparameter as it was given, an array as its dtype and shape."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, optax.GradientTransformation):
+        return repr(value) if dataclasses.is_dataclass(value) else factory_name(value)
+    if isinstance(value, np.generic):
+        return repr(value.item())
+    if isinstance(value, type) or not callable(value) or dataclasses.is_dataclass(value):
+        name = getattr(value, "__name__", None)
+        return name or re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return function_name(value)
+
+
+def function_name(function: Any) -> str:
+    """Return a function's name; for a schedule of Optax the name of the function that made it.
+
+    Example:
+        >>> function_name(optax.cosine_decay_schedule(0.1, 10)), function_name(lambda step: 0.1)
+        ('cosine_decay_schedule', '<lambda>')
+    """
+    if isinstance(function, functools.partial):
+        return f"partial({function_name(function.func)})"
+    kind = type(function).__qualname__
+    name = getattr(function, "__qualname__", getattr(function, "__name__", kind))
+    from_optax = getattr(function, "__module__", "").startswith("optax.")
+    return _maker(function) if from_optax else name.split(".")[-1]
+
+
+def factory_name(tx: optax.GradientTransformation) -> str:
+    """Return the name of the function that made an Optax transformation.
+
+    Example:
+        >>> factory_name(optax.scale_by_adam()), factory_name(optax.clip(1.0))
+        ('scale_by_adam', 'clip')
+    """
+    name = _maker(tx.init)
+    return _maker(tx.update) if name == "init_empty_state" else name
+
+
+def _maker(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__).split(".<locals>")[0]

@@ -1,0 +1,81 @@
+"""How float32 masters are kept beside 16-bit parameters, and how they are read.
+
+    "remainder"    w = join(param, int16)      exact
+    "remainder8"   w = join(param, int8)       24 bits
+    "float32"      w                           a copy
+
+The formats of the remainders are in `adamx.storage.remainder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adamx.core import lifting
+from adamx.core.arithmetic import compute_dtype
+from adamx.core.concept import Slots
+from adamx.storage.remainder import join
+
+NAMES = ("remainder", "master")
+"""The names of the slots."""
+
+
+def start(keep: str, param: jax.Array) -> Slots:
+    """Return what is kept for one parameter before the first step; nothing from 32 bits on."""
+    if jnp.finfo(param.dtype).bits >= 32:
+        return {}
+    if param.dtype != jnp.bfloat16 or keep == "float32":
+        return {"master": param.astype(compute_dtype(param.dtype))}
+    return {"remainder": jnp.zeros_like(param, jnp.int8 if keep == "remainder8" else jnp.int16)}
+
+
+@jax.jit
+def joined(param: jax.Array, slots: Slots) -> jax.Array:
+    """Return one parameter's master: the one kept, where the parameter is still its rounding."""
+    if "remainder" in slots:
+        return join(param, slots["remainder"])
+    if "master" in slots:
+        kept = slots["master"]
+        return jnp.where(
+            kept.astype(param.dtype) == param, kept, param.astype(compute_dtype(param.dtype))
+        )
+    return param
+
+
+def masters(params: Any, state: Mapping[str, Any]) -> Any:
+    """Return the float32 weights that the optimizer works on.
+
+    For evaluation in full precision, and for export.
+
+    Args:
+        params: the parameters, as they go into `update`.
+        state: the state of an optimizer in `master_weights`.
+
+    Returns:
+        A tree shaped like params: float32 for 16-bit parameters, the parameter itself for others.
+
+    Raises:
+        ValueError: if the state keeps no masters.
+
+    Example:
+        >>> import adamx, jax.numpy as jnp
+        >>> tx = adamx.master_weights(adamx.sgd(2**-10))
+        >>> params = jnp.ones(1, jnp.bfloat16)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> masters(adamx.apply_updates(params, updates), state)
+        Array([0.99902344], dtype=float32)
+    """
+    leaves = lifting.take_apart(params, None)
+    names = [name for name in NAMES if name in state]
+    if not names:
+        raise ValueError(f"masters: the state keeps none, only {sorted(state)}")
+    columns = [leaves.column(name, state[name]) for name in names]
+    found = []
+    for param, *kept in zip(leaves.values, *columns, strict=True):
+        slots = {name: x for name, x in zip(names, kept, strict=True) if x is not None}
+        found.append(None if param is None else joined(param, slots))
+    return leaves.tree(found)
