@@ -212,12 +212,13 @@ class Stage(Concept):
         varies = any_of(self, lambda concept: concept.overrides("for_leaf"))
         whole = Variant(self, step, present)
         # equal variants share a kernel; most are the same object, which is found by its id
-        variants, seen, alive = {self: whole}, {id(self): whole}, [self]
+        variants: dict[Stage, Variant] = {self: whole}
+        seen, alive = {id(self): whole}, [self]
         out = list(leaves.values)
         for i, (path, like) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
             if out[i] is None:
                 continue
-            own = self.for_leaf(path, like) if varies else self
+            own: Any = self.for_leaf(path, like) if varies else self
             if id(own) not in seen:
                 if own not in variants:
                     variants[own] = Variant(own, step, present)

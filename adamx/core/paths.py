@@ -25,16 +25,17 @@ from adamx.formula.values import function_name
 Pattern = str | re.Pattern[str]
 """Chooses leaves by their path."""
 
-Predicate = Callable[[str, Any], bool]
+Predicate = Callable[[str, Any], Any]
 """Chooses leaves by their path and the leaf itself, an array or its shape."""
 
 
-def check_pattern(function: str, pattern: Any) -> None:
-    """Raise TypeError unless this is a pattern."""
-    if not isinstance(pattern, str | re.Pattern):
+def check_pattern(function: str, pattern: Any, predicates: bool = False) -> None:
+    """Raise TypeError unless this is a pattern or, with `predicates`, a function."""
+    if not isinstance(pattern, str | re.Pattern) and not (predicates and callable(pattern)):
+        more = ", or a function of path and leaf" if predicates else ""
         raise TypeError(
             f"{function}: a pattern must be a string such as '*/bias' or a compiled regular "
-            f"expression, got {pattern!r}"
+            f"expression{more}, got {pattern!r}"
         )
 
 

@@ -137,7 +137,7 @@ class ema_of_params(Transformation):
         return u
 
 
-def _towards_params(concept: Any, share: Any, u: jax.Array, slots: Slots, step: Step) -> Slots:
+def _towards_params(concept: Any, share: Any, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
     """Move the average towards the new parameters by a share of the difference."""
     past = slots[concept.name]
     return {concept.name: past + share * ((step.needs_param(concept) + u) - past)}

@@ -194,8 +194,7 @@ def _only(number: int, groups: list[int], values: list[Any]) -> list[Any]:
 
 def _made(pattern: Any, group: Any, default: Any) -> Transformation:
     """Return the transformation of one group."""
-    if not callable(pattern):
-        paths.check_pattern("by_path", pattern)
+    paths.check_pattern("by_path", pattern, predicates=True)
     if isinstance(group, Mapping):
         if callable(default):
             group = default(**group)
