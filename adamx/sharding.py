@@ -18,6 +18,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from adamx.core.arithmetic import shared_axes
 from adamx.core.errors import describe
 
 
@@ -30,8 +31,9 @@ def state_sharding(
 ) -> Any:
     """Return the sharding of each array in the state, in a tree like `tx.init(params)`.
 
-    A slot shaped like its parameter has the parameter's sharding; one that is shorter along some
-    axes has it along the others; counts and other scalars are on all devices.
+    A slot shaped like its parameter has the parameter's sharding. One that is shorter along some
+    axes, or lacks some, has it along the axes that the two share. Counts and other scalars are on
+    all devices.
 
     Args:
         tx: any adamx or Optax transformation.
@@ -76,7 +78,7 @@ def state_sharding(
         # its parameter is the one whose path this one ends with; the slot's name comes before
         ends = (path[start:] for start in range(1, len(path) + 1))
         param = next((known[end] for end in ends if end in known), None)
-        if param is None or param.ndim != leaf.ndim or leaf.ndim == 0:
+        if param is None or leaf.ndim == 0:
             return everywhere
         where = _divided(_alike(param, leaf.shape), leaf.shape, axes)
         return where if memory_kind is None else where.with_memory_kind(memory_kind)
@@ -103,12 +105,13 @@ def _on_all_devices(shardings: list[Sharding]) -> Sharding | None:
 
 
 def _alike(param: Any, shape: tuple[int, ...]) -> Sharding:
-    """Return the parameter's sharding along the axes in which a slot is as long."""
+    """Return the parameter's sharding along the axes that a slot shares with it."""
     where = param.sharding
     if shape == param.shape or not isinstance(where, NamedSharding):
         return where
-    entries = zip(_entries(where, len(shape)), shape, param.shape, strict=True)
-    return where.update(spec=PartitionSpec(*(e if a == b else None for e, a, b in entries)))
+    entries = _entries(where, param.ndim)
+    spec = [None if axis is None else entries[axis] for axis in shared_axes(shape, param.shape)]
+    return where.update(spec=PartitionSpec(*(spec if any(spec) else ())))
 
 
 def _divided(where: Sharding, shape: tuple[int, ...], axes: tuple[str, ...]) -> Sharding:

@@ -186,6 +186,10 @@ class _Step:
         chosen = self._choose(self._numbers(state))
         return self._programs[chosen].lower(params, state, grads, **extra)
 
+    def _cache_size(self) -> int:
+        """Return how many programs have been compiled, as a jitted function has it."""
+        return sum(program._cache_size() for program in self._programs)
+
     def _choose(self, numbers: list[int | None]) -> int:
         """Return which program to run: the first that does all that is due."""
         for i, (found, number) in enumerate(zip(self._between, numbers, strict=True)):
@@ -238,13 +242,11 @@ class _PartOfState:
         if self._moves:
             self._program = _program(between.tx, rounding, out_shardings)
         else:
-            self._program = jax.jit(
-                lambda state, grads, extra: lifting.update(between.tx, grads, state, None, extra)[
-                    1
-                ],
-                donate_argnums=0,
-                out_shardings=out_shardings,
-            )
+
+            def between_steps(state: Any, grads: Any, extra: Any) -> Any:
+                return lifting.update(between.tx, grads, state, None, extra)[1]
+
+            self._program = jax.jit(between_steps, donate_argnums=0, out_shardings=out_shardings)
 
     def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
         if self._moves:
@@ -257,6 +259,9 @@ class _PartOfState:
         if self._moves:
             return self._program.lower(params, self._part(state), grads, **extra)
         return self._program.lower(self._part(state), grads, extra)
+
+    def _cache_size(self) -> int:
+        return self._program._cache_size()
 
     def _part(self, state: Any) -> Any:
         if not isinstance(state, dict):

@@ -199,8 +199,7 @@ def test_two_programs_are_compiled_and_no_more():
         before = a
         a = step(*a, g)
         assert before[1]["accumulated"]["w"].is_deleted()  # both work in place
-    full, add = step._programs  # pyright: ignore
-    assert full._cache_size() == add._program._cache_size() == 1
+    assert [program._cache_size() for program in step._programs] == [1, 1]  # pyright: ignore
 
 
 def test_the_device_is_asked_at_the_start_only(monkeypatch):

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "clients.md").read_text()
 SECTION = re.compile(r"\A(.+?)\n.*?^```python\n(.*?)^```$", re.M | re.S)
 BLOCKS: dict[str, str] = dict(p for text in PAGE.split("\n## ") for p in SECTION.findall(text))
-README = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+README = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)[0]
 STEPS = 20
 ROUNDING = STEPS * 2.0**-23
 
@@ -459,19 +459,8 @@ def test_schedule_free_written_out():
 # ------------------------------------------------------------------------------------- the README
 
 
-@functools.cache
-def readme_first() -> dict[str, Any]:
-    return run(README[0], {})
-
-
-def readme(word):
-    """Run the one block of the README in which a word stands, after the first."""
-    (source,) = [text for text in README[1:] if word in text]
-    return run(source, readme_first())
-
-
 def test_the_readmes_own_loop_is_the_plain_one_with_optax_around():
-    ns = readme_first()
+    ns = run(README, {})
     schedule, x, y = ns["schedule"], ns["x"], ns["y"]
     tx = adamx.adamw(schedule, weight_decay=1e-3)
     params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
@@ -489,38 +478,3 @@ def test_the_readmes_own_loop_is_the_plain_one_with_optax_around():
         params, state = step(params, state)
     near(ns["params"], params)
     assert ns["state"]["learning_rate"] == state["learning_rate"] == schedule(STEPS - 1)
-
-
-def test_the_readmes_nnx_step_is_the_plain_one():
-    ns = readme("nnx.Optimizer")
-    start = nnx.to_pure_dict(nnx.state(nnx.Linear(3, 2, rngs=nnx.Rngs(0))))
-    tx, x, y = adamx.adamw(1e-2), ns["x"], ns["y"]
-
-    @jax.jit
-    def step(params):
-        grads = jax.grad(lambda p: jnp.mean((x @ p["kernel"] + p["bias"] - y) ** 2))(params)
-        updates, _ = tx.update(grads, tx.init(params), params)
-        return adamx.apply_updates(params, updates)
-
-    near(nnx_weights(ns), step(start))
-    assert int(ns["optimizer"].opt_state["count"][...]) == 1
-
-
-def test_the_readmes_equinox_step_is_the_plain_one():
-    ns = readme("eqx.filter_jit")
-    start = eqx.nn.MLP(3, 2, width_size=8, depth=1, key=jax.random.key(0))
-    layers = [{"w": layer.weight, "b": layer.bias} for layer in start.layers]
-    tx, x, y = adamx.adamw(1e-2), ns["x"], ns["y"]
-
-    @jax.jit
-    def step(params):
-        def loss(params):
-            first, last = params
-            h = jax.nn.relu(x @ first["w"].T + first["b"])
-            return jnp.mean((h @ last["w"].T + last["b"] - y) ** 2)
-
-        updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
-        return adamx.apply_updates(params, updates)
-
-    near([{"w": layer.weight, "b": layer.bias} for layer in ns["mlp"].layers], step(layers))
-    assert int(ns["state"]["count"]) == 1

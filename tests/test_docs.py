@@ -52,9 +52,9 @@ def test_files_and_tests_that_the_pages_name_exist():
             assert f"def {test}(" in elsewhere, (page.name, test)
 
 
-def test_every_test_of_elsewhere_is_a_line_of_the_readme():
+def test_every_test_of_elsewhere_is_a_line_of_the_page_on_swapping():
     tests = re.findall(r"^def (test_\w+)", (ROOT / "tests/test_elsewhere.py").read_text(), re.M)
-    lines = re.findall(r"`(test_\w+)` \|", (ROOT / "README.md").read_text())
+    lines = re.findall(r"`(test_\w+)` \|", (ROOT / "docs/swap-in-for-optax.md").read_text())
     assert sorted(tests) == sorted(lines)
 
 
@@ -94,7 +94,7 @@ def test_every_public_name_is_in_the_reference_exactly_once():
 
 CONCEPTS = [
     *(ROOT / "adamx/transforms").glob("[a-z]*.py"),
-    *(ROOT / "adamx" / name for name in ("precision/master_weights.py", "precision/remainder.py")),
+    *(ROOT / "adamx" / name for name in ("wrappers/master_weights.py", "storage/remainder.py")),
     *(ROOT / "adamx" / name for name in ("core/rounding.py", "storage/bfloat16.py")),
 ]
 

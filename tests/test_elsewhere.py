@@ -1,4 +1,4 @@
-"""What goes wrong elsewhere and not here: each test shows both, and is a line of the README.
+"""What goes wrong elsewhere and not here: each test shows both, and is a line of a page.
 
 The faults are those of optax 0.2.6 to 0.2.8. When one is mended there, its test fails here, and its
 line can go.

@@ -28,7 +28,7 @@ from test_contracts import assert_close, quick_compiler, spec  # noqa: F401 (a f
 from test_errors import HYPERPARAMETERS, build
 
 import adamx
-from adamx.core import lifting
+from adamx.core.concept import any_of
 
 EXAMPLES = int(os.environ.get("ADAMX_FUZZ", "0"))
 
@@ -296,7 +296,7 @@ palettes = st.lists(st.sampled_from(BAD), min_size=1, max_size=3)
 @contextlib.contextmanager
 def setting(tx, x64):
     """Run with float64 or without; Optax's own stages need dtypes to be promoted."""
-    foreign = lifting.any_of(tx, lambda part: part.is_foreign)
+    foreign = any_of(tx, lambda part: isinstance(part, adamx.named))
     with jax.enable_x64(x64), jax.numpy_dtype_promotion("standard" if foreign else "strict"):
         yield
 

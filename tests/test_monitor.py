@@ -144,7 +144,7 @@ def test_two_programs_are_compiled_and_the_cheap_one_runs_in_between():
     _, state = trained(tx, 7, step=step)
     assert int(state["monitor_step"]) == 1
     full, between = step._programs  # pyright: ignore
-    assert between._program._cache_size() == full._cache_size() == 1
+    assert between._cache_size() == full._cache_size() == 1
     like = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
     programs = (between, tx), (adamx.make_step(adamw()), adamw())  # pyright: ignore
     costs: Any = [

@@ -218,7 +218,7 @@ def test_state_sharding_is_for_any_transformation_of_optax_too():
             lambda x: x.sharding, params
         )
     assert len(moments.count.devices()) == 8
-    # the row sums of a matrix are vectors: no dimension of the parameter is theirs
+    # Optax keeps one number in the place of the row sums of so small a matrix
     rows = adamx.state_sharding(optax.scale_by_factored_rms(), params).v_row["w"]
     assert rows.spec == P() and len(rows.device_set) == 8
 

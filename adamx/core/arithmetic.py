@@ -90,11 +90,10 @@ def placed_like(start: jax.Array, param: jax.Array) -> jax.Array:
     Under `jax.jit(tx.init)` zeros depend on nothing, and would all be made on one device. A slot of
     another shape is placed along the axes that it shares with its parameter (`shared_axes`).
     """
+    if not isinstance(param, Tracer):
+        return start  # outside of jit `zeros_like` has placed it
     axes = shared_axes(start.shape, param.shape)
     own = tuple(i for i, axis in enumerate(axes) if axis is None)
-    alone = start.shape != param.shape and len(own) == len(axes)
-    if alone or not isinstance(param, Tracer):
-        return start  # outside of jit `zeros_like` has placed it
     # The select inherits the sharding of its condition. The barrier keeps XLA from simplifying it
     # before the partitioner has run.
     others = tuple(i for i in range(param.ndim) if i not in axes)

@@ -107,7 +107,7 @@ class Concept(Value):
         Args:
             tree: the parameters, or the updates if `update` was called without params.
         """
-        return self.with_children([child.for_tree(tree) for child in self.children])
+        return self.with_children([hook(child, "for_tree", tree) for child in self.children])
 
     def for_leaf(self, path: str, leaf: jax.Array) -> Any:
         """Return the variant of this concept for one leaf; most concepts have one for all.
@@ -116,7 +116,7 @@ class Concept(Value):
             path: such as "dense/kernel".
             leaf: the parameter, or the update if `update` was called without params.
         """
-        return self.with_children([child.for_leaf(path, leaf) for child in self.children])
+        return self.with_children([hook(child, "for_leaf", path, leaf) for child in self.children])
 
     def overrides(self, method: str) -> bool:
         """Say whether this concept itself defines an optional method, such as `tree_scalars`."""
@@ -131,9 +131,9 @@ class Concept(Value):
             return tuple(jax.eval_shape(self.slots, scalar))
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise TypeError(
-                f"{type(self).__name__}.slots: failed for a parameter of shape [], with which it "
-                f"is called to learn the names of the slots: {type(error).__name__}: {error}; let "
-                "it take such a parameter, or define slot_names(self), which returns the names"
+                f"{type(self).__name__}.slots failed for a parameter of shape [], with which it is "
+                f"called to learn the names of the slots: {type(error).__name__}: {error}; let it "
+                "take such a parameter, or define slot_names(self), which returns the names"
             ) from error
 
     @functools.cached_property
@@ -165,9 +165,10 @@ def hook(concept: Concept, name: str, *args: Any) -> Any:
     try:
         return getattr(concept, name)(*args)
     except (IndexError, KeyError) as error:
+        of_leaf = name in ("accumulate", "emit")
+        there = f"; the leaf's slots are {sorted(args[1])}" if of_leaf else ""
         raise ValueError(
-            f"{type(concept).__name__}.{name}: {type(error).__name__}: {error}: slots hold what "
-            "`slots` started for this leaf, and scalars what `scalars` returned"
+            f"{type(concept).__name__}.{name} failed: {type(error).__name__}: {error}{there}"
         ) from error
 
 

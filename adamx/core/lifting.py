@@ -186,7 +186,7 @@ class Stage(Concept):
         columns: dict[str, list[Any]] = {n: [None] * len(leaves.paths) for n in self.slot_names()}
         for i, (path, param) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
             if param is not None:
-                concept = self.for_leaf(path, param)
+                concept = hook(self, "for_leaf", path, param)
                 for name, value in hook(concept, "slots", param).items():
                     if name not in columns:
                         raise ValueError(
@@ -218,7 +218,7 @@ class Stage(Concept):
         for i, (path, like) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
             if out[i] is None:
                 continue
-            own: Any = self.for_leaf(path, like) if varies else self
+            own: Any = hook(self, "for_leaf", path, like) if varies else self
             if id(own) not in seen:
                 if own not in variants:
                     variants[own] = Variant(own, step, present)
@@ -243,7 +243,7 @@ class Stage(Concept):
 def init(tx: Stage, params: Any) -> State:
     """Return the state before the first step; see `Transformation.init`."""
     leaves = take_apart(params, None)
-    segments = tx.for_tree(params).segments()
+    segments = hook(tx, "for_tree", params).segments()
     entries = disjoint(*(segment.init_tree(leaves) for segment in segments))
     return {"count": jnp.zeros([], jnp.int32)} | entries
 
@@ -264,7 +264,7 @@ def update(
     leaves = take_apart(updates, params)
     if wide:
         leaves = dataclasses.replace(leaves, emit=[None] * len(leaves.paths))
-    tx = tx.for_tree(leaves.tree(leaves.like()))
+    tx = hook(tx, "for_tree", leaves.tree(leaves.like()))
     count = jnp.minimum(state["count"], _MAX_COUNT - 1) + 1
     step = Step(count=count, state=state | {"count": count}, extra=extra)
     leaves, entries = run(tx, leaves, step)
@@ -287,7 +287,7 @@ def run(tx: Stage, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
     new: State = {}
     for segment in tx.segments():
         here = dataclasses.replace(step, state={**step.state, **new})
-        leaves, entries = segment.update_tree(leaves, here)
+        leaves, entries = hook(segment, "update_tree", leaves, here)
         new |= entries
     return leaves, new
 

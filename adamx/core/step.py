@@ -62,6 +62,20 @@ class LeafStep:
         old: the leaf's slots before this step, in compute dtype.
         param: the parameter in compute dtype; None if `update` was called without params.
         grad_dtype: the dtype in which the gradient came.
+
+    Example:
+        >>> import adamx, jax.numpy as jnp
+        >>> class of_two_steps(adamx.Transformation):
+        ...     def slots(self, param):
+        ...         return {"last": adamx.zeros(param)}
+        ...     def accumulate(self, u, slots, step):
+        ...         return {"last": u}
+        ...     def emit(self, u, slots, step):
+        ...         return (u + step.old["last"]) / step.count
+        >>> tx = of_two_steps()
+        >>> _, state = tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)))
+        >>> tx.update(jnp.array([2.0]), state)[0]
+        Array([3.], dtype=float32)
     """
 
     count: jax.Array

@@ -74,7 +74,7 @@ def function_name(function: Any) -> str:
         return f"partial({function_name(function.func)})"
     kind = type(function).__qualname__
     name = getattr(function, "__qualname__", getattr(function, "__name__", kind))
-    from_optax = getattr(function, "__module__", "").startswith("optax.")
+    from_optax = (getattr(function, "__module__", None) or "").startswith("optax.")
     return _maker(function) if from_optax else name.split(".")[-1]
 
 

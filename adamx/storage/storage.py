@@ -12,6 +12,7 @@ scales, the parameter's own shape and sharding.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -87,6 +88,14 @@ class Storage(Transformation):
 
     def stored_names(self) -> tuple[str, ...]:
         return self.slot_names()
+
+    @functools.cached_property
+    def _slot_names(self) -> tuple[str, ...]:
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        first = dict.fromkeys(self.inner.slot_names(), scalar)
+        if self.inner.stored_names():  # a storage in a storage: its slots have dtypes of their own
+            first |= jax.eval_shape(self.inner.slots, scalar)
+        return tuple(jax.eval_shape(self.encoded, first))
 
     def scalars(self, step: Step) -> Any:
         return step_key(step.count)

@@ -88,8 +88,9 @@ class by_path(Transformation):
             errors.check_disjoint(dict.fromkeys(trees), dict.fromkeys(scalars))
 
     def arguments(self) -> Iterator[tuple[str, Any]]:
-        pairs = zip(self._labels, self.transformations, strict=True)
-        lines = "".join(f"{label!r}: {tx!r},\n" for label, tx in pairs if label != DEFAULT)
+        pairs = zip(self.patterns, self.transformations, strict=False)
+        texts = ((paths.text(p) if callable(p) else repr(paths.text(p)), tx) for p, tx in pairs)
+        lines = "".join(f"{text}: {tx!r},\n" for text, tx in texts)
         yield "", Verbatim("{\n    " + lines.rstrip().replace("\n", "\n    ") + "\n}")
         yield "default", self.transformations[-1]
 
