@@ -185,3 +185,18 @@ def test_squares_too_large_for_their_mean_leave_it_finite():
     u = jnp.full(4, 1e19)  # the squares fit, their sum does not
     _, state = tx.update(u, tx.init(u))
     assert jnp.isfinite(state["nu"]).all()
+
+
+def test_a_gradient_that_the_compiler_knows_to_be_zero_has_the_norm_zero():
+    """Such as that of a frozen branch; XLA writes the scaled sum of squares as 0 * inf."""
+    tx = adamx.chain(adamx.clip_by_global_norm(1.0, record=True), adamx.sgd(0.1))
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda p: sum(map(jnp.sum, jax.tree.leaves(jax.lax.stop_gradient(p)))))
+        return tx.update(grads(params), state, params)
+
+    updates, state = step(params, tx.init(params))
+    assert float(state["grad_norm"]) == 0.0
+    assert all((u == 0).all() for u in jax.tree.leaves(updates))

@@ -143,7 +143,9 @@ def global_norm(leaves: Sequence[jax.Array]) -> jax.Array:
         for u in leaves:
             with real_times_complex(u.dtype):
                 shares.append(factor.astype(real_dtype(u.dtype)) * u)
-        return root(sum_of_all_squares(shares)) / factor
+        total = sum_of_all_squares(shares)
+        # where the updates are known to be zero, so is the factor, and 0 * inf is computed
+        return jnp.where(jnp.isnan(total) & (plain == 0), 0, root(total) / factor)
 
     usual = (plain > small) & (plain < jnp.inf)
     return jax.lax.cond(usual, lambda: jnp.sqrt(plain), scaled)

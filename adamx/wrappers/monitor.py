@@ -121,7 +121,8 @@ class monitor(Wrapper):
 
     def between(self) -> Between | None:
         if self.every == 1:
-            return super().between()
+            found = super().between()
+            return found and found._replace(moves=True)  # it reads the parameters
         return Between(_count(self.inner), SINCE, self.every or sys.maxsize)
 
     def _measured(
