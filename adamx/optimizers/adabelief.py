@@ -68,16 +68,16 @@ def adabelief(
     """Return AdaBelief; arguments as `optax.adabelief`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
-        b2: weight of the past in the average of squared deviations, in [0, 1): a number or array,
-            and no schedule, with which eps_root would not sum up to a constant.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added to the average of squares in every step, in the squared unit of the
-            gradients; it keeps the steps finite where gradients are constant.
-        nesterov: whether the average of gradients looks one step ahead.
-        moments: how `mu` and `nu` are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16"
-            (4), or a function that wraps a transformation, such as a `Storage`.
+        b2: weight of the past in the average of squared deviations, in [0, 1): a number or array.
+            With a schedule eps_root would not sum up to a constant.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added to the average of squares in every step, >= 0, in the squared unit of the
+            gradients. It keeps the steps finite where gradients are constant.
+        nesterov: whether to look one step ahead, as Nesterov's method does.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16": `mu` and `nu` together in 4 bytes.
 
     Raises:
         TypeError: if `b2` is a schedule.

@@ -29,12 +29,11 @@ def adagrad(
     """Return AdaGrad; arguments as `optax.adagrad`'s, but for where eps stands.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         initial_accumulator_value: the sum before the first step, >= 0.
-        eps: >= 0, added to the root as in the paper and PyTorch.
-        eps_in_sqrt: True adds it under the root, as Optax does.
-        moments: how the sum is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`.
+        eps: added to the root, >= 0, in the unit of the gradients. As in the paper and PyTorch.
+        eps_in_sqrt: True adds eps under the root, as Optax does.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
         ValueError: if a number is out of its range, or the sum cannot be kept so.

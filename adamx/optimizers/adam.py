@@ -53,15 +53,14 @@ def scale_by_adam(
     Args:
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root, in the squared unit of the gradients.
-        mu_dtype: dtype of the slot `mu`, rounded to nearest as in Optax; None means float32, or
-            wider where the parameter is.
-        nesterov: whether the average looks one step ahead (NAdam).
-        nu_dtype: dtype of the slot `nu`: bfloat16 (rounded stochastically, since to nearest it
-            would stand still), float32, float64, or None, as for `mu_dtype`.
-        moments: how both are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16" (4),
-            "packed8" (2), or a function that wraps a transformation, such as a `Storage`.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        nesterov: whether to look one step ahead, as Nesterov's method does. True makes this NAdam.
+        nu_dtype: dtype of `nu`: float32, float64, bfloat16 (rounded stochastically; to nearest it
+            would stop changing), or None, as for `mu_dtype`.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
         ValueError: if a number is out of its range, `moments` is none of these or is given
@@ -120,18 +119,18 @@ def adam(
     """Return Adam; arguments as `optax.adam`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root; for differentiating through the second moment.
-        mu_dtype: dtype of the slot `mu`, rounded to nearest as in Optax; None means float32, or
-            wider where the parameter is.
-        nesterov: whether the average looks one step ahead (NAdam).
-        nu_dtype: dtype of the slot `nu`: bfloat16 (rounded stochastically, since to nearest it
-            would stand still), float32, float64, or None, as for `mu_dtype`.
-        moments: how both are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16" (4),
-            "packed8" (2), or a function that wraps a transformation, such as a `Storage`.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients. It is for
+            differentiating through the second moment.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        nesterov: whether to look one step ahead, as Nesterov's method does. True makes this NAdam.
+        nu_dtype: dtype of `nu`: float32, float64, bfloat16 (rounded stochastically; to nearest it
+            would stop changing), or None, as for `mu_dtype`.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
         ValueError: if a number is out of its range, `moments` is none of these or is given

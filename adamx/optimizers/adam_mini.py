@@ -67,21 +67,20 @@ def adam_mini(
     """Return Adam-mini, with decoupled weight decay.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule; AdamW's serves.
+        learning_rate: a number, array or schedule, >= 0. The same as for AdamW.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
-        b2: weight of the past in the average of mean squares, in [0, 1): a number, array or
-            schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by
+        b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
+            The squares are averaged over a block first.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
             `learning_rate * weight_decay` a step.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        axes: the axes that a block extends over: a tuple, or a function of a leaf's path and the
-            leaf that returns one; None means all but the last of a matrix or a kernel, and all of a
-            vector; () gives every element its own, as AdamW does.
-        moments: how `mu` is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`. `nu` is
-            small, and float32 or wider.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        axes: the axes to average over: a tuple, or a function from a leaf's path, such as
+            "dense/kernel", and the leaf to a tuple; None means all but the last of a matrix or
+            kernel, and all of a vector. () averages nothing.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            `nu` is small, and float32 or wider.
 
     Raises:
         ValueError: if a number is out of its range, or `mu` cannot be kept so.

@@ -43,14 +43,14 @@ def adamax(
     """Return AdaMax; arguments as `optax.adamax`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
-        b2: what is left of the largest magnitude after a step, in [0, 1): a number, array or
+        b2: factor by which the largest magnitude fades in a step, in [0, 1): a number, array or
             schedule.
-        eps: >= 0, added to each magnitude, in the unit of the gradients; with 0 an element that has
-            had no gradient stays where it is.
-        moments: how `mu` and `nu` are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16"
-            (4), or a function that wraps a transformation, such as a `Storage`.
+        eps: added to each magnitude, >= 0, in the unit of the gradients. With 0, an element that
+            has had no gradient does not move.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16": `mu` and `nu` together in 4 bytes.
 
     Raises:
         ValueError: if a number is out of its range, or the slots cannot be kept so.

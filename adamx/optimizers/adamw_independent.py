@@ -60,18 +60,20 @@ def adamw_independent(
     """Return AdamW whose weights shrink by `multiplier * weight_decay` a step.
 
     Args:
-        learning_rate: alpha, >= 0: a number or array; its schedule is `multiplier`.
+        learning_rate: the paper's alpha, >= 0: a number or array. `multiplier` is its schedule.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        weight_decay: lambda, >= 0: a number, array or schedule; the share of each weight that a
-            step takes away;
-            `normalized_weight_decay` computes it from the length of the training.
-        mask: which leaves decay; see `add_decayed_weights`.
-        multiplier: eta_t, >= 0, the schedule of learning rate and decay alike, such as
-            `optax.cosine_decay_schedule(1.0, steps)`; the state has the one last used as
-            `state["learning_rate"]`.
-        moments: how both averages are kept; see `scale_by_adam`.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
+            `multiplier * weight_decay` a step; `normalized_weight_decay` computes it from the
+            length of the training.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        multiplier: a number, array or schedule, >= 0. It is eta_t, the schedule of learning rate
+            and decay alike, such as `optax.cosine_decay_schedule(1.0, steps)`. The state has the
+            one last used as `state["learning_rate"]`.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
         ValueError: if a number is out of its range.

@@ -80,22 +80,21 @@ def adan(
     """Return Adan; arguments as `optax.adan`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of the gradients' differences, in [0, 1): a number,
             array or schedule.
         b3: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root, in the squared unit of the gradients.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
             `learning_rate * weight_decay` a step.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        look_ahead: how much of the difference is added to the gradient: a number, array or
-            schedule; None means b2, as in the paper; Optax 0.2.8 has 1 - b2.
-        moments: how the slots `mu`, `delta`, `nu` and `previous` are kept: "float32" (16 bytes a
-            parameter), "bfloat16" (8, rounded stochastically), or a function that wraps a
-            transformation, such as a `Storage`.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        look_ahead: factor of the difference that is added to the gradient: a number, array or
+            schedule; None means b2, as in the paper. Optax 0.2.8 has 1 - b2.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            The four slots take 16 or 8 bytes a parameter.
 
     Raises:
         ValueError: if a number is out of its range, or the slots cannot be kept so.

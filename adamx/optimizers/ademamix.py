@@ -78,24 +78,24 @@ def ademamix(
     """Return AdEMAMix; arguments as `optax.contrib.ademamix`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the fast average of gradients, in [0, 1): a number, array or
-            schedule.
+        learning_rate: a number, array or schedule, >= 0.
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+            This is the fast average.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
         b3: weight of the past in the slow average of gradients, in [0, 1): a number, array or
             schedule, such as `half_life_schedule(b1, 0.9999, steps)`.
-        alpha: how much of the slow average is added to the fast one: a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root, in the squared unit of the gradients.
-        mu_dtype: dtype of the slot `mu`; None means float32, or wider where the parameter is.
-            `mu_slow` stays wide: rounded to nearest bfloat16 it would stand still.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by
+        alpha: factor of the slow average in the numerator: a number, array or schedule.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+            `mu_slow` stays wide: rounded to nearest bfloat16 it would stop changing.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
             `learning_rate * weight_decay` a step.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        moments: how the slots `mu`, `mu_slow` and `nu` are kept: "float32" (12 bytes a parameter),
-            "bfloat16" (6, rounded stochastically), "packed16" (8: `mu_slow` stays wide), or a
-            function that wraps a transformation, such as a `Storage`.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16": `mu` and `nu` together in 4 bytes, `mu_slow` wide. The three slots take
+            12, 6 or 8 bytes a parameter.
 
     Raises:
         ValueError: if a number is out of its range, or the slots cannot be kept so.

@@ -51,15 +51,14 @@ def adopt(
     """Return ADOPT; arguments as `optax.contrib.adopt`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average of the scaled gradients, in [0, 1): a number, array or
-            schedule.
+        learning_rate: a number, array or schedule, >= 0.
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+            The gradients are scaled first.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, the smallest root to divide by, in the unit of the gradients.
-        mu_dtype: dtype of the slot `mu`, rounded to nearest; None means float32, or wider where
-            the parameter is.
-        moments: how `mu` and `nu` are kept: "float32", "bfloat16" (4 bytes a parameter),
-            "packed16" (4), or a function that wraps a transformation, such as a `Storage`.
+        eps: the smallest divisor, >= 0, in the unit of the gradients.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16": `mu` and `nu` together in 4 bytes.
 
     Raises:
         ValueError: if a number is out of its range, or the slots cannot be kept so.

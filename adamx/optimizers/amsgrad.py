@@ -58,17 +58,16 @@ def amsgrad(
     """Return AMSGrad; arguments as `optax.amsgrad`'s, whose flags are other compositions here.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root.
-        mu_dtype: dtype of the slot `mu`, rounded to nearest as in Optax; None means float32, or
-            wider where the parameter is.
-        moments: how `mu`, `nu` and `nu_max` are kept: "float32" (12 bytes a parameter), "bfloat16"
-            (6), "packed16" (8: `nu_max` stays float32), or a function that wraps a transformation,
-            such as a `Storage`. The maximum holds on to the noise of the rounding: over 5000 steps
-            `nu_max` came out up to 18 % too large in bfloat16, and 9 % in packed16.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16": `mu` and `nu` together in 4 bytes, `nu_max` in float32. The three slots
+            take 12, 6 or 8 bytes a parameter. The maximum holds on to the noise of the rounding:
+            over 5000 steps `nu_max` came out up to 18 % too large in bfloat16, and 9 % in packed16.
 
     Raises:
         ValueError: if a number is out of its range, or the slots cannot be kept so.

@@ -43,18 +43,16 @@ def cautious_lion(
     """Return cautious Lion; arguments as `adamx.lion`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average whose sign is taken, in [0, 1): a number, array or
+        learning_rate: a number, array or schedule, >= 0.
+        b1: weight of the slot in the average whose sign is taken, in [0, 1): a number, array or
             schedule.
-        b2: weight of the past in the average that is kept, in (0, 1): a number, array or schedule.
-        mu_dtype: dtype of the slot `mu`, rounded to nearest; None means float32, or wider where
-            the parameter is.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by
-            `learning_rate * weight_decay` a step, also those that are not moved.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        moments: how `mu` is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`.
+        b2: weight of the past in the slot, in (0, 1): a number, array or schedule.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
+            `learning_rate * weight_decay` a step. Elements that are not kept shrink too.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
         ValueError: if a number is out of its range, or the slot cannot be kept so.

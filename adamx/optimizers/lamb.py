@@ -54,17 +54,17 @@ def lamb(
     """Return LAMB; arguments as `optax.lamb`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule: the fraction of its norm by which an array
-            changes in a step.
+        learning_rate: a number, array or schedule, >= 0. An array changes by this fraction of its
+            norm in a step.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root.
-        weight_decay: >= 0: a number, array or schedule.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all. The ratio is taken of all leaves.
-        moments: "float32", "bfloat16", "packed16" or "packed8": 8, 4, 4 or 2 bytes a parameter; see
-            `scale_by_adam`.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        weight_decay: a number, array or schedule, >= 0.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all. The ratio is taken of all leaves.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
         ValueError: if a number is out of its range, or the moments cannot be kept so.

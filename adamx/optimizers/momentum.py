@@ -25,11 +25,10 @@ def momentum(
     """Return gradient descent along the exponential moving average of the gradients.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         decay: weight of the past, in [0, 1): a number, array or schedule. The heavy ball,
             `sgd(lr, momentum=decay)`, takes steps 1 / (1 - decay) times as large.
-        moments: how the average is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
         ValueError: if a number is out of its range, or the average cannot be kept so.

@@ -52,14 +52,14 @@ def nadam(
     """Return NAdam; arguments as `optax.nadam`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root.
-        mu_dtype: dtype of the slot `mu`; None means float32, or wider where the parameter is.
-        moments: "float32", "bfloat16", "packed16" or "packed8": 8, 4, 4 or 2 bytes a parameter; see
-            `scale_by_adam`.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
         ValueError: if a number is out of its range, or the moments cannot be kept so.

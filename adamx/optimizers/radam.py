@@ -59,17 +59,17 @@ def radam(
     """Return RAdam; arguments as `optax.radam`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
-        b2: weight of the past in the average of squares, in [0, 1): a number or array, and no
-            schedule, which has no rho_inf. With b2 <= 2/3 the threshold 5 is never reached.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root.
-        threshold: >= 0: from what rho_t on to divide by the root; 4, as in the paper, or less means
-            above 4.
-        nesterov: whether the average of gradients looks one step ahead.
-        moments: "float32", "bfloat16", "packed16" or "packed8": 8, 4, 4 or 2 bytes a parameter; see
-            `scale_by_adam`.
+        b2: weight of the past in the average of squares, in [0, 1): a number or array, since a
+            schedule has no rho_inf. With b2 <= 2/3 the threshold 5 is never reached.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        threshold: the least rho_t at which to divide by the root, >= 0. 4 or less means rho_t > 4.
+            The paper has 4.
+        nesterov: whether to look one step ahead, as Nesterov's method does.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
         TypeError: if `b2` is a schedule.

@@ -48,11 +48,11 @@ def scale_by_rms(
     """Return RMSprop without its learning rate; arguments as `optax.scale_by_rms`'s.
 
     Args:
-        decay: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
+        eps: added to the root, >= 0, in the unit of the gradients.
         initial_scale: the average before the first step, >= 0.
-        eps_in_sqrt: True adds eps under the root, which is Optax's default.
-        bias_correction: whether to divide the average by 1 - decay^t.
+        eps_in_sqrt: True adds eps under the root, as Optax does.
+        bias_correction: whether to divide averages by 1 - decay^t.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -111,18 +111,17 @@ def rmsprop(
     """Return RMSprop; arguments as `optax.rmsprop`'s, but for the default of `eps_in_sqrt`.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
-        decay: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, as in the notes and in PyTorch.
+        learning_rate: a number, array or schedule, >= 0.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
+        eps: added to the root, >= 0, in the unit of the gradients. As in the notes and PyTorch.
         initial_scale: the average before the first step, >= 0.
-        eps_in_sqrt: True adds eps under the root, which is Optax's default.
+        eps_in_sqrt: True adds eps under the root, as Optax does.
         centered: whether to scale by the standard deviation of the gradients: one slot more, `mu`.
-        momentum: decay of a heavy ball over the steps, in [0, 1]: a number, array or schedule; None
-            keeps none.
-        nesterov: whether that heavy ball looks one step ahead.
-        bias_correction: whether to divide the averages by 1 - decay^t.
-        moments: how `nu` and the heavy ball are kept: "float32", "bfloat16" (2 bytes instead of 4,
-            rounded stochastically), or a function that wraps a transformation, such as a `Storage`.
+        momentum: decay of the heavy ball `trace`, in [0, 1]: a number, array or schedule; None
+            means no momentum.
+        nesterov: whether to look one step ahead, as Nesterov's method does. It is for `momentum`.
+        bias_correction: whether to divide averages by 1 - decay^t.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
         ValueError: if a number is out of its range, or the slots cannot be kept so;

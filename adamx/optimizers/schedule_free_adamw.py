@@ -69,19 +69,18 @@ def schedule_free_adamw(
     The state has 8 bytes a parameter, in `z` and `nu`. It is the last stage of a chain.
 
     Args:
-        learning_rate: >= 0: a number or array; or, without `warmup_steps`, a schedule that does not
-            decay.
+        learning_rate: a number, array or schedule, >= 0. A schedule must not decay, and excludes
+            `warmup_steps`.
         warmup_steps: >= 1: the number of steps over which the rate rises linearly, the first one
             being `learning_rate / warmup_steps`; None means no warm-up.
-        b1: how much of the average is in the parameters, in (0, 1]: a number or array, and no
-            schedule; see `schedule_free`.
+        b1: weight of the average x in the parameters y, in (0, 1]: a number or array, no schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        weight_decay: >= 0: a number, array or schedule; z moves by `learning_rate * weight_decay`
+        eps: added to the root, >= 0, in the unit of the gradients.
+        weight_decay: a number, array or schedule, >= 0. z moves by `learning_rate * weight_decay`
             of the parameters a step.
-        weight_lr_power: >= 0: the power of the learning rate in the weights of the average.
-        moments: how `nu` is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`.
+        weight_lr_power: power of the learning rate in the weights of the average, >= 0; 0 weights
+            all steps alike.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
         TypeError: if `b1` is a schedule.

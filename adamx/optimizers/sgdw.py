@@ -40,16 +40,15 @@ def sgdw(
     """Return stochastic gradient descent with decoupled weight decay.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
-        momentum: decay of the heavy ball's `trace`, in [0, 1]: a number, array or schedule; None
-            keeps no memory.
-        nesterov: whether to look one step ahead.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by
+        learning_rate: a number, array or schedule, >= 0.
+        momentum: decay of the heavy ball `trace`, in [0, 1]: a number, array or schedule; None
+            means no momentum.
+        nesterov: whether to look one step ahead, as Nesterov's method does.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
             `learning_rate * weight_decay` a step.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        moments: how the trace is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
         ValueError: if a number is out of its range, or the trace cannot be kept so.

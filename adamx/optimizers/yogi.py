@@ -48,12 +48,12 @@ def yogi(
     """Return Yogi; arguments as `optax.yogi`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        moments: how `mu` and `nu` are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16"
-            (4), or a function that wraps a transformation, such as a `Storage`.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16": `mu` and `nu` together in 4 bytes.
 
     Raises:
         ValueError: if a number is out of its range, or the slots cannot be kept so.

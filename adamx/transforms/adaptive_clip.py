@@ -33,8 +33,8 @@ class adaptive_clip(Transformation):
 
     Attributes:
         clipping: the largest |u_i| / |w_i|, >= 0; 0.01 in the paper's networks.
-        eps: what |w_i| counts as at least, >= 0, in the unit of the weights, so that weights which
-            start at zero can move.
+        eps: the least value of |w_i|, >= 0, in the unit of the weights. It lets weights that start
+            at zero move.
         axis: the axes over which a unit's norm is taken, for every array. None chooses by shape:
             all of a scalar or vector (or what is one but for sizes of 1), the first axis of two or
             three, all but the last of four or five.

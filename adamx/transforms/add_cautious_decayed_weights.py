@@ -33,8 +33,9 @@ class add_cautious_decayed_weights(Transformation):
     """Add `weight_decay` times the parameters to the updates where both have the same sign.
 
     Attributes:
-        weight_decay: >= 0: a number, a scalar array, or a schedule of the step (0 at the first).
-        mask: which leaves decay; as in `add_decayed_weights`.
+        weight_decay: a number, array or schedule, >= 0.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
 
     Raises:
         ValueError: if `weight_decay` is negative or not finite; at `update`, if it is called

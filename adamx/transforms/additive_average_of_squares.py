@@ -32,8 +32,8 @@ class additive_average_of_squares(Transformation):
     """Replace the updates by an average of their squares that moves by small steps.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step.
-        initial: the average before the first step, >= 0.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
+        initial: value before the first step, >= 0.
         name: the slot that keeps the average: real, float32 or wider, shaped like the parameter,
             in the squared unit of the incoming updates.
 

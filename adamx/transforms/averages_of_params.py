@@ -80,8 +80,8 @@ class ema_of_params(Transformation):
     The last stage of an optimizer, as `mean_of_params` is.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step;
-            the memory is some 1 / (1 - decay) steps.
+        decay: weight of the past, in [0, 1): a number, array or schedule. Its memory is some
+            1 / (1 - decay) steps.
         name: the slot that keeps the average, with its bias corrected: float32 or wider, shaped
             like the parameter, which it equals before the first step. Where the decay is
             scheduled, `<name>_correction` is the state's entry with 1 minus the product of the

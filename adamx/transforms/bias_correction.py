@@ -96,8 +96,8 @@ class bias_correction(Transformation):
     """Divide the updates by 1 - decay^t; keep nothing.
 
     Attributes:
-        decay: the decay of the average that this corrects, in [0, 1): a number, a scalar array, or
-            a schedule of the step; 0 makes this the identity.
+        decay: weight of the past, in [0, 1): a number, array or schedule. It is the decay of the
+            average to correct; 0 makes this the identity.
         name: the state's entry with the divisor, a float32 scalar (float64 where x64 is enabled),
             where the decay is scheduled; with a number the state has none.
 

@@ -45,8 +45,8 @@ class cautious(Transformation):
     """Keep what of the inner update agrees with the incoming one, and make up for the rest.
 
     Attributes:
-        inner: what makes the update, such as `scale_by_adam()`; the learning rate and weight decay
-            stand behind.
+        inner: the transformation that makes the update, such as `scale_by_adam()`. The learning
+            rate and weight decay come after `cautious`.
         xi: added to the number of elements kept, >= 0.
 
     Raises:

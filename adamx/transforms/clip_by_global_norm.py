@@ -37,7 +37,7 @@ class clip_by_global_norm(Transformation):
     such steps, and shares the reading.
 
     Attributes:
-        max_norm: >= 0, in the unit of the updates: a number, array or schedule.
+        max_norm: a number, array or schedule, >= 0. It is in the unit of the updates.
         recorded_as: the state's entry with the norm before clipping, float32; None keeps none. The
             argument is `record`: True means "grad_norm", a string another name.
 

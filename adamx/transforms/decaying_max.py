@@ -31,9 +31,9 @@ class decaying_max(Transformation):
     """Replace the updates by the maximum of their magnitudes, the past ones faded.
 
     Attributes:
-        decay: what is left of the old maximum after a step, in [0, 1): a number, a scalar array, or
-            a schedule of the step.
-        eps: added to each magnitude, >= 0, in the unit of the incoming updates.
+        decay: weight of the past, in [0, 1): a number, array or schedule. It multiplies the old
+            maximum.
+        eps: added to each magnitude, >= 0, in the unit of the gradients.
         name: the slot that keeps the maximum: real, float32 or wider, shaped like the parameter,
             in the unit of the incoming updates.
 

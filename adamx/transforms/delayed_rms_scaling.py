@@ -31,9 +31,9 @@ class delayed_rms_scaling(Transformation):
     """Divide the updates by the root of the last step's second moment.
 
     Attributes:
-        second_moment: what gives the scale, >= 0, from its slots, such as
-            `seeded_ema_of_squares(decay)`.
-        eps: the smallest divisor, >= 0, in the unit of the updates. 0 / 0, possible with eps = 0,
+        second_moment: the transformation that emits the second moment, >= 0, such as
+            `ema_of_squares(decay)`. Its output must depend on its slots only.
+        eps: the smallest divisor, >= 0, in the unit of the gradients. 0 / 0, possible with eps = 0,
             is 0.
 
     Raises:

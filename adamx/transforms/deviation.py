@@ -24,8 +24,8 @@ class deviation(Transformation):
     """Subtract a slot that an earlier concept keeps; keep nothing.
 
     Attributes:
-        slot: the name of the slot: shaped like the parameter, in the unit of the updates. Its
-            concept stands before this one: in an earlier stage or branch.
+        slot: the slot to read. It is shaped like the parameter, in the unit of the updates, and its
+            concept comes before this one, in an earlier stage or branch.
 
     Raises:
         ValueError: at `update`, if no concept of the same run keeps a slot of that name.

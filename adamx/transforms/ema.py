@@ -35,13 +35,12 @@ class ema(Transformation):
     """Replace the updates by their exponential moving average.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step (0
-            at the first); 0 makes this the identity.
-        dtype: what the average is kept in, rounded to nearest; None means float32, or wider where
-            the parameter is.
+        decay: weight of the past, in [0, 1): a number, array or schedule. A schedule sees 0 in the
+            first step. 0 makes this the identity.
+        dtype: dtype of the slot, rounded to nearest; None means the parameter's, at least float32.
         name: the slot that keeps the average: shaped like the parameter, in the unit of the
             incoming updates.
-        initial: the average before the first step, finite.
+        initial: value before the first step, finite.
 
     Raises:
         ValueError: if `decay` is a number outside [0, 1), `initial` is not finite, or one of them

@@ -37,11 +37,11 @@ class ema_of_mean_squares(Transformation):
     """Replace the updates by the moving average of their mean square over each block.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step.
-        axes: the axes that are averaged over: a tuple, for all leaves but scalars; a function of a
-            leaf's path, such as "dense/kernel", and the leaf, which returns a tuple; or None: all
-            axes but the last where there are two or more (one block for each output of a kernel
-            (in, out) or (height, width, in, out)), all of a vector. () averages nothing.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
+        axes: the axes to average over: a tuple, or a function from a leaf's path, such as
+            "dense/kernel", and the leaf to a tuple; None means all but the last of a matrix or
+            kernel, and all of a vector. () averages nothing. A scalar has no axes. None makes one
+            block for each output of a kernel (in, out) or (height, width, in, out).
         name: the slot that keeps the average: real, of the parameter's shape but for size 1 along
             the axes averaged over, float32 or wider, in the squared unit of the updates. A sharded
             parameter's slot is sharded along the axes that are left.

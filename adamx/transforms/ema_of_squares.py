@@ -38,10 +38,10 @@ class ema_of_squares(Transformation):
     """Replace the updates by the exponential moving average of their squares.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step.
-        initial: the average before the first step, >= 0.
-        dtype: what the average is kept in, rounded to nearest; None means float32, or wider where
-            the parameter is. With a 16-bit dtype and decay near 1 the average stands still.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
+        initial: value before the first step, >= 0.
+        dtype: dtype of the slot, rounded to nearest; None means the parameter's, at least float32.
+            With a 16-bit dtype and a decay near 1 the average stops changing.
         name: the slot that keeps the average: real, shaped like the parameter, in the squared unit
             of the incoming updates.
 

@@ -27,9 +27,9 @@ class extrapolation(Transformation):
     """Add a multiple of their change since the last step to the updates.
 
     Attributes:
-        factor: how far to carry on: 0 is today's update, 1 the next one on a straight line. A
-            number, a scalar array, or a schedule of the step.
-        slot: the slot of the `difference` that reads the same updates, in an earlier branch.
+        factor: a number, array or schedule, finite: 0 gives today's update, 1 the next one on a
+            straight line.
+        slot: the slot to read. Its `difference` reads the same updates in an earlier branch.
 
     Raises:
         ValueError: if `factor` is NaN or infinite; at `update`, if there is no such slot.

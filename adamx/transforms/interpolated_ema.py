@@ -38,12 +38,10 @@ class interpolated_ema(Transformation):
     """Replace the updates by a mixture of them and the average of those before.
 
     Attributes:
-        blend: weight of the old average in what goes out, in [0, 1): a number, a scalar array, or a
-            schedule of the step.
-        decay: weight of the old average in the new one, in (0, 1): a number, array or schedule; a
-            schedule must not be 0 in any step.
-        dtype: what the average is kept in, rounded to nearest; None means float32, or wider where
-            the parameter is.
+        blend: weight of the old average in the output, in [0, 1): a number, array or schedule.
+        decay: weight of the past in the slot, in (0, 1): a number, array or schedule. A schedule
+            must not be 0 in any step.
+        dtype: dtype of the slot, rounded to nearest; None means the parameter's, at least float32.
         name: the slot that keeps the average: shaped like the parameter, in the unit of the
             incoming updates.
 

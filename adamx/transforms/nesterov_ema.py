@@ -34,8 +34,8 @@ class nesterov_ema(Transformation):
     """Replace the updates by their bias-corrected average, one step ahead.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step.
-        dtype: what the average is kept in; None means float32, or wider where the parameter is.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
+        dtype: dtype of the slot, rounded to nearest; None means the parameter's, at least float32.
         name: the slot that keeps the average; where the decay is scheduled, `<name>_correction` is
             the state's entry with 1 minus the product of the decays.
 

@@ -27,10 +27,10 @@ class ratio(Transformation):
     """Divide a filter of the updates by another filter of the same updates.
 
     Attributes:
-        numerator: what is scaled, such as `chain(ema(b1), bias_correction(b1))`; by default the
-            update itself.
-        denominator: what gives the scale, such as `decaying_max(decay)`: real and >= 0. Where it is
-            0 the outgoing update is 0.
+        numerator: the transformation to scale, such as `chain(ema(b1), bias_correction(b1))`; by
+            default the update itself.
+        denominator: the transformation to divide by, such as `decaying_max(decay)`. It emits real
+            numbers >= 0; where one is 0, so is the ratio.
 
     Raises:
         TypeError: if a branch is not an adamx transformation.

@@ -52,10 +52,10 @@ class rectified(Transformation):
     """Scale by what `rms_scaling` does, rectified, once its second moment is worth enough.
 
     Attributes:
-        scaling: Adam's scaling: its numerator is what the first steps follow.
-        decay: that of the average of squares in the scaling, in [0, 1): a number or a scalar array,
-            and no schedule.
-        threshold: from what rho_t on to scale, >= 0; 4 or less means above 4, where r_t begins.
+        scaling: Adam's scaling; the first steps follow its numerator.
+        decay: decay of the average of squares in the scaling, in [0, 1): a number or array, no
+            schedule.
+        threshold: the least rho_t at which to divide by the root, >= 0. 4 or less means rho_t > 4.
 
     Raises:
         TypeError: if `scaling` is not an `rms_scaling`, or `decay` is a schedule.

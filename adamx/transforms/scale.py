@@ -25,7 +25,7 @@ class scale(Transformation):
     """Multiply the updates by a number; keep nothing.
 
     Attributes:
-        step_size: any finite number, a scalar array, or a schedule of the step (0 at the first).
+        step_size: a number, array or schedule, finite. A schedule sees 0 in the first step.
 
     Raises:
         ValueError: if `step_size` is a number that is NaN or infinite.

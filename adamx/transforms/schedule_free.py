@@ -51,14 +51,15 @@ class schedule_free(Transformation):
     The parameters hold y. For evaluation, `schedule_free_eval_params(state, params)` gives x.
 
     Attributes:
-        inner: the optimizer, which acts on one array at a time and ends in its learning rate,
-            without momentum: that is what the interpolation is for. What it reads as parameters
-            is y. A clip by the whole tree's norm stands before, `chain(clip, schedule_free(...))`.
-        learning_rate: >= 0: that of `inner`, with the warm-up and without a decay; here it weights
-            the average.
-        b1: how much of the average is in y, in (0, 1]; takes the place of momentum's decay. A
-            number or a scalar array, and no schedule.
-        weight_lr_power: >= 0: the power of the learning rate in the weights; 0 weights all alike.
+        inner: the optimizer. It acts on one array at a time, ends in its learning rate, reads y as
+            its parameters, and has no momentum: the interpolation replaces it. A clip by the norm
+            of the whole tree comes before, `chain(clip, schedule_free(...))`.
+        learning_rate: a number, array or schedule, >= 0. The same as in `inner`, with the warm-up
+            and without a decay; here it weights the average.
+        b1: weight of the average x in the parameters y, in (0, 1]: a number or array, no schedule.
+            It takes the place of momentum's decay.
+        weight_lr_power: power of the learning rate in the weights of the average, >= 0; 0 weights
+            all steps alike.
 
     The state has the slot `z`, float32 or wider, and the scalars `weight_sum`, the sum of the
     weights in units of the last one, `max_lr`, the largest learning rate so far, and `b1`.

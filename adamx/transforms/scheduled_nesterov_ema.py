@@ -71,10 +71,10 @@ class scheduled_nesterov_ema(Transformation):
     """Replace the updates by their corrected average, one step ahead, with a rising momentum.
 
     Attributes:
-        decay: weight of the past, in [0, 1), and the momentum in the end: a number or a scalar
-            array, and no schedule, since the method is one; `nesterov_ema` takes any other.
+        decay: weight of the past, in [0, 1), and the final momentum: a number or array.
+            `momentum_decay` is the schedule; `nesterov_ema` takes any other.
         momentum_decay: how fast the momentum rises, >= 0; 0 keeps it at decay / 2.
-        dtype: what the average is kept in; None means float32, or wider where the parameter is.
+        dtype: dtype of the slot, rounded to nearest; None means the parameter's, at least float32.
         name: the slot that keeps the average: shaped like the parameter, in the unit of the
             updates.
 

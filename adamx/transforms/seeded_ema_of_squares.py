@@ -31,7 +31,7 @@ class seeded_ema_of_squares(Transformation):
     """Replace the updates by the average of their squares, which starts at the first of them.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
         name: the slot that keeps the average: real, float32 or wider, shaped like the parameter,
             in the squared unit of the incoming updates.
 

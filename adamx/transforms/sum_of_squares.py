@@ -25,7 +25,7 @@ class sum_of_squares(Transformation):
     """Replace the updates by the sum of the squares of all updates so far.
 
     Attributes:
-        initial: the sum before the first step, >= 0.
+        initial: value before the first step, >= 0.
         name: the slot that keeps the sum: real, float32 or wider, shaped like the parameter, in
             the squared unit of the incoming updates.
 

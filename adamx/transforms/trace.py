@@ -33,10 +33,10 @@ class trace(Transformation):
     """Replace the updates by their decaying sum.
 
     Attributes:
-        decay: weight of the past, in [0, 1]: a number, a scalar array, or a schedule of the step.
+        decay: weight of the past, in [0, 1]: a number, array or schedule.
         nesterov: whether to look one step ahead, as Nesterov's method does.
-        accumulator_dtype: what the sum is kept in, rounded to nearest; None means float32, or
-            wider where the parameter is.
+        accumulator_dtype: dtype of the slot, rounded to nearest; None means the parameter's, at
+            least float32.
         name: the slot that keeps the sum: shaped like the parameter, in the unit of the updates.
 
     Raises:

@@ -30,9 +30,9 @@ class trust_ratio(Transformation):
     """Multiply each array's update by the ratio of the weights' norm to its own; keep nothing.
 
     Attributes:
-        trust_coefficient: >= 0: the ratio of the outgoing update's norm to the weights'; 1 for
-            LAMB, 0.001 for LARS.
-        eps: >= 0, added to the update's norm, in its unit.
+        trust_coefficient: ratio of the output's norm to the weights', >= 0; 1 for LAMB, 0.001 for
+            LARS.
+        eps: added to the update's norm, >= 0, in the unit of the updates.
 
     Raises:
         ValueError: if an argument is a negative number; at `update`, if it is called without

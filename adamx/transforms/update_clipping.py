@@ -39,12 +39,12 @@ class update_clipping(Transformation):
     """Divide what a concept emits by how far the gradient exceeds its second moment, if it does.
 
     Attributes:
-        inner: what makes the update, and keeps the second moment.
-        decay: that of the second moment, in [0, 1), for its bias correction; 0 makes none: a
-            number, a scalar array, or a schedule of the step. Where it is scheduled,
+        inner: the transformation that makes the update and keeps the second moment.
+        decay: weight of the past, in [0, 1): a number, array or schedule. It is the decay of the
+            second moment, for its bias correction; 0 makes none. Where it is scheduled,
             `clipping_correction` is the state's entry with 1 minus the product of the decays.
-        eps: the least root of the second moment that counts, >= 0, in the unit of the gradients.
-        slot: the slot that holds the second moment, >= 0, such as that of `ema_of_squares`.
+        eps: the least root of the second moment, >= 0, in the unit of the gradients.
+        slot: the slot to read. It holds the second moment, >= 0, such as that of `ema_of_squares`.
 
     Raises:
         TypeError: if `inner` is not an adamx transformation.
