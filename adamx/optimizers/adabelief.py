@@ -1,4 +1,4 @@
-"""AdaBelief: Adam divided by the root of how far gradients are from their own average.
+"""AdaBelief: Adam divided by the root mean square of the gradients' deviations from their average.
 
     m_t = b1 m_{t-1} + (1 - b1) g_t                      m^_t = m_t / (1 - b1^t)
     s_t = b2 s_{t-1} + (1 - b2) (g_t - m_t)^2 + e        s^_t = s_t / (1 - b2^t)
@@ -7,13 +7,13 @@
     adabelief = adam with second_moment=chain(deviation(), ema_of_squares(b2), bias_correction(b2))
                 and eps_root=e / (1 - b2)
 
-e is the argument `eps_root`. The paper and Optax add it to s_t in every step. Over t steps that
-sums up to e (1 - b2^t) / (1 - b2), and after the correction to e / (1 - b2): a constant under the
-root, where it stands here. The updates are the same, and the slot `nu` is the plain average. The
-paper has one eps for both; the authors' code makes it 1e-16, in Optax too the default of both.
+e is the argument `eps_root`. The paper and Optax add it to s_t in every step. Over t steps it sums
+up to e (1 - b2^t) / (1 - b2), and after the correction to e / (1 - b2): a constant under the root.
+Here it is added there; the updates are the same, and the slot `nu` is the plain average. The paper
+has one eps for both; it is 1e-16 in the authors' code, and Optax's default for both.
 
-With a scheduled b2 the sum would not be a constant, so that b2 may not be scheduled here; the same
-pieces take any schedule, with an eps_root of `rms_scaling`.
+With a scheduled b2 the sum would not be constant, so b2 cannot be a schedule. The same pieces, with
+an eps_root of `rms_scaling`, take any schedule.
 
 Source: Zhuang et al. (2020), Algorithm 2, https://arxiv.org/abs/2010.07468
 """
@@ -81,10 +81,10 @@ def adabelief(
 
     Raises:
         TypeError: if `b2` is a schedule.
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        In the first step m = g / 4, so that the deviation is 3/4 g, and the step 4/3 of Adam's:
+        In the first step m = g / 4, so the deviation is 3/4 g, and the step is 4/3 of Adam's:
 
         >>> import jax.numpy as jnp
         >>> tx = adabelief(0.75, b1=0.75)

@@ -63,8 +63,8 @@ def scale_by_adam(
             Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, `moments` is none of these or is given
-            together with a dtype, or the decays leave "packed8" without its bound.
+        ValueError: if a number is out of its range, `moments` is unknown or given together with a
+            dtype, or "packed8" has no bound for the decays.
 
     Example:
         >>> scale_by_adam(b1=0.5, b2=0.75)
@@ -133,8 +133,8 @@ def adam(
             Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, `moments` is none of these or is given
-            together with a dtype, or the decays leave "packed8" without its bound.
+        ValueError: if a number is out of its range, `moments` is unknown or given together with a
+            dtype, or "packed8" has no bound for the decays.
 
     Example:
         In the first step each element moves by the learning rate, whatever its gradient:

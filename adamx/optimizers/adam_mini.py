@@ -6,9 +6,9 @@
 
     adam_mini = adamw with ema_of_mean_squares(b2, axes) as its second moment
 
-It keeps 4 bytes a parameter where AdamW keeps 8. Which block an element belongs to is what the
-paper is about (`adamx.transforms.ema_of_mean_squares`): None for `axes` takes an output neuron of
-each kernel as a block, and a vector as one. Queries and keys go by heads and embeddings by tokens:
+It keeps 4 bytes a parameter where AdamW keeps 8. The paper's subject is the choice of the blocks
+(`adamx.transforms.ema_of_mean_squares`). With `axes=None` a block is an output neuron of a kernel,
+or a whole vector. For heads of queries and keys and tokens of embeddings:
 
     def axes(path, leaf):
         if "embed" in path:
@@ -18,14 +18,13 @@ each kernel as a block, and a vector as one. Queries and keys go by heads and em
         return tuple(range(leaf.ndim - 1)) or (0,)
 
 The method's first version averaged over whole value, attention and MLP matrices and left embeddings
-to AdamW, and the authors' code does not decay normalisation layers: `axes` and `mask` say both.
+to AdamW, and the authors' code does not decay normalisation layers: use `axes` and `mask` for both.
 
 Source: Zhang et al. (2024), Algorithms 1 and 3, https://arxiv.org/abs/2406.16793
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
@@ -59,7 +58,7 @@ def adam_mini(
     b2: ScalarOrSchedule = 0.95,
     eps: Scalar = 1e-8,
     weight_decay: ScalarOrSchedule = 0.1,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     axes: BlockAxes = None,
     moments: Moments = "float32",
@@ -83,7 +82,7 @@ def adam_mini(
             `nu` is small, and float32 or wider.
 
     Raises:
-        ValueError: if a number is out of its range, or `mu` cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store `mu`.
 
     Example:
         In the first column sqrt(v) = sqrt((1 + 49) / 2) = 5, in the second one 2:

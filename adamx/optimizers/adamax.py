@@ -1,4 +1,4 @@
-"""AdaMax: Adam with the largest of the gradients in the place of their root mean square.
+"""AdaMax: Adam with the largest gradient instead of the root mean square.
 
     m_t = b1 m_{t-1} + (1 - b1) g_t            m^_t = m_t / (1 - b1^t)
     v_t = max(b2 v_{t-1}, |g_t| + eps)
@@ -53,7 +53,7 @@ def adamax(
             Also "packed16": `mu` and `nu` together in 4 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         In the first step each element moves by the learning rate:

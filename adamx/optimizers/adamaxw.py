@@ -11,7 +11,6 @@ Optax.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
@@ -45,7 +44,7 @@ def adamaxw(
     b2: ScalarOrSchedule = 0.999,
     eps: Scalar = 1e-8,
     weight_decay: ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
@@ -65,7 +64,7 @@ def adamaxw(
             Also "packed16": `mu` and `nu` together in 4 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         The first step moves by lr * (sign(g) + weight_decay * w):

@@ -10,7 +10,6 @@ Optax the decay is multiplied by the learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -46,7 +45,7 @@ def adamw(
     eps_root: Scalar = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     nesterov: bool = False,
     nu_dtype: DTypeLike | None = None,
@@ -72,7 +71,7 @@ def adamw(
             Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the moments cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         The first step moves by lr * (sign(g) + weight_decay * w):

@@ -1,4 +1,4 @@
-"""Adan: Nesterov's momentum for Adam, from the gradients' differences.
+"""Adan: Nesterov's momentum for Adam, from the differences of the gradients.
 
     d_t = g_t - g_{t-1},  d_1 = 0
     m_t = b1 m_{t-1} + (1 - b1) g_t               delta_t = b2 delta_{t-1} + (1 - b2) d_t
@@ -13,13 +13,13 @@
                  add_decayed_weights(weight_decay), scale_by_learning_rate(lr))
 
 m^, delta^ and v^ are corrected for their start at 0, as in the authors' code; the paper starts m
-and v at the first gradient and its square instead. The paper's betas are 1 - b.
+and v at the first gradient and its square. The paper's betas are 1 - b.
 
 look_ahead is b2 in the paper (as 1 - beta_2) and in the authors' code: 0.92 by default. Optax 0.2.8
-uses 1 - b2 = 0.08, with which the look-ahead nearly vanishes: `look_ahead=1 - b2` gives its steps.
+uses 1 - b2 = 0.08, which makes the look-ahead nearly vanish: `look_ahead=1 - b2` gives its steps.
 
-The decay is Optax's. The paper divides w by 1 + lr * weight_decay after the step, which is this
-decay with the learning rate lr / (1 + lr * weight_decay).
+The weight decay is Optax's. The paper divides w by 1 + lr * weight_decay after the step, which is
+this decay with the learning rate lr / (1 + lr * weight_decay).
 
 Source: Xie et al. (2022), Algorithm 1, https://arxiv.org/abs/2208.06677
 """
@@ -27,7 +27,6 @@ Source: Xie et al. (2022), Algorithm 1, https://arxiv.org/abs/2208.06677
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
@@ -72,7 +71,7 @@ def adan(
     eps: Scalar = 1e-8,
     eps_root: Scalar = 1e-8,
     weight_decay: ScalarOrSchedule = 0.0,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     look_ahead: ScalarOrSchedule | None = None,
     moments: Moments = "float32",
@@ -97,10 +96,10 @@ def adan(
             The four slots take 16 or 8 bytes a parameter.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        The first step is Adam's, the second one has a difference:
+        The first step is Adam's; the second has a difference:
 
         >>> import jax.numpy as jnp
         >>> tx = adan(0.5, b1=0.0, b2=0.0, b3=0.0, eps=0.0, eps_root=0.0, look_ahead=0.5)

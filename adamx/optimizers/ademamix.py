@@ -10,14 +10,14 @@
                                  second_moment=chain(ema_of_squares(b2), bias_correction(b2))),
                      add_decayed_weights(weight_decay), scale_by_learning_rate(lr))
 
-The slow average is left to fill up from 0. In long runs the paper raises alpha and b3 over the
-first T steps (often all of them), so that the early steps stay stable:
+The slow average starts at 0, without bias correction. In long runs the paper raises alpha and b3
+over the first T steps (often all of them), so that the early steps stay stable:
 
     ademamix(lr, b3=half_life_schedule(0.9, 0.9999, T), alpha=optax.linear_schedule(0.0, 5.0, T))
 
 A schedule sees 0 in the first step, as in Optax; the authors' code gives it 1. A scheduled b3 is a
-float32, in which 1 - 0.9999 is up to 3e-4 off; the average's gain is one nevertheless. alpha is 5
-here and in `optax.contrib`, where `scale_by_ademamix` has 6.
+float32, in which 1 - 0.9999 is up to 3e-4 off; the average's gain is still one. alpha is 5 here and
+in `optax.contrib.ademamix`; `optax.contrib.scale_by_ademamix` has 6.
 
 Source: Pagliardini, Ablin & Grangier (2024), Algorithm 1, https://arxiv.org/abs/2409.03137
 """
@@ -25,7 +25,6 @@ Source: Pagliardini, Ablin & Grangier (2024), Algorithm 1, https://arxiv.org/abs
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -71,7 +70,7 @@ def ademamix(
     eps_root: Scalar = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 0.0,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
@@ -98,7 +97,7 @@ def ademamix(
             12, 6 or 8 bytes a parameter.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         The first step: 0.5 * (4 + 2 * 0.25 * 4) / 4

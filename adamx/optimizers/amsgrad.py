@@ -6,8 +6,8 @@
 
     amsgrad = adam with second_moment=chain(ema_of_squares(b2), bias_correction(b2), running_max())
 
-This is Optax's. PyTorch takes the maximum first and corrects it afterwards, which is another order
-of the same pieces; the paper corrects neither moment and has no eps:
+Optax has the same order. PyTorch takes the maximum first and corrects it afterwards; the paper
+corrects neither moment and has no eps. These are other compositions of the same pieces:
 
     rms_scaling(chain(ema(b1), bias_correction(b1)),
                 second_moment=chain(ema_of_squares(b2), running_max(), bias_correction(b2)))
@@ -55,7 +55,7 @@ def amsgrad(
     *,
     moments: Moments = "float32",
 ) -> chain:
-    """Return AMSGrad; arguments as `optax.amsgrad`'s, whose flags are other compositions here.
+    """Return AMSGrad; arguments as `optax.amsgrad`'s; its flags are other compositions here.
 
     Args:
         learning_rate: a number, array or schedule, >= 0.
@@ -70,10 +70,10 @@ def amsgrad(
             over 5000 steps `nu_max` came out up to 18 % too large in bfloat16, and 9 % in packed16.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        When the gradient shrinks, so does the step, which Adam would keep at the learning rate:
+        When the gradient shrinks, so does the step; Adam's would stay at the learning rate:
 
         >>> import jax.numpy as jnp
         >>> tx = amsgrad(0.5, b1=0.0, b2=0.0, eps=0.0)

@@ -6,15 +6,14 @@
     cautious_adamw = chain(cautious(scale_by_adam(b1, b2)), add_decayed_weights(weight_decay),
                            scale_by_learning_rate(lr))
 
-kept, n and the sum are of one array. `add_cautious_decayed_weights` can stand in the place of the
-decay. See `adamx.transforms.cautious` for how the paper's listing and its code differ.
+kept, n and the sum are of one array. `add_cautious_decayed_weights` can replace the decay. See
+`adamx.transforms.cautious` for how the paper's listing and its code differ.
 
 Source: Liang et al. (2024), Algorithm 2, https://arxiv.org/abs/2411.16085
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -51,7 +50,7 @@ def cautious_adamw(
     eps_root: Scalar = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
@@ -72,10 +71,10 @@ def cautious_adamw(
             Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the moments cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        All three are kept, and 3 / (3 + 1) of the step is taken:
+        All three elements are kept, so the step is multiplied by 3 / (3 + 1):
 
         >>> import jax.numpy as jnp
         >>> tx, w = cautious_adamw(0.5, 0.5, 0.5, eps=0.0, weight_decay=0.0), jnp.ones(3)

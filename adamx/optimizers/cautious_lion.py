@@ -14,7 +14,6 @@ Source: Liang et al. (2024), Algorithm 2, https://arxiv.org/abs/2411.16085
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -36,7 +35,7 @@ def cautious_lion(
     b2: ScalarOrSchedule = 0.99,
     mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 1e-3,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
@@ -55,10 +54,10 @@ def cautious_lion(
         moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
-        ValueError: if a number is out of its range, or the slot cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        All three are kept, and 3 / (3 + 1) of the step is taken:
+        All three elements are kept, so the step is multiplied by 3 / (3 + 1):
 
         >>> import jax.numpy as jnp
         >>> tx, w = cautious_lion(0.5, weight_decay=0.0), jnp.ones(3)

@@ -1,4 +1,4 @@
-"""Lion: the sign of an average, and no second moment.
+"""Lion: the sign of an average of gradients, without a second moment.
 
     w <- w - lr * (sign(b1 m_{t-1} + (1 - b1) g_t) + weight_decay * w)
     m_t = b2 m_{t-1} + (1 - b2) g_t
@@ -6,16 +6,15 @@
     lion = chain(interpolated_ema(b1, b2), sign(), add_decayed_weights(weight_decay),
                  scale_by_learning_rate(lr))
 
-Every element moves by the learning rate, so that it wants one 3 to 10 times smaller than AdamW's,
-and a weight decay larger by as much. The slot is 4 bytes a parameter where Adam has 8. Optax and
-the paper agree.
+Every element moves by the learning rate, so the learning rate should be 3 to 10 times smaller than
+AdamW's, and the weight decay larger by the same factor. The slot takes 4 bytes a parameter where
+Adam's take 8. Optax and the paper agree.
 
 Source: Chen et al. (2023), Algorithm 2, https://arxiv.org/abs/2302.06675
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -36,7 +35,7 @@ def lion(
     b2: ScalarOrSchedule = 0.99,
     mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 1e-3,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
@@ -55,7 +54,7 @@ def lion(
         moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
-        ValueError: if a number is out of its range, or the slot cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         >>> import jax.numpy as jnp

@@ -11,7 +11,6 @@ decay of Loshchilov & Hutter (2019), Algorithm 2, https://arxiv.org/abs/1711.051
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -47,7 +46,7 @@ def nadamw(
     eps_root: Scalar = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
@@ -68,7 +67,7 @@ def nadamw(
             Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the moments cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         The first step moves by lr * (4/3 sign(g) + weight_decay * w), as in `nadam`:

@@ -10,8 +10,8 @@
                             decay=b2),
                   scale_by_learning_rate(lr))
 
-In the paper the threshold is 4, in Optax and PyTorch 5. The paper has no eps; PyTorch's is added to
-sqrt(v_t) before the correction, so that there it weighs more in the first steps.
+The threshold is 4 in the paper, 5 in Optax and PyTorch. The paper has no eps; PyTorch adds it to
+sqrt(v_t) before the correction, so it weighs more in the first steps.
 
 Source: Liu et al. (2020), Algorithm 2, https://arxiv.org/abs/1908.03265
 """
@@ -73,10 +73,10 @@ def radam(
 
     Raises:
         TypeError: if `b2` is a schedule.
-        ValueError: if a number is out of its range, or the moments cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        The first step is one of momentum, as long as the gradient is:
+        The first step is momentum's, and proportional to the gradient:
 
         >>> import jax.numpy as jnp
         >>> tx = radam(0.5)

@@ -72,8 +72,8 @@ def scale_by_rms(
 def variance(mean_of_squares: jax.Array, mean: jax.Array) -> jax.Array:
     """Return E[g^2] - |E[g]|^2, kept from falling below 0 by rounding.
 
-    E[g^2] is at least |E[g]|^2. Where it is not even half of that, squares too large for their
-    dtype are in it, which count as the largest number; then it stands for the variance itself.
+    E[g^2] is at least |E[g]|^2. If it is less than half of it, it has squares too large for their
+    dtype, which count as the largest number; then E[g^2] itself is returned.
 
     Example:
         >>> print(variance(jnp.array(5.0), jnp.array(2.0)))
@@ -116,7 +116,7 @@ def rmsprop(
         eps: added to the root, >= 0, in the unit of the gradients. As in the notes and PyTorch.
         initial_scale: the average before the first step, >= 0.
         eps_in_sqrt: True adds eps under the root, as Optax does.
-        centered: whether to scale by the standard deviation of the gradients: one slot more, `mu`.
+        centered: whether to divide by the standard deviation of the gradients, with a slot `mu`.
         momentum: decay of the heavy ball `trace`, in [0, 1]: a number, array or schedule; None
             means no momentum.
         nesterov: whether to look one step ahead, as Nesterov's method does. It is for `momentum`.
@@ -124,7 +124,7 @@ def rmsprop(
         moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so;
+        ValueError: if a number is out of its range, or `moments` cannot store the slots;
             `centered` needs float32.
 
     Example:
@@ -135,8 +135,8 @@ def rmsprop(
     """
     if centered and moments != "float32":
         raise ValueError(
-            f"rmsprop: centered subtracts mu^2 from nu, and what rounding leaves of the difference "
-            f"is noise: moments must be 'float32', got {moments!r}"
+            "rmsprop: centered subtracts mu^2 from nu, and rounding errors would swamp the "
+            f"difference: moments must be 'float32', got {moments!r}"
         )
     squares: Transformation = ema_of_squares(decay, initial_scale)
     mean: Transformation = ema(decay)

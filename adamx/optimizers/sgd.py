@@ -4,8 +4,8 @@
 
     sgd = chain(trace(momentum, nesterov), scale_by_learning_rate(lr))
 
-Without momentum the trace is the gradient. With Nesterov momentum the step is along momentum *
-trace_t + g_t.
+Without momentum the trace is the gradient. With Nesterov momentum the step is along
+momentum * trace_t + g_t.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def sgd(
         moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
-        ValueError: if a number is out of its range, or the trace cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         >>> import jax.numpy as jnp

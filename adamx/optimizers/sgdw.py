@@ -6,17 +6,17 @@
     sgdw = chain(trace(momentum, nesterov), add_decayed_weights(weight_decay),
                  scale_by_learning_rate(lr))
 
-Without momentum it is SGD with L2 regularisation; with it, that puts weight_decay * w into m_t, and
-this does not. The paper multiplies g_t by the learning rate on its way into m_t, which is the same
-while the rate is constant, and weight_decay by the schedule only: its value is this one's
-times the initial learning rate. PyTorch's `SGD(weight_decay=...)` is L2 regularisation.
+Without momentum this is SGD with L2 regularisation. With momentum, L2 regularisation, such as
+PyTorch's `SGD(weight_decay=...)`, puts weight_decay * w into m_t; this does not. The paper
+multiplies g_t by the learning rate before adding it to m_t, which is the same while the rate is
+constant. It multiplies weight_decay by the schedule alone: its value is the initial rate times
+the value here.
 
 Source: Loshchilov & Hutter (2019), Algorithm 1, https://arxiv.org/abs/1711.05101
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
@@ -33,7 +33,7 @@ def sgdw(
     momentum: ScalarOrSchedule | None = None,
     nesterov: bool = False,
     weight_decay: ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
@@ -51,7 +51,7 @@ def sgdw(
         moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
-        ValueError: if a number is out of its range, or the trace cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""StableAdamW: AdamW whose learning rate gives way where the gradients outgrow v.
+"""StableAdamW: AdamW with a smaller learning rate in arrays whose gradients outgrow v.
 
     RMS_t = sqrt(mean(g_t^2 / max(v^_t, eps^2)))       over one array
     lr_t  = lr / max(1, RMS_t)
@@ -8,16 +8,15 @@
                                                add_decayed_weights(weight_decay)), b2, eps),
                          scale_by_learning_rate(lr))
 
-Adafactor's update clipping, as a learning rate for each array; it makes clipping of the gradients
-unnecessary. The paper writes the bias correction as decays that change with t,
-b (1 - b^(t-1)) / (1 - b^t), which give m^ and v^ themselves.
+This is Adafactor's update clipping, as a learning rate for each array; it makes clipping of the
+gradients unnecessary. The paper writes the bias correction as decays that change with t,
+b (1 - b^(t-1)) / (1 - b^t), and so averages m^ and v^ directly.
 
 Source: Wortsman et al. (2023), Algorithm 2, https://arxiv.org/abs/2304.13013
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
@@ -49,7 +48,7 @@ def stable_adamw(
     b2: ScalarOrSchedule = 0.99,
     eps: Scalar = 1e-6,
     weight_decay: ScalarOrSchedule = 1e-2,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
@@ -68,11 +67,11 @@ def stable_adamw(
             Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the moments cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        A gradient that grows 8-fold in the second step has RMS^2 = 64 * 1.5 / (0.5 + 64), so that
-        the step, 17 / 3 / sqrt(43), is divided by 1.22:
+        A gradient that grows 8-fold in the second step has RMS^2 = 64 * 1.5 / (0.5 + 64), so the
+        step, 17 / 3 / sqrt(43), is divided by 1.22:
 
         >>> import jax.numpy as jnp
         >>> tx, w = stable_adamw(1.0, 0.5, 0.5, 0.0, 0.0), jnp.zeros(1)

@@ -1,4 +1,4 @@
-"""Yogi: Adam whose second moment moves by small steps, so that the steps grow slowly.
+"""Yogi: Adam whose second moment falls slowly, so that the steps grow slowly.
 
     m_t = b1 m_{t-1} + (1 - b1) g_t                                m^_t = m_t / (1 - b1^t)
     v_t = v_{t-1} + (1 - b2) sign(g_t^2 - v_{t-1}) g_t^2           v^_t = v_t / (1 - b2^t)
@@ -10,8 +10,8 @@
                              eps=1e-3),
                  scale_by_learning_rate(lr))
 
-This is Optax's. The paper corrects neither moment and starts m at 0; the start of m shows where
-gradients are below 1e-5 or so. PyTorch has no Yogi.
+This is Optax's Yogi. The paper corrects neither moment and starts m at 0; the start of m matters
+where gradients are below 1e-5 or so. PyTorch has no Yogi.
 
 Source: Zaheer et al. (2018), Algorithm 2,
 https://papers.nips.cc/paper/2018/hash/90365351ccc7437a1309dc64e4db32a3-Abstract.html
@@ -56,7 +56,7 @@ def yogi(
             Also "packed16": `mu` and `nu` together in 4 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         Gradients 2, then 1: v = 0 + 4/2, then 2 - 1/2 = 1.5, corrected 2, where Adam's is 5/3:

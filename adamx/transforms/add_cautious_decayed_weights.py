@@ -1,12 +1,12 @@
-"""Weight decay only where the update, too, brings the weight nearer to 0.
+"""Weight decay only where the update also moves the weight towards 0.
 
     u'_i = u_i + weight_decay * w_i    where u_i * w_i >= 0
     u'_i = u_i                         elsewhere
 
-Weights that the gradient wants larger are left alone, so that, unlike that of
-`adamx.transforms.add_decayed_weights`, the decay does not pull the minimum of the loss towards 0.
-It stands in the same place: after the scaling and before the learning rate. Of complex weights the
-angle to the update may be a right angle at most.
+Weights that the update moves away from 0 do not decay. So, unlike
+`adamx.transforms.add_decayed_weights`, this does not pull the minimum of the loss towards 0. Its
+place is the same: after the scaling and before the learning rate. A complex weight decays if its
+angle to the update is at most a right angle.
 
 Source: Chen et al. (2025), Algorithm 1, https://arxiv.org/abs/2510.12402
 """

@@ -3,9 +3,9 @@
     u' = u + weight_decay * w
 
 After the scaling and before the learning rate this is AdamW's decoupled decay,
-w <- (1 - lr * wd) w - lr u. In front of the scaling it is L2 regularisation, the gradient of
-wd/2 |w|^2. For SGD the two are the same; for Adam they are not, since the scaling divides the
-regularisation by sqrt(v) too.
+w <- (1 - lr * wd) w - lr u. Before the scaling it is L2 regularisation, the gradient of wd/2 |w|^2.
+For SGD the two are the same; for Adam they are not, since the scaling divides the regularisation by
+sqrt(v) too.
 
 Source: Loshchilov & Hutter (2019), Algorithms 1 and 2, https://arxiv.org/abs/1711.05101
 """

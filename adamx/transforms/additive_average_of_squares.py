@@ -3,7 +3,7 @@
     nu_t = nu_{t-1} + (1 - decay) * sign(|u_t|^2 - nu_{t-1}) * |u_t|^2,    nu_0 = initial
 
 Where nu is far above |u|^2, the average of `ema_of_squares` falls by (1 - decay) nu, and this one
-by (1 - decay) |u|^2 only: when gradients become small, the steps grow slowly. Where nu is far
+only by (1 - decay) |u|^2: when gradients become small, the steps grow slowly. Where nu is far
 below, both rise alike. nu is never below decay * nu_{t-1}. A square too large for its dtype counts
 as the largest number, and so does a sum.
 
@@ -42,7 +42,7 @@ class additive_average_of_squares(Transformation):
             is a 16-bit array.
 
     Example:
-        16 is above 4, so that a quarter of it is added; 1 is below, so that a quarter is taken:
+        16 is above 4, so a quarter of it is added; 1 is below, so a quarter of it is subtracted:
 
         >>> import jax.numpy as jnp
         >>> tx = additive_average_of_squares(0.75, initial=4.0)

@@ -1,10 +1,10 @@
-"""How far the update is from what was expected: AdaBelief's reading of the gradient.
+"""The deviation of the updates from a slot, such as their average: AdaBelief's surprise.
 
     u'_t = u_t - slot_t
 
-The slot is one that an earlier concept keeps, such as the average of `ema`, with this step's update
-already in it. Behind it, `ema_of_squares` is an average of squared surprises: small where gradients
-are large and steady, so that steps are long there.
+An earlier concept keeps the slot, such as the average of `ema`; this step's update is already in
+it. After this concept, `ema_of_squares` averages squared surprises: it is small where gradients are
+large and steady, so steps are long there.
 
 Source: Zhuang et al. (2020), Algorithm 2, https://arxiv.org/abs/2010.07468
 """
@@ -28,7 +28,7 @@ class deviation(Transformation):
             concept comes before this one, in an earlier stage or branch.
 
     Raises:
-        ValueError: at `update`, if no concept of the same run keeps a slot of that name.
+        ValueError: at `update`, if no earlier concept keeps a slot of that name.
 
     Example:
         The average after one step is 0.75 * 0 + 0.25 * 8 = 2:
@@ -44,7 +44,7 @@ class deviation(Transformation):
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         if self.slot not in slots:
             raise ValueError(
-                f"deviation: no concept beside it keeps a slot {self.slot!r}, only {sorted(slots)}"
+                f"deviation: no earlier concept keeps a slot {self.slot!r}, only {sorted(slots)}"
             )
         return u - slots[self.slot]
 

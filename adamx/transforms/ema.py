@@ -3,12 +3,12 @@
     mu_t = decay * mu_{t-1} + (1 - decay) * u_t,    mu_0 = initial
 
 It is computed in a form whose gain is one (`adamx.core.arithmetic.average`): with rounded factors
-the average of squares with decay 0.999 would be 1.3e-5 too large for ever. (A float32 that creeps
-up on a constant stops where its steps fall below half a ULP, 3e-5 short at 0.999, in any form;
-gradients that vary do not meet this.)
+the average of squares with decay 0.999 would be 1.3e-5 too large for ever. (In any form, a float32
+average of a constant stops when its steps fall below half a ULP, 3e-5 short at 0.999. This does not
+happen with gradients that vary.)
 
-For the first 1 / (1 - decay) steps the average leans towards its start; where that is zero,
-`bias_correction` undoes it.
+For the first 1 / (1 - decay) steps the average leans towards its start. If the start is zero,
+`bias_correction` undoes this.
 
 Source: Kingma & Ba (2015), Algorithm 1, https://arxiv.org/abs/1412.6980
 """

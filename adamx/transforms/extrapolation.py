@@ -1,8 +1,8 @@
-"""The updates carried on along their last change: Adan's look-ahead gradient.
+"""Extrapolate the updates along their last change: Adan's look-ahead gradient.
 
     u'_t = u_t + factor * (u_t - u_{t-1}),    u'_1 = u_1
 
-u_{t-1} is what a `difference` earlier in the composition keeps: this piece keeps nothing.
+u_{t-1} is the slot of a `difference` earlier in the composition; this concept keeps nothing.
 
 Source: Xie et al. (2022), Algorithm 1, https://arxiv.org/abs/2208.06677
 """
@@ -24,7 +24,7 @@ from adamx.formula.symbols import Symbols
 
 
 class extrapolation(Transformation):
-    """Add a multiple of their change since the last step to the updates.
+    """Add to the updates a multiple of their change since the last step.
 
     Attributes:
         factor: a number, array or schedule, finite: 0 gives today's update, 1 the next one on a

@@ -2,8 +2,8 @@
 
     u' = numerator(u) / denominator(u)
 
-Both branches read the same incoming update. 0 / 0 is 0. Where the denominator is the root of a
-second moment, `rms_scaling` takes that root, with eps inside or outside it.
+Both branches read the same incoming update. 0 / 0 is 0. To divide by the root of a second moment,
+use `rms_scaling`: it takes the root, with eps inside or outside it.
 
 Source: Kingma & Ba (2015), Algorithm 2, https://arxiv.org/abs/1412.6980
 """

@@ -2,8 +2,8 @@
 
     u' = numerator(u) / (sqrt(second_moment(u) + eps_root) + eps)
 
-Both branches read the same incoming update. eps stands outside the square root, as in the papers
-and in PyTorch; `eps_root` inside it. 0 / 0, possible with eps = 0, is 0. The derivative at u = 0
+Both branches read the same incoming update. eps is added outside the square root, as in the papers
+and PyTorch, and `eps_root` inside it. 0 / 0, possible with eps = 0, is 0. At u = 0 the derivative
 is the true 1 / eps, where the plain square root gives NaN (`adamx.core.arithmetic.root`).
 
 Source: Kingma & Ba (2015), Algorithm 1, https://arxiv.org/abs/1412.6980

@@ -2,7 +2,7 @@
 
     u'_t = step_size_t * u_t
 
-It keeps nothing, and may stand anywhere in a chain.
+It keeps nothing, and may be any stage of a chain.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from adamx.formula.symbols import Symbols
 
 
 class scale_by_learning_rate(Transformation):
-    """Multiply the updates by minus the learning rate, and keep the rate to be read.
+    """Multiply the updates by minus the learning rate, and record the rate in the state.
 
     Attributes:
         learning_rate: a number, array or schedule, >= 0. A schedule is a function of the step's

@@ -2,7 +2,7 @@
 
     s_t = s_{t-1} + |u_t|^2,    s_0 = initial
 
-The sum stops at the largest finite number, where it would otherwise be infinite for ever.
+The sum stops at the largest finite number: an infinite sum would stop its element for ever.
 
 Source: Duchi, Hazan & Singer (2011), Figure 1, https://jmlr.org/papers/v12/duchi11a.html
 """

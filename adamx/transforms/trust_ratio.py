@@ -4,9 +4,9 @@
     u' = u                                           where |w| = 0 or |u| = 0
 
 So one step changes every array by the same fraction of its norm, lr * trust_coefficient, however
-large its gradients are. Where the weights are still zero, the update goes on as it came. LAMB's
-paper has phi(|w|) in the place of |w|, a function that may bound it; here, as in Optax
-(`scale_by_trust_ratio`), it is the identity.
+large its gradients are. While the weights are zero, the update passes unchanged. LAMB's paper has
+phi(|w|) instead of |w|, where phi may bound it; here, as in Optax (`scale_by_trust_ratio`), phi is
+the identity.
 
 Source: You et al. (2017), Algorithm 1, https://arxiv.org/abs/1708.03888; You et al. (2020),
 Algorithm 2, https://arxiv.org/abs/1904.00962
