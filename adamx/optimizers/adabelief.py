@@ -91,10 +91,7 @@ def adabelief(
         >>> tx.update(jnp.array([4.0, -8.0]), tx.init(jnp.zeros(2)))[0].round(3)
         Array([-1.,  1.], dtype=float32)
     """
-    scaling = rms_scaling(
-        nesterov_ema(b1) if nesterov else chain(ema(b1), bias_correction(b1, "mu_correction")),
-        second_moment=chain(deviation(), ema_of_squares(b2), bias_correction(b2)),
-        eps=eps,
-        eps_root=eps_root / (1 - b2),
-    )
+    average = nesterov_ema(b1) if nesterov else chain(ema(b1), bias_correction(b1, "mu_correction"))
+    squares = chain(deviation(), ema_of_squares(b2), bias_correction(b2))
+    scaling = rms_scaling(average, second_moment=squares, eps=eps, eps_root=eps_root / (1 - b2))
     return chain(stored(scaling, moments), scale_by_learning_rate(learning_rate))

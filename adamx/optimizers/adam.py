@@ -73,11 +73,7 @@ def scale_by_adam(
             second_moment=chain(ema_of_squares(0.75), bias_correction(0.75)),
         )
     """
-    average = (
-        nesterov_ema(b1, mu_dtype)
-        if nesterov
-        else chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction"))
-    )
+    plain = chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction"))
     rounded = nu_dtype is not None and jnp.finfo(nu_dtype).bits < 32
     if rounded and jnp.dtype(nu_dtype) != jnp.bfloat16:
         raise ValueError(f"scale_by_adam: nu_dtype must be bfloat16 or wider, got {nu_dtype!r}")
@@ -87,7 +83,7 @@ def scale_by_adam(
         )
     squares = ema_of_squares(b2, dtype=None if rounded else nu_dtype)
     scaling = rms_scaling(
-        average,
+        nesterov_ema(b1, mu_dtype) if nesterov else plain,
         second_moment=chain(squares, bias_correction(b2, "nu_correction")),
         eps=eps,
         eps_root=eps_root,

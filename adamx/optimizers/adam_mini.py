@@ -8,7 +8,7 @@
 
 It keeps 4 bytes a parameter where AdamW keeps 8. The paper's subject is the choice of the blocks
 (`adamx.transforms.ema_of_mean_squares`). With `axes=None` a block is an output neuron of a kernel,
-or a whole vector. For heads of queries and keys and tokens of embeddings:
+or a whole vector. Heads of queries and keys, and tokens of embeddings, need a function:
 
     def axes(path, leaf):
         if "embed" in path:
@@ -94,14 +94,10 @@ def adam_mini(
         Array([[-1, -5],
                [-7, -5]], dtype=bfloat16)
     """
+    average = chain(stored(ema(b1), moments), bias_correction(b1, "mu_correction"))
+    squares = chain(ema_of_mean_squares(b2, axes), bias_correction(b2, "nu_correction"))
     return chain(
-        rms_scaling(
-            chain(stored(ema(b1), moments), bias_correction(b1, "mu_correction")),
-            second_moment=chain(
-                ema_of_mean_squares(b2, axes), bias_correction(b2, "nu_correction")
-            ),
-            eps=eps,
-        ),
+        rms_scaling(average, second_moment=squares, eps=eps),
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )

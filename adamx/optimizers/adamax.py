@@ -63,7 +63,6 @@ def adamax(
         >>> tx.update(jnp.array([4.0, -0.001]), tx.init(jnp.zeros(2)))[0].round(3)
         Array([-0.5,  0.5], dtype=float32)
     """
-    scaling = ratio(
-        chain(ema(b1), bias_correction(b1, "mu_correction")), denominator=decaying_max(b2, eps)
-    )
+    average = chain(ema(b1), bias_correction(b1, "mu_correction"))
+    scaling = ratio(average, denominator=decaying_max(b2, eps))
     return chain(stored(scaling, moments), scale_by_learning_rate(learning_rate))

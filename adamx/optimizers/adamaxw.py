@@ -74,9 +74,8 @@ def adamaxw(
         >>> tx.update(jnp.array([4.0]), tx.init(w), w)[0]
         Array([-0.75], dtype=float32)
     """
-    scaling = ratio(
-        chain(ema(b1), bias_correction(b1, "mu_correction")), denominator=decaying_max(b2, eps)
-    )
+    average = chain(ema(b1), bias_correction(b1, "mu_correction"))
+    scaling = ratio(average, denominator=decaying_max(b2, eps))
     return chain(
         stored(scaling, moments),
         add_decayed_weights(weight_decay, mask),

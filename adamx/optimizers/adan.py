@@ -113,14 +113,9 @@ def adan(
     change = chain(
         difference(), ema(b2, name="delta"), bias_correction(b2, "delta_correction"), scale(factor)
     )
-    scaling = rms_scaling(
-        combine(operator.add, chain(ema(b1), bias_correction(b1, "mu_correction")), change),
-        second_moment=chain(
-            extrapolation(factor), ema_of_squares(b3), bias_correction(b3, "nu_correction")
-        ),
-        eps=eps,
-        eps_root=eps_root,
-    )
+    both = combine(operator.add, chain(ema(b1), bias_correction(b1, "mu_correction")), change)
+    ahead = chain(extrapolation(factor), ema_of_squares(b3), bias_correction(b3, "nu_correction"))
+    scaling = rms_scaling(both, second_moment=ahead, eps=eps, eps_root=eps_root)
     return chain(
         stored(scaling, moments),
         add_decayed_weights(weight_decay, mask),

@@ -107,13 +107,10 @@ def ademamix(
         >>> tx.update(jnp.array([4.0]), tx.init(w), w)[0]
         Array([-0.75], dtype=float32)
     """
-    slow = chain(ema(b3, name="mu_slow"), scale(alpha))
-    scaling = rms_scaling(
-        combine(operator.add, chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction")), slow),
-        second_moment=chain(ema_of_squares(b2), bias_correction(b2, "nu_correction")),
-        eps=eps,
-        eps_root=eps_root,
-    )
+    fast = chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction"))
+    both = combine(operator.add, fast, chain(ema(b3, name="mu_slow"), scale(alpha)))
+    squares = chain(ema_of_squares(b2), bias_correction(b2, "nu_correction"))
+    scaling = rms_scaling(both, second_moment=squares, eps=eps, eps_root=eps_root)
     return chain(
         stored(scaling, moments),
         add_decayed_weights(weight_decay, mask),

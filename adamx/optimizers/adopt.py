@@ -73,9 +73,6 @@ def adopt(
         >>> print(first, second)
         [-0.] [-0.025]
     """
-    scaled = chain(
-        delayed_rms_scaling(seeded_ema_of_squares(b2), eps=eps),
-        growing_clip(0.25),
-        ema(b1, mu_dtype),
-    )
-    return chain(stored(scaled, moments), scale_by_learning_rate(learning_rate))
+    scaled = delayed_rms_scaling(seeded_ema_of_squares(b2), eps=eps)
+    average = chain(scaled, growing_clip(0.25), ema(b1, mu_dtype))
+    return chain(stored(average, moments), scale_by_learning_rate(learning_rate))

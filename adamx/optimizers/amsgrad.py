@@ -81,12 +81,7 @@ def amsgrad(
         >>> tx.update(jnp.array([1.0]), state)[0]
         Array([-0.125], dtype=float32)
     """
-    scaling = rms_scaling(
-        chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction")),
-        second_moment=chain(
-            ema_of_squares(b2), bias_correction(b2, "nu_correction"), running_max()
-        ),
-        eps=eps,
-        eps_root=eps_root,
-    )
+    average = chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction"))
+    squares = chain(ema_of_squares(b2), bias_correction(b2, "nu_correction"), running_max())
+    scaling = rms_scaling(average, second_moment=squares, eps=eps, eps_root=eps_root)
     return chain(stored(scaling, moments), scale_by_learning_rate(learning_rate))

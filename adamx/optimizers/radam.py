@@ -83,12 +83,9 @@ def radam(
         >>> tx.update(jnp.array([4.0, -8.0]), tx.init(jnp.zeros(2)))[0].round(3)
         Array([-2.,  4.], dtype=float32)
     """
-    scaling = rms_scaling(
-        nesterov_ema(b1) if nesterov else chain(ema(b1), bias_correction(b1, "mu_correction")),
-        second_moment=chain(ema_of_squares(b2), bias_correction(b2)),
-        eps=eps,
-        eps_root=eps_root,
-    )
+    average = nesterov_ema(b1) if nesterov else chain(ema(b1), bias_correction(b1, "mu_correction"))
+    squares = chain(ema_of_squares(b2), bias_correction(b2))
+    scaling = rms_scaling(average, second_moment=squares, eps=eps, eps_root=eps_root)
     return chain(
         stored(rectified(scaling, decay=b2, threshold=threshold), moments, decays=(b1, b2)),
         scale_by_learning_rate(learning_rate),

@@ -61,12 +61,9 @@ def scale_by_rms(
         >>> scale_by_rms(0.9)
         rms_scaling(second_moment=ema_of_squares(0.9))
     """
-    average = ema_of_squares(decay, initial_scale)
-    return _scaling(
-        chain(average, corrected(decay, "nu_correction")) if bias_correction else average,
-        eps,
-        eps_in_sqrt,
-    )
+    squares = ema_of_squares(decay, initial_scale)
+    unbiased = chain(squares, corrected(decay, "nu_correction"))
+    return _scaling(unbiased if bias_correction else squares, eps, eps_in_sqrt)
 
 
 def variance(mean_of_squares: jax.Array, mean: jax.Array) -> jax.Array:

@@ -107,14 +107,9 @@ def schedule_free_adamw(
             )
         first = learning_rate / warmup_steps
         learning_rate = optax.linear_schedule(first, learning_rate, warmup_steps - 1)
+    squares = chain(ema_of_squares(b2), bias_correction(b2, "nu_correction"))
     steps = chain(
-        stored(
-            rms_scaling(
-                second_moment=chain(ema_of_squares(b2), bias_correction(b2, "nu_correction")),
-                eps=eps,
-            ),
-            moments,
-        ),
+        stored(rms_scaling(second_moment=squares, eps=eps), moments),
         add_decayed_weights(weight_decay),
         scale_by_learning_rate(learning_rate),
     )

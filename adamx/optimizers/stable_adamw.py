@@ -79,13 +79,6 @@ def stable_adamw(
         >>> tx.update(jnp.array([8.0]), state, w)[0].round(3)
         Array([-0.708], dtype=float32)
     """
-    return chain(
-        stored(
-            update_clipping(
-                chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay, mask)), b2, eps
-            ),
-            moments,
-            decays=(b1, b2),
-        ),
-        scale_by_learning_rate(learning_rate),
-    )
+    steps = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay, mask))
+    clipped = update_clipping(steps, b2, eps)
+    return chain(stored(clipped, moments, decays=(b1, b2)), scale_by_learning_rate(learning_rate))

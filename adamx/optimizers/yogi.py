@@ -68,11 +68,8 @@ def yogi(
         >>> state["nu"].round(2), updates.round(2)
         (Array([1.5], dtype=float32), Array([-0.35], dtype=float32))
     """
-    scaling = rms_scaling(
-        chain(ema(b1, initial=1e-6), bias_correction(b1, "mu_correction")),
-        second_moment=chain(
-            additive_average_of_squares(b2, initial=1e-6), bias_correction(b2, "nu_correction")
-        ),
-        eps=eps,
-    )
+    average = chain(ema(b1, initial=1e-6), bias_correction(b1, "mu_correction"))
+    squares = additive_average_of_squares(b2, initial=1e-6)
+    second_moment = chain(squares, bias_correction(b2, "nu_correction"))
+    scaling = rms_scaling(average, second_moment=second_moment, eps=eps)
     return chain(stored(scaling, moments), scale_by_learning_rate(learning_rate))

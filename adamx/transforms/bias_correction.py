@@ -7,7 +7,7 @@
 where decay is a number: the plain form is 1.4e-3 off in float32 at decay = 0.99999, this one at
 most 4e-7 for t up to 1e7. decay = 0 is a separate case: the correction is 1.
 
-With a schedule the divisor is the same average, of ones, and the state has it as a scalar:
+With a schedule the divisor is the same average of ones, a scalar in the state:
 c_t = decay_t c_{t-1} + (1 - decay_t).
 
 Source: Kingma & Ba (2015), Algorithm 1 and section 3, https://arxiv.org/abs/1412.6980

@@ -32,7 +32,7 @@ from adamx.formula.symbols import Symbols
 
 
 def agreement(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the sign of a * b: 1, 0 or -1; for complex numbers the sign of their cosine.
+    """Return the sign of a * b, 1, 0 or -1; for complex numbers, of the cosine between them.
 
     Example:
         >>> agreement(jnp.array([1e-30, -2.0, 0.0]), jnp.array([1e-30, 1.0, 1.0]))

@@ -10,7 +10,7 @@ in the end. While it is small, the root of the average is too noisy to divide by
 follow the numerator alone. Later r_t, which rises to 1, makes up for the remaining noise.
 
 Computed as written, rho_t is a difference of numbers near rho_inf: in float32, at decay = 0.999,
-2e-4 is lost of numbers near 4. With x = -log(decay) and G(z) = 1 + 1/z - coth(z),
+numbers near 4 are 2e-4 off. With x = -log(decay) and G(z) = 1 + 1/z - coth(z),
 
     rho_t = 1 - G(x / 2) + t * G(t * x / 2)
 

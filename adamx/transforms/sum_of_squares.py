@@ -47,9 +47,8 @@ class sum_of_squares(Transformation):
         check(self, initial=NON_NEGATIVE)
 
     def slots(self, param: jax.Array) -> Slots:
-        return {
-            self.name: jnp.full_like(param, self.initial, real_dtype(compute_dtype(param.dtype)))
-        }
+        dtype = real_dtype(compute_dtype(param.dtype))
+        return {self.name: jnp.full_like(param, self.initial, dtype)}
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         total = slots[self.name]
