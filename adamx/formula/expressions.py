@@ -159,7 +159,7 @@ def reduced(how: str, x: Expr, over: str, axes: Callable[[Any], Any] | None = No
 
 
 def where(condition: Expr, yes: Any, no: Any) -> Expr:
-    """Return yes or no by a condition, `Expr(">", (a, b))` or `Expr(">=", (a, b))`."""
+    """Return yes if a condition holds, else no; it is `Expr(">", (a, b))` or with ">="."""
     return Expr("where", (condition, expr(yes), expr(no)))
 
 

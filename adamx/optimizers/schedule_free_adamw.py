@@ -66,7 +66,7 @@ def schedule_free_adamw(
 ) -> schedule_free:
     """Return schedule-free AdamW; arguments as `optax.contrib.schedule_free_adamw`'s.
 
-    The slots `z` and `nu` take 8 bytes a parameter. It is the last stage of a chain.
+    It is the last stage of a chain. Its slots `z` and `nu` take 8 bytes a parameter.
 
     Args:
         learning_rate: a number, array or schedule, >= 0. A schedule must not decay, and excludes
