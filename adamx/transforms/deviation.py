@@ -28,7 +28,7 @@ class deviation(Transformation):
             concept comes before this one, in an earlier stage or branch.
 
     Raises:
-        ValueError: at `update`, if no earlier concept keeps a slot of that name.
+        ValueError: at `update`, if there is no such slot.
 
     Example:
         The average after one step is 0.75 * 0 + 0.25 * 8 = 2:
@@ -43,9 +43,7 @@ class deviation(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         if self.slot not in slots:
-            raise ValueError(
-                f"deviation: no earlier concept keeps a slot {self.slot!r}, only {sorted(slots)}"
-            )
+            raise ValueError(f"deviation: there is no slot {self.slot!r}, only {sorted(slots)}")
         return u - slots[self.slot]
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

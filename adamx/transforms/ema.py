@@ -35,8 +35,8 @@ class ema(Transformation):
     """Replace the updates by their exponential moving average.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, array or schedule. A schedule sees 0 in the
-            first step. 0 makes this the identity.
+        decay: weight of the past, in [0, 1): a number, array or schedule. 0 makes this the
+            identity. A schedule sees 0 in the first step.
         dtype: dtype of the slot, rounded to nearest; None means the parameter's, at least float32.
         name: the slot that keeps the average: shaped like the parameter, in the unit of the
             incoming updates.

@@ -70,7 +70,7 @@ class schedule_free(Transformation):
             it is called without params.
 
     Example:
-        The first step moves x and z to -1; then z is -2 and x is their mean, (-1 - 2) / 2:
+        The first step moves z and x to -1; the second moves z to -2, and x to (-1 - 2) / 2:
 
         >>> import adamx, jax.numpy as jnp
         >>> tx, y = schedule_free(adamx.sgd(1.0), 1.0, b1=0.5), jnp.zeros(1)

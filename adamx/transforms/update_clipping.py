@@ -41,8 +41,8 @@ class update_clipping(Transformation):
     Attributes:
         inner: the transformation that makes the update and keeps the second moment.
         decay: weight of the past, in [0, 1): a number, array or schedule. It is the decay of the
-            second moment, for its bias correction; 0 makes none. With a schedule
-            the state has `clipping_correction`: 1 minus the product of the decays.
+            second moment, for its bias correction; 0 makes none. With a schedule the
+            state has `clipping_correction`: 1 minus the product of the decays.
         eps: the least root of the second moment, >= 0, in the unit of the gradients.
         slot: the slot to read. It holds the second moment, >= 0, such as that of `ema_of_squares`.
 
