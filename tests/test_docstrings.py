@@ -91,10 +91,13 @@ def begin_alike(texts):
 @pytest.mark.parametrize("argument", sorted(TEXTS.keys() - OWN.keys()))
 def test_an_argument_of_one_meaning_has_one_text_to_which_sentences_may_be_added(argument):
     rest = dict(TEXTS[argument])
-    for functions in OTHERWISE.get(argument, {}):
-        others = {name: rest.pop(name) for name in functions.split()}
-        assert begin_alike(others.values()), others
-        assert not begin_alike([*others.values(), *rest.values()]), f"{functions}: same meaning"
+    groups = [
+        {name: rest.pop(name) for name in functions.split()}
+        for functions in OTHERWISE.get(argument, {})
+    ]
+    for group in groups:
+        assert begin_alike(group.values()), group
+        assert not begin_alike([*group.values(), *rest.values()]), f"no other meaning: {group}"
     common = min(rest, key=lambda name: len(rest[name]))
     for name, text in rest.items():
         assert begin_alike([rest[common], text]), (
