@@ -137,7 +137,7 @@ def test_evaluation_leaves_alone_what_is_not_trained_and_knows_its_state():
     assert adamx.schedule_free_eval_params(state, {"w": jnp.ones(2), "frozen": jnp.ones(1)})[
         "frozen"
     ].shape == (1,)
-    with pytest.raises(ValueError, match="not that of a schedule-free optimizer"):
+    with pytest.raises(ValueError, match="not the state of a schedule-free optimizer"):
         adamx.schedule_free_eval_params(adamx.adam(0.1).init(params), params)
 
 

@@ -1,1 +1,1 @@
-"""Formulas as values: concepts write theirs, `summary` prints them, a test evaluates them."""
+"""Formulas as values: concepts write them, `summary` prints them, a test evaluates them."""

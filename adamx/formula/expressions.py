@@ -3,8 +3,8 @@ r"""Expressions as values: they print in text and in LaTeX, and can be evaluated
     (1 - b) * g_t  ->  "(1 - b) g_t",  r"(1 - \beta) \boldsymbol{g}_{t}"
 
 An expression is a tree of operations over symbols: the gradient g_t, the weights w_{t-1}, slots
-such as m_t, hyperparameters such as b1. There is no algebra: 0 and 1 vanish, signs and quotients
-move outwards in products, and that is all.
+such as m_t, hyperparameters such as b1. The only algebra is that 0 and 1 vanish, and that signs and
+quotients move outwards in products.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 
 class Name(NamedTuple):
-    """What a symbol is called.
+    """The name of a symbol.
 
     Attributes:
         base: such as "m" or "b".
-        number: which of several of one base, from 1; None where it is the only one.
-        hats: how many it wears.
-        shift: its time: 0 for t, -1 for t - 1; None where it does not change.
-        array: whether it is shaped like the parameter, which LaTeX sets in bold.
+        number: counts symbols of one base, from 1; None if there is only one.
+        hats: the number of hats.
+        shift: the time: 0 for t, -1 for t - 1; None if it does not change.
+        array: whether it is shaped like the parameter; LaTeX then sets it in bold.
     """
 
     base: str
@@ -39,8 +39,8 @@ class Expr:
     Attributes:
         op: "symbol", "number", "+", "-", "*", "/", "^", "neg", ">", ">=", "where", a reduction
             ("norm", "mean", "sum"), or the name of a function.
-        args: a `Name`, a number, or expressions; a reduction has the expression, over what it is
-            taken ("array", "all", ...), and a function from the array to the axes, or None for all.
+        args: a `Name`, a number, or expressions; a reduction has the expression, the name of its
+            domain ("array", "all", ...), and a function from the array to its axes, or None.
 
     Example:
         >>> str((1 - T) * G / (W + 2)), (G * 1 + 0) == G
@@ -104,11 +104,11 @@ class Expr:
         return expr(other) / self
 
     def __str__(self) -> str:
-        return _text(self)
+        return _written(self, False)[0]
 
 
 def expr(x: Any) -> Expr:
-    """Return an expression as it is, a number as one."""
+    """Return an expression unchanged, and a number as an expression."""
     return x if isinstance(x, Expr) else Expr("number", (float(x),))
 
 
@@ -127,7 +127,7 @@ REDUCTIONS = ("norm", "mean", "sum")
 def call(function: str, *args: Any) -> Expr:
     """Return a function of expressions, by its name: "sqrt", "abs", "max", "min", "sign", "clip".
 
-    One that is not among these is what has no formula.
+    Any other name stands for a function without a formula.
 
     Example:
         >>> print(call("max", abs_(G), 2), call("my_own", G))
@@ -147,30 +147,30 @@ def abs_(x: Any) -> Expr:
 
 
 def reduced(how: str, x: Expr, over: str, axes: Callable[[Any], Any] | None = None) -> Expr:
-    """Return the norm, mean or sum of an expression over an array, or what else `over` says.
+    """Return the norm, mean or sum of an expression over an array or another domain.
 
     Args:
         how: "norm", "mean" or "sum".
         x: the expression.
-        over: over what, in a word; "all" means every parameter.
+        over: the name of the domain; "all" means every parameter.
         axes: a function of the array that returns the axes; None means all of them.
     """
     return Expr(how, (x, over, axes))
 
 
 def where(condition: Expr, yes: Any, no: Any) -> Expr:
-    """Return the one or the other; a condition is `Expr(">", (a, b))` or with ">="."""
+    """Return yes if a condition holds, else no; it is `Expr(">", (a, b))` or with ">="."""
     return Expr("where", (condition, expr(yes), expr(no)))
 
 
 def last(x: Expr) -> Expr:
-    """Return what a symbol was one step ago."""
+    """Return a symbol one step earlier."""
     name = x.args[0]
     return Expr("symbol", (name._replace(shift=name.shift - 1),))
 
 
 def following(x: Expr) -> Expr:
-    """Return what a symbol will be in the next step; itself where it does not change."""
+    """Return a symbol one step later, or itself if it does not change."""
     name = x.args[0]
     return x if name.shift is None else Expr("symbol", (name._replace(shift=name.shift + 1),))
 
@@ -185,7 +185,7 @@ def replaced(x: Any, replace: Callable[[Expr], Expr]) -> Any:
 
 
 def parts_of(x: Any) -> Iterator[Expr]:
-    """Yield an expression and those in it."""
+    """Yield an expression and all expressions in it."""
     if isinstance(x, Expr):
         yield x
         for arg in x.args:
@@ -196,7 +196,7 @@ def parts_of(x: Any) -> Iterator[Expr]:
 
 
 class _Form(NamedTuple):
-    """How an operation is written: how strongly it binds, and what it asks of its arguments."""
+    """How to write an operation: its precedence, and the least precedence of its arguments."""
 
     binds: int
     text: str
@@ -230,7 +230,7 @@ _LATEX = {
     "eps_root": r"\varepsilon_{\mathrm{root}}", "delta": r"\delta",
     "slow": r"m^{\mathrm{slow}}", "vmax": r"v^{\max}",
 }  # fmt: skip
-"""What LaTeX calls the symbols of more than one letter."""
+"""The LaTeX of symbols with more than one letter."""
 
 
 def latex(x: Expr) -> str:
@@ -243,12 +243,8 @@ def latex(x: Expr) -> str:
     return _written(x, True)[0]
 
 
-def _text(x: Expr) -> str:
-    return _written(x, False)[0]
-
-
 def _written(x: Expr, tex: bool) -> tuple[str, int]:
-    """Return an expression as text or LaTeX, and how strongly it binds."""
+    """Return an expression as text or LaTeX, and its precedence."""
     if x.op == "symbol":
         name = x.args[0]
         return _name(name, tex), 3 if name.hats and not tex else 4
@@ -263,7 +259,7 @@ def _written(x: Expr, tex: bool) -> tuple[str, int]:
         return rf"{function}\left( {inside} \right)", 4
     needs = (form.needs_in_latex if tex else None) or form.needs
     parts = [_enclosed(arg, need, tex) for arg, need in zip(x.args, needs, strict=False)]
-    parts += [str(arg) for arg in x.args[len(parts) : 2]]  # what a reduction is over
+    parts += [str(arg) for arg in x.args[len(parts) : 2]]  # the domain of a reduction
     written = form.latex if tex else form.text
     if x.op == "*":
         right = x.args[1].args[0] if x.args[1].op == "*" else x.args[1]
@@ -287,7 +283,7 @@ def _is_scalar(x: Expr) -> bool:
 
 
 def _name(name: Name, tex: bool, time: str | None = None) -> str:
-    """Return a symbol's name, at a time other than its own where one is given."""
+    """Return a symbol's name, at another time if one is given."""
     if time is None and name.shift is not None:
         time = {0: "t", -1: "t-1", 1: "t+1"}[name.shift]
     number = "" if name.number is None else str(name.number)
@@ -308,7 +304,7 @@ def _upright(word: str) -> str:
 
 
 def at_start(x: Expr) -> str:
-    """Return the text of a symbol before the first step, or of anything else."""
+    """Return the text of an expression; a symbol gets the index 0."""
     return _name(x.args[0], False, "0") if x.op == "symbol" else str(x)
 
 

@@ -1,11 +1,10 @@
-"""Formulas: what a composition amounts to, written by its concepts.
+"""Formulas: the step of a composition, written by its concepts.
 
     concept.formula(u, symbols) = the outgoing update, as an expression of the incoming one
 
-Each concept defines its slots in `Symbols` and passes an expression on, so that a composition
-writes its own formula. At the end the weights are collected, which makes w + (-lr (x + wd w)) the
-papers' (1 - lr*wd) w - lr x. tests/test_summary.py evaluates the formulas and compares them with
-what the concepts do.
+Each concept defines its slots in `Symbols` and passes an expression on, so a composition writes its
+own formula. At the end the weights are collected, which turns w + (-lr (x + wd w)) into the papers'
+(1 - lr*wd) w - lr x. tests/test_summary.py evaluates the formulas and compares them with the steps.
 """
 
 from __future__ import annotations
@@ -47,18 +46,18 @@ _LETTERS = {
     "mu_correction": "c_m", "nu_correction": "c_v", "bias_correction": "c",
     "params_mean": "mean", "params_ema": "ema",
 }  # fmt: skip
-"""What the slots and scalars of the state are called in a formula, where not by their names."""
+"""The symbols of slots and scalars of the state; others are called by their names."""
 
 
 class Symbols:
-    """What the concepts of one composition call things, and define on the way.
+    """The symbols of one composition, and their definitions.
 
     Attributes:
-        definitions: by symbol, in the order in which they were made.
-        starts: by symbol of a slot, its value before the first step.
-        values: by symbol of a hyperparameter, its value.
-        slots: by name of a slot, its symbol.
-        remarks: what no expression says.
+        definitions: expressions by symbol, in the order in which they were made.
+        starts: values before the first step, by symbol of a slot.
+        values: values of hyperparameters, by symbol.
+        slots: symbols by name of a slot.
+        remarks: sentences, for facts that no expression has.
     """
 
     def __init__(self) -> None:
@@ -74,9 +73,9 @@ class Symbols:
         """Return the symbol of a hyperparameter: equal values of one base share it.
 
         Args:
-            base: what to call it: "lr", "wd", "b" for decays, "eps", or another word.
-            value: a number, of which 0 and 1 stand for themselves; an array; or a schedule, whose
-                symbol has the index t.
+            base: its name: "lr", "wd", "b" for decays, "eps", or another word.
+            value: a number (0 and 1 need no symbol), an array, or a schedule, whose symbol has the
+                index t.
         """
         if isinstance(value, numbers.Real) and value in (0, 1):
             return expr(value)
@@ -88,11 +87,11 @@ class Symbols:
         return found
 
     def slot(self, name: str, *, array: bool = True) -> Expr:
-        """Return the symbol of a slot, as `accumulate` leaves it, or of a scalar that is kept."""
+        """Return the symbol of a slot after `accumulate`, or of a recorded scalar."""
         return self.slots.setdefault(name, symbol(_LETTERS.get(name, name), 0, array=array))
 
     def define(self, what: Expr, value: Expr, start: Any = None) -> Expr:
-        """Define a symbol, one that refers to its `last` value with that before the first step."""
+        """Define a symbol; a definition by its `last` value needs the start, too."""
         self.definitions[what] = value
         if start is not None:
             number = isinstance(start, Expr | numbers.Real)
@@ -100,11 +99,11 @@ class Symbols:
         return what
 
     def remark(self, remark: str) -> None:
-        """Add what no expression says."""
+        """Add a sentence, for a fact that no expression has."""
         self.remarks.append(remark)
 
     def hat(self, u: Expr, value: Expr) -> Expr:
-        """Return a symbol with a hat on it, defined by the value; the value where u is none."""
+        """Return u with a hat, defined by the value, or the value itself if u is not a symbol."""
         if u.op != "symbol" or u == value:
             return value
         name = u.args[0]
@@ -123,7 +122,7 @@ class Symbols:
         return self.define(self._fresh(base, shift, array), u)
 
     def before(self, x: Expr, slots: Sequence[str]) -> Expr:
-        """Return an expression with some slots as they were before the step."""
+        """Return an expression with some slots replaced by their values before the step."""
         mine = [self.slots[name] for name in slots if name in self.slots]
 
         def earlier(found: Expr) -> Expr:
@@ -160,7 +159,7 @@ class Symbols:
 
 
 def _collected(x: Expr) -> tuple[Expr, Expr]:
-    """Return a and b of a * w + b, as far as an expression is written so."""
+    """Return a and b such that an expression is a * w + b; a = 0 if it is not written so."""
     if x == W:
         return ONE, ZERO
     pairs = [_collected(arg) for arg in x.args] if x.op in ("+", "-", "*", "/", "neg") else []
@@ -182,15 +181,15 @@ def _collected(x: Expr) -> tuple[Expr, Expr]:
 
 @dataclasses.dataclass(frozen=True)
 class Formula:
-    """What a composition amounts to, for one parameter; prints as lines of text.
+    """The formula of a composition, for one parameter; prints as lines of text.
 
     Attributes:
-        step: what w_t becomes.
-        definitions: of the symbols in it, and of slots.
-        starts: of the slots, before the first step.
-        values: of the hyperparameters.
-        slots: by name, the symbols of the slots.
-        remarks: what no expression says.
+        step: the new weights.
+        definitions: expressions by symbol, of the symbols in the step and of slots.
+        starts: values before the first step, by symbol of a slot.
+        values: values of hyperparameters, by symbol.
+        slots: symbols by name of a slot.
+        remarks: sentences, for facts that no expression has.
     """
 
     step: Expr
@@ -224,10 +223,10 @@ class Formula:
 
 
 def applied(function: Callable[..., Any], *args: Expr) -> Expr:
-    """Return a function of arrays as an expression, read from what JAX traces it to.
+    """Return a function of arrays as an expression, read from its jaxpr.
 
-    A function may say its formula itself, as an attribute. Where it does more than this file can
-    write, it stands by its name.
+    A function may have its formula as an attribute, `formula`. A function with operations that this
+    file cannot write is called by its name.
 
     Example:
         >>> from adamx.formula.expressions import G, T
@@ -240,7 +239,7 @@ def applied(function: Callable[..., Any], *args: Expr) -> Expr:
         closed = jax.make_jaxpr(function)(*[jax.ShapeDtypeStruct((), jnp.float32)] * len(args))
         (found,) = _read(closed.jaxpr, args)
         return found
-    except Exception:  # whatever a function does with what it takes for arrays
+    except Exception:  # a function may raise anything when it is traced
         return call(function_name(function), *args)
 
 

@@ -1,4 +1,4 @@
-"""The value of a hyperparameter: how it compares, as a part of a jit key, and how it is written."""
+"""Values of hyperparameters: comparison, as a part of a jit key, and text."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import optax
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Static:
-    """A box whose equality is the value's where that is a plain bool, and identity elsewhere.
+    """A box that compares by the value's ==, or by identity where == gives no plain bool.
 
-    0.0 and -0.0 differ, since a program with one is not the program with the other.
+    0.0 and -0.0 differ, since they make different programs.
 
     Example:
         >>> Static(0.5) == Static(0.5), Static({"w": True}) == Static({"w": True})
@@ -50,7 +50,7 @@ class Static:
 
 
 def value_text(value: Any) -> str:
-    """Return a hyperparameter as it was given, an array as its dtype and shape."""
+    """Return a hyperparameter as text: as it was given, an array as its dtype and shape."""
     if isinstance(value, jax.Array | np.ndarray):
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, optax.GradientTransformation):

@@ -1,4 +1,4 @@
-"""AdaBelief: Adam divided by the root of how far gradients are from their own average.
+"""AdaBelief: Adam divided by the root mean square of the gradients' deviations from their average.
 
     m_t = b1 m_{t-1} + (1 - b1) g_t                      m^_t = m_t / (1 - b1^t)
     s_t = b2 s_{t-1} + (1 - b2) (g_t - m_t)^2 + e        s^_t = s_t / (1 - b2^t)
@@ -7,13 +7,13 @@
     adabelief = adam with second_moment=chain(deviation(), ema_of_squares(b2), bias_correction(b2))
                 and eps_root=e / (1 - b2)
 
-e is the argument `eps_root`. The paper and Optax add it to s_t in every step. Over t steps that
-sums up to e (1 - b2^t) / (1 - b2), and after the correction to e / (1 - b2): a constant under the
-root, where it stands here. The updates are the same, and the slot `nu` is the plain average. The
-paper has one eps for both; the authors' code makes it 1e-16, in Optax too the default of both.
+e is the argument `eps_root`. The paper and Optax add it to s_t in every step. Over t steps it sums
+up to e (1 - b2^t) / (1 - b2), and after the correction to e / (1 - b2): a constant under the root.
+Here it is added there; the updates are the same, and the slot `nu` is the plain average. The paper
+has one eps for both; it is 1e-16 in the authors' code, and Optax's default for both.
 
-With a scheduled b2 the sum would not be a constant, so that b2 may not be scheduled here; the same
-pieces take any schedule, with an eps_root of `rms_scaling`.
+With a scheduled b2 the sum would not be constant, so b2 cannot be a schedule. The same pieces, with
+an eps_root of `rms_scaling`, take any schedule.
 
 Source: Zhuang et al. (2020), Algorithm 2, https://arxiv.org/abs/2010.07468
 """
@@ -68,33 +68,30 @@ def adabelief(
     """Return AdaBelief; arguments as `optax.adabelief`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
-        b2: weight of the past in the average of squared deviations, in [0, 1): a number or array,
-            and no schedule, with which eps_root would not sum up to a constant.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added to the average of squares in every step, in the squared unit of the
-            gradients; it keeps the steps finite where gradients are constant.
-        nesterov: whether the average of gradients looks one step ahead.
-        moments: how `mu` and `nu` are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16"
-            (4), or a function that wraps a transformation, such as a `Storage`.
+        b2: weight of the past in the average of squared deviations, in [0, 1): a number or array.
+            With a schedule eps_root would not sum up to a constant.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added to the average of squares in every step, >= 0, in the squared unit of the
+            gradients. It keeps the steps finite where gradients are constant.
+        nesterov: whether to look one step ahead, as Nesterov's method does.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16": `mu` and `nu` together in 4 bytes.
 
     Raises:
         TypeError: if `b2` is a schedule.
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        In the first step m = g / 4, so that the deviation is 3/4 g, and the step 4/3 of Adam's:
+        In the first step m = g / 4, so the deviation is 3/4 g, and the step is 4/3 of Adam's:
 
         >>> import jax.numpy as jnp
         >>> tx = adabelief(0.75, b1=0.75)
         >>> tx.update(jnp.array([4.0, -8.0]), tx.init(jnp.zeros(2)))[0].round(3)
         Array([-1.,  1.], dtype=float32)
     """
-    scaling = rms_scaling(
-        nesterov_ema(b1) if nesterov else chain(ema(b1), bias_correction(b1, "mu_correction")),
-        second_moment=chain(deviation(), ema_of_squares(b2), bias_correction(b2)),
-        eps=eps,
-        eps_root=eps_root / (1 - b2),
-    )
+    average = nesterov_ema(b1) if nesterov else chain(ema(b1), bias_correction(b1, "mu_correction"))
+    squares = chain(deviation(), ema_of_squares(b2), bias_correction(b2))
+    scaling = rms_scaling(average, second_moment=squares, eps=eps, eps_root=eps_root / (1 - b2))
     return chain(stored(scaling, moments), scale_by_learning_rate(learning_rate))

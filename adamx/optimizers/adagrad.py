@@ -26,18 +26,17 @@ def adagrad(
     *,
     moments: Moments = "float32",
 ) -> chain:
-    """Return AdaGrad; arguments as `optax.adagrad`'s, but for where eps stands.
+    """Return AdaGrad; arguments as `optax.adagrad`'s, which adds eps under the root.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
-        initial_accumulator_value: the sum before the first step, >= 0.
-        eps: >= 0, added to the root as in the paper and PyTorch.
-        eps_in_sqrt: True adds it under the root, as Optax does.
-        moments: how the sum is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`.
+        learning_rate: a number, array or schedule, >= 0.
+        initial_accumulator_value: value of the sum before the first step, >= 0.
+        eps: added to the root, >= 0, in the unit of the gradients. As in the paper and PyTorch.
+        eps_in_sqrt: True adds eps under the root, as Optax does.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
-        ValueError: if a number is out of its range, or the sum cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         >>> import jax.numpy as jnp

@@ -53,19 +53,18 @@ def scale_by_adam(
     Args:
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root, in the squared unit of the gradients.
-        mu_dtype: dtype of the slot `mu`, rounded to nearest as in Optax; None means float32, or
-            wider where the parameter is.
-        nesterov: whether the average looks one step ahead (NAdam).
-        nu_dtype: dtype of the slot `nu`: bfloat16 (rounded stochastically, since to nearest it
-            would stand still), float32, float64, or None, as for `mu_dtype`.
-        moments: how both are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16" (4),
-            "packed8" (2), or a function that wraps a transformation, such as a `Storage`.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        nesterov: whether to look one step ahead, as Nesterov's method does. True makes this NAdam.
+        nu_dtype: dtype of `nu`: float32, float64, bfloat16 (rounded stochastically; to nearest it
+            would stop changing), or None, as for `mu_dtype`.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, `moments` is none of these or is given
-            together with a dtype, or the decays leave "packed8" without its bound.
+        ValueError: if a number is out of its range, `moments` is unknown or given together with a
+            dtype, or "packed8" has no bound for the decays.
 
     Example:
         >>> scale_by_adam(b1=0.5, b2=0.75)
@@ -74,11 +73,7 @@ def scale_by_adam(
             second_moment=chain(ema_of_squares(0.75), bias_correction(0.75)),
         )
     """
-    average = (
-        nesterov_ema(b1, mu_dtype)
-        if nesterov
-        else chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction"))
-    )
+    plain = chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction"))
     rounded = nu_dtype is not None and jnp.finfo(nu_dtype).bits < 32
     if rounded and jnp.dtype(nu_dtype) != jnp.bfloat16:
         raise ValueError(f"scale_by_adam: nu_dtype must be bfloat16 or wider, got {nu_dtype!r}")
@@ -88,7 +83,7 @@ def scale_by_adam(
         )
     squares = ema_of_squares(b2, dtype=None if rounded else nu_dtype)
     scaling = rms_scaling(
-        average,
+        nesterov_ema(b1, mu_dtype) if nesterov else plain,
         second_moment=chain(squares, bias_correction(b2, "nu_correction")),
         eps=eps,
         eps_root=eps_root,
@@ -120,22 +115,22 @@ def adam(
     """Return Adam; arguments as `optax.adam`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root; for differentiating through the second moment.
-        mu_dtype: dtype of the slot `mu`, rounded to nearest as in Optax; None means float32, or
-            wider where the parameter is.
-        nesterov: whether the average looks one step ahead (NAdam).
-        nu_dtype: dtype of the slot `nu`: bfloat16 (rounded stochastically, since to nearest it
-            would stand still), float32, float64, or None, as for `mu_dtype`.
-        moments: how both are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16" (4),
-            "packed8" (2), or a function that wraps a transformation, such as a `Storage`.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients. It is for
+            differentiating through the second moment.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        nesterov: whether to look one step ahead, as Nesterov's method does. True makes this NAdam.
+        nu_dtype: dtype of `nu`: float32, float64, bfloat16 (rounded stochastically; to nearest it
+            would stop changing), or None, as for `mu_dtype`.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, `moments` is none of these or is given
-            together with a dtype, or the decays leave "packed8" without its bound.
+        ValueError: if a number is out of its range, `moments` is unknown or given together with a
+            dtype, or "packed8" has no bound for the decays.
 
     Example:
         In the first step each element moves by the learning rate, whatever its gradient:

@@ -6,9 +6,9 @@
 
     adam_mini = adamw with ema_of_mean_squares(b2, axes) as its second moment
 
-It keeps 4 bytes a parameter where AdamW keeps 8. Which block an element belongs to is what the
-paper is about (`adamx.transforms.ema_of_mean_squares`): None for `axes` takes an output neuron of
-each kernel as a block, and a vector as one. Queries and keys go by heads and embeddings by tokens:
+It keeps 4 bytes a parameter where AdamW keeps 8. The paper's subject is the choice of the blocks
+(`adamx.transforms.ema_of_mean_squares`). With `axes=None` a block is an output neuron of a kernel,
+or a whole vector. Heads of queries and keys, and tokens of embeddings, need a function:
 
     def axes(path, leaf):
         if "embed" in path:
@@ -18,14 +18,13 @@ each kernel as a block, and a vector as one. Queries and keys go by heads and em
         return tuple(range(leaf.ndim - 1)) or (0,)
 
 The method's first version averaged over whole value, attention and MLP matrices and left embeddings
-to AdamW, and the authors' code does not decay normalisation layers: `axes` and `mask` say both.
+to AdamW, and the authors' code does not decay normalisation layers: use `axes` and `mask` for both.
 
 Source: Zhang et al. (2024), Algorithms 1 and 3, https://arxiv.org/abs/2406.16793
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
@@ -59,7 +58,7 @@ def adam_mini(
     b2: ScalarOrSchedule = 0.95,
     eps: Scalar = 1e-8,
     weight_decay: ScalarOrSchedule = 0.1,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     axes: BlockAxes = None,
     moments: Moments = "float32",
@@ -67,24 +66,23 @@ def adam_mini(
     """Return Adam-mini, with decoupled weight decay.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule; AdamW's serves.
+        learning_rate: a number, array or schedule, >= 0. The same as for AdamW.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
-        b2: weight of the past in the average of mean squares, in [0, 1): a number, array or
-            schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by
+        b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
+            The squares are averaged over a block first.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
             `learning_rate * weight_decay` a step.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        axes: the axes that a block extends over: a tuple, or a function of a leaf's path and the
-            leaf that returns one; None means all but the last of a matrix or a kernel, and all of a
-            vector; () gives every element its own, as AdamW does.
-        moments: how `mu` is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`. `nu` is
-            small, and float32 or wider.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        axes: the axes to average over: a tuple, or a function from a leaf's path, such as
+            "dense/kernel", and the leaf to a tuple; None means all but the last of a matrix or
+            kernel, and all of a vector. () averages nothing.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            `nu` is small, and float32 or wider.
 
     Raises:
-        ValueError: if a number is out of its range, or `mu` cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store `mu`.
 
     Example:
         In the first column sqrt(v) = sqrt((1 + 49) / 2) = 5, in the second one 2:
@@ -96,14 +94,10 @@ def adam_mini(
         Array([[-1, -5],
                [-7, -5]], dtype=bfloat16)
     """
+    average = chain(stored(ema(b1), moments), bias_correction(b1, "mu_correction"))
+    squares = chain(ema_of_mean_squares(b2, axes), bias_correction(b2, "nu_correction"))
     return chain(
-        rms_scaling(
-            chain(stored(ema(b1), moments), bias_correction(b1, "mu_correction")),
-            second_moment=chain(
-                ema_of_mean_squares(b2, axes), bias_correction(b2, "nu_correction")
-            ),
-            eps=eps,
-        ),
+        rms_scaling(average, second_moment=squares, eps=eps),
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )

@@ -1,4 +1,4 @@
-"""AdaMax: Adam with the largest of the gradients in the place of their root mean square.
+"""AdaMax: Adam with the largest gradient instead of the root mean square.
 
     m_t = b1 m_{t-1} + (1 - b1) g_t            m^_t = m_t / (1 - b1^t)
     v_t = max(b2 v_{t-1}, |g_t| + eps)
@@ -43,17 +43,17 @@ def adamax(
     """Return AdaMax; arguments as `optax.adamax`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
-        b2: what is left of the largest magnitude after a step, in [0, 1): a number, array or
+        b2: factor by which the largest magnitude fades in a step, in [0, 1): a number, array or
             schedule.
-        eps: >= 0, added to each magnitude, in the unit of the gradients; with 0 an element that has
-            had no gradient stays where it is.
-        moments: how `mu` and `nu` are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16"
-            (4), or a function that wraps a transformation, such as a `Storage`.
+        eps: added to each magnitude, >= 0, in the unit of the gradients. With 0, an element that
+            has had no gradient does not move.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16": `mu` and `nu` together in 4 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         In the first step each element moves by the learning rate:
@@ -63,7 +63,6 @@ def adamax(
         >>> tx.update(jnp.array([4.0, -0.001]), tx.init(jnp.zeros(2)))[0].round(3)
         Array([-0.5,  0.5], dtype=float32)
     """
-    scaling = ratio(
-        chain(ema(b1), bias_correction(b1, "mu_correction")), denominator=decaying_max(b2, eps)
-    )
+    average = chain(ema(b1), bias_correction(b1, "mu_correction"))
+    scaling = ratio(average, denominator=decaying_max(b2, eps))
     return chain(stored(scaling, moments), scale_by_learning_rate(learning_rate))

@@ -11,7 +11,6 @@ Optax.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
@@ -45,26 +44,27 @@ def adamaxw(
     b2: ScalarOrSchedule = 0.999,
     eps: Scalar = 1e-8,
     weight_decay: ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
     """Return AdaMaxW; arguments as `optax.adamaxw`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
-        b2: what is left of the largest magnitude after a step, in [0, 1): a number, array or
+        b2: factor by which the largest magnitude fades in a step, in [0, 1): a number, array or
             schedule.
-        eps: >= 0, added to each magnitude, in the unit of the gradients.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by
+        eps: added to each magnitude, >= 0, in the unit of the gradients.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
             `learning_rate * weight_decay` a step.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        moments: how `mu` and `nu` are kept; see `adamax`.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16": `mu` and `nu` together in 4 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         The first step moves by lr * (sign(g) + weight_decay * w):
@@ -74,9 +74,8 @@ def adamaxw(
         >>> tx.update(jnp.array([4.0]), tx.init(w), w)[0]
         Array([-0.75], dtype=float32)
     """
-    scaling = ratio(
-        chain(ema(b1), bias_correction(b1, "mu_correction")), denominator=decaying_max(b2, eps)
-    )
+    average = chain(ema(b1), bias_correction(b1, "mu_correction"))
+    scaling = ratio(average, denominator=decaying_max(b2, eps))
     return chain(
         stored(scaling, moments),
         add_decayed_weights(weight_decay, mask),

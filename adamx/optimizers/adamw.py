@@ -10,7 +10,6 @@ Optax the decay is multiplied by the learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -46,7 +45,7 @@ def adamw(
     eps_root: Scalar = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     nesterov: bool = False,
     nu_dtype: DTypeLike | None = None,
@@ -55,23 +54,24 @@ def adamw(
     """Return AdamW; arguments as `optax.adamw`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root.
-        mu_dtype: dtype of the slot `mu`; None means float32, or wider where the parameter is.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
             `learning_rate * weight_decay` a step.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        nesterov: whether the average looks one step ahead (NAdamW).
-        nu_dtype: dtype of the slot `nu`; see `scale_by_adam`.
-        moments: "float32", "bfloat16", "packed16" or "packed8": 8, 4, 4 or 2 bytes a parameter; see
-            `scale_by_adam`.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        nesterov: whether to look one step ahead, as Nesterov's method does. True makes this NAdamW.
+        nu_dtype: dtype of `nu`: float32, float64, bfloat16 (rounded stochastically; to nearest it
+            would stop changing), or None, as for `mu_dtype`.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the moments cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         The first step moves by lr * (sign(g) + weight_decay * w):

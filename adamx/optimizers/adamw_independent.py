@@ -5,9 +5,9 @@
     adamw_independent = chain(scale_by_adam(...), scale(alpha), add_decayed_weights(weight_decay),
                               scale_by_learning_rate(eta))
 
-Here alpha is `learning_rate` and eta_t, the schedule of both, `multiplier`. In `adamw`, as in
-PyTorch and Optax, a step decays by eta_t * alpha * weight_decay: that is this one with alpha *
-weight_decay for its weight decay, until alpha is changed.
+Here alpha is `learning_rate`, and eta_t, the schedule of both, is `multiplier`. In `adamw`, as in
+PyTorch and Optax, a step decays by eta_t * alpha * weight_decay: until alpha changes, it is this
+optimizer with the weight decay alpha * weight_decay.
 
 Source: Loshchilov & Hutter (2019), Algorithm 2 and Appendix B.1, https://arxiv.org/abs/1711.05101
 """
@@ -15,7 +15,6 @@ Source: Loshchilov & Hutter (2019), Algorithm 2 and Appendix B.1, https://arxiv.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
@@ -52,7 +51,7 @@ def adamw_independent(
     b2: ScalarOrSchedule = 0.999,
     eps: Scalar = 1e-8,
     weight_decay: ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     multiplier: ScalarOrSchedule = 1.0,
     moments: Moments = "float32",
@@ -60,18 +59,20 @@ def adamw_independent(
     """Return AdamW whose weights shrink by `multiplier * weight_decay` a step.
 
     Args:
-        learning_rate: alpha, >= 0: a number or array; its schedule is `multiplier`.
+        learning_rate: the paper's alpha, >= 0: a number or array. `multiplier` is its schedule.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        weight_decay: lambda, >= 0: a number, array or schedule; the share of each weight that a
-            step takes away;
-            `normalized_weight_decay` computes it from the length of the training.
-        mask: which leaves decay; see `add_decayed_weights`.
-        multiplier: eta_t, >= 0, the schedule of learning rate and decay alike, such as
-            `optax.cosine_decay_schedule(1.0, steps)`; the state has the one last used as
-            `state["learning_rate"]`.
-        moments: how both averages are kept; see `scale_by_adam`.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
+            `multiplier * weight_decay` a step; `normalized_weight_decay` computes it from the
+            length of the training.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        multiplier: a number, array or schedule, >= 0. It is eta_t, the schedule of learning rate
+            and decay alike, such as `optax.cosine_decay_schedule(1.0, steps)`. The state has the
+            one last used as `state["learning_rate"]`.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -97,16 +98,16 @@ def adamw_independent(
 def normalized_weight_decay(
     norm: float, *, batch_size: float, examples: float, epochs: float
 ) -> float:
-    """Return norm * sqrt(batch_size / (examples * epochs)), a decay for a training's length.
+    """Return norm * sqrt(batch_size / (examples * epochs)), a weight decay for a training's length.
 
-    The longer the training, the smaller the best decay a step: with this rule one `norm` suits
-    short and long ones.
+    The longer the training, the smaller is the best decay a step. With this rule one `norm` suits
+    short and long trainings.
 
     Args:
-        norm: >= 0, the normalised decay; the paper's best lie between 0.025 and 0.05.
-        batch_size: of one step, >= 1.
-        examples: in the training set, >= 1.
-        epochs: the whole training's, or one restart's, > 0.
+        norm: the normalised decay, >= 0; the paper's best are between 0.025 and 0.05.
+        batch_size: the number of examples in a step, >= 1.
+        examples: the number of examples in the training set, >= 1.
+        epochs: the number of epochs of the whole training, or of one restart, > 0.
 
     Returns:
         The decay for `adamw_independent`, or, divided by the learning rate, for `adamw`.

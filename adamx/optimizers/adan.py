@@ -1,4 +1,4 @@
-"""Adan: Nesterov's momentum for Adam, from the gradients' differences.
+"""Adan: Nesterov's momentum for Adam, from the differences of the gradients.
 
     d_t = g_t - g_{t-1},  d_1 = 0
     m_t = b1 m_{t-1} + (1 - b1) g_t               delta_t = b2 delta_{t-1} + (1 - b2) d_t
@@ -13,13 +13,13 @@
                  add_decayed_weights(weight_decay), scale_by_learning_rate(lr))
 
 m^, delta^ and v^ are corrected for their start at 0, as in the authors' code; the paper starts m
-and v at the first gradient and its square instead. The paper's betas are 1 - b.
+and v at the first gradient and its square. The paper's betas are 1 - b.
 
 look_ahead is b2 in the paper (as 1 - beta_2) and in the authors' code: 0.92 by default. Optax 0.2.8
-uses 1 - b2 = 0.08, with which the look-ahead nearly vanishes: `look_ahead=1 - b2` gives its steps.
+uses 1 - b2 = 0.08, which makes the look-ahead nearly vanish: `look_ahead=1 - b2` gives its steps.
 
-The decay is Optax's. The paper divides w by 1 + lr * weight_decay after the step, which is this
-decay with the learning rate lr / (1 + lr * weight_decay).
+The weight decay is Optax's. The paper divides w by 1 + lr * weight_decay after the step, which is
+this decay with the learning rate lr / (1 + lr * weight_decay).
 
 Source: Xie et al. (2022), Algorithm 1, https://arxiv.org/abs/2208.06677
 """
@@ -27,7 +27,6 @@ Source: Xie et al. (2022), Algorithm 1, https://arxiv.org/abs/2208.06677
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
@@ -72,7 +71,7 @@ def adan(
     eps: Scalar = 1e-8,
     eps_root: Scalar = 1e-8,
     weight_decay: ScalarOrSchedule = 0.0,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     look_ahead: ScalarOrSchedule | None = None,
     moments: Moments = "float32",
@@ -80,28 +79,27 @@ def adan(
     """Return Adan; arguments as `optax.adan`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of the gradients' differences, in [0, 1): a number,
             array or schedule.
         b3: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root, in the squared unit of the gradients.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
             `learning_rate * weight_decay` a step.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        look_ahead: how much of the difference is added to the gradient: a number, array or
-            schedule; None means b2, as in the paper; Optax 0.2.8 has 1 - b2.
-        moments: how the slots `mu`, `delta`, `nu` and `previous` are kept: "float32" (16 bytes a
-            parameter), "bfloat16" (8, rounded stochastically), or a function that wraps a
-            transformation, such as a `Storage`.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        look_ahead: factor of the difference that is added to the gradient: a number, array or
+            schedule; None means b2, as in the paper. Optax 0.2.8 has 1 - b2.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            The four slots take 16 or 8 bytes a parameter.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        The first step is Adam's, the second one has a difference:
+        The first step is Adam's; the second has a difference:
 
         >>> import jax.numpy as jnp
         >>> tx = adan(0.5, b1=0.0, b2=0.0, b3=0.0, eps=0.0, eps_root=0.0, look_ahead=0.5)
@@ -115,14 +113,9 @@ def adan(
     change = chain(
         difference(), ema(b2, name="delta"), bias_correction(b2, "delta_correction"), scale(factor)
     )
-    scaling = rms_scaling(
-        combine(operator.add, chain(ema(b1), bias_correction(b1, "mu_correction")), change),
-        second_moment=chain(
-            extrapolation(factor), ema_of_squares(b3), bias_correction(b3, "nu_correction")
-        ),
-        eps=eps,
-        eps_root=eps_root,
-    )
+    both = combine(operator.add, chain(ema(b1), bias_correction(b1, "mu_correction")), change)
+    ahead = chain(extrapolation(factor), ema_of_squares(b3), bias_correction(b3, "nu_correction"))
+    scaling = rms_scaling(both, second_moment=ahead, eps=eps, eps_root=eps_root)
     return chain(
         stored(scaling, moments),
         add_decayed_weights(weight_decay, mask),

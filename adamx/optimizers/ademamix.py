@@ -10,14 +10,14 @@
                                  second_moment=chain(ema_of_squares(b2), bias_correction(b2))),
                      add_decayed_weights(weight_decay), scale_by_learning_rate(lr))
 
-The slow average is left to fill up from 0. In long runs the paper raises alpha and b3 over the
-first T steps (often all of them), so that the early steps stay stable:
+The slow average starts at 0, without bias correction. In long runs the paper raises alpha and b3
+over the first T steps (often all of them), so that the early steps stay stable:
 
     ademamix(lr, b3=half_life_schedule(0.9, 0.9999, T), alpha=optax.linear_schedule(0.0, 5.0, T))
 
 A schedule sees 0 in the first step, as in Optax; the authors' code gives it 1. A scheduled b3 is a
-float32, in which 1 - 0.9999 is up to 3e-4 off; the average's gain is one nevertheless. alpha is 5
-here and in `optax.contrib`, where `scale_by_ademamix` has 6.
+float32, in which 1 - 0.9999 is up to 3e-4 off; the average's gain is still one. alpha is 5 here and
+in `optax.contrib.ademamix`; `optax.contrib.scale_by_ademamix` has 6.
 
 Source: Pagliardini, Ablin & Grangier (2024), Algorithm 1, https://arxiv.org/abs/2409.03137
 """
@@ -25,7 +25,6 @@ Source: Pagliardini, Ablin & Grangier (2024), Algorithm 1, https://arxiv.org/abs
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -71,34 +70,34 @@ def ademamix(
     eps_root: Scalar = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 0.0,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
     """Return AdEMAMix; arguments as `optax.contrib.ademamix`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the fast average of gradients, in [0, 1): a number, array or
-            schedule.
+        learning_rate: a number, array or schedule, >= 0.
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+            This is the fast average.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
         b3: weight of the past in the slow average of gradients, in [0, 1): a number, array or
             schedule, such as `half_life_schedule(b1, 0.9999, steps)`.
-        alpha: how much of the slow average is added to the fast one: a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root, in the squared unit of the gradients.
-        mu_dtype: dtype of the slot `mu`; None means float32, or wider where the parameter is.
-            `mu_slow` stays wide: rounded to nearest bfloat16 it would stand still.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by
+        alpha: factor of the slow average in the numerator: a number, array or schedule.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+            `mu_slow` stays wide: rounded to nearest bfloat16 it would stop changing.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
             `learning_rate * weight_decay` a step.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        moments: how the slots `mu`, `mu_slow` and `nu` are kept: "float32" (12 bytes a parameter),
-            "bfloat16" (6, rounded stochastically), "packed16" (8: `mu_slow` stays wide), or a
-            function that wraps a transformation, such as a `Storage`.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16": `mu` and `nu` together in 4 bytes, `mu_slow` wide. The three slots take
+            12, 6 or 8 bytes a parameter.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         The first step: 0.5 * (4 + 2 * 0.25 * 4) / 4
@@ -108,13 +107,10 @@ def ademamix(
         >>> tx.update(jnp.array([4.0]), tx.init(w), w)[0]
         Array([-0.75], dtype=float32)
     """
-    slow = chain(ema(b3, name="mu_slow"), scale(alpha))
-    scaling = rms_scaling(
-        combine(operator.add, chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction")), slow),
-        second_moment=chain(ema_of_squares(b2), bias_correction(b2, "nu_correction")),
-        eps=eps,
-        eps_root=eps_root,
-    )
+    fast = chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction"))
+    both = combine(operator.add, fast, chain(ema(b3, name="mu_slow"), scale(alpha)))
+    squares = chain(ema_of_squares(b2), bias_correction(b2, "nu_correction"))
+    scaling = rms_scaling(both, second_moment=squares, eps=eps, eps_root=eps_root)
     return chain(
         stored(scaling, moments),
         add_decayed_weights(weight_decay, mask),

@@ -1,4 +1,4 @@
-"""ADOPT: Adam whose second moment does not know today's gradient, so that any b2 converges.
+"""ADOPT: Adam whose second moment excludes today's gradient, so that it converges for any b2.
 
     v_1 = g_1^2,  m_1 = 0
     m_t = b1 m_{t-1} + (1 - b1) clip(g_t / max(sqrt(v_{t-1}), eps), (t - 1)^(1/4))
@@ -8,11 +8,11 @@
     adopt = chain(delayed_rms_scaling(seeded_ema_of_squares(b2), eps=eps), growing_clip(0.25),
                   ema(b1), scale_by_learning_rate(lr))
 
-The first step only starts v: the weights stay. The average is taken of what was already scaled,
-where Adam scales the average, so that there is no bias to correct in v, and that of m is left. The
-clipping was added in the second version of the paper; without the piece `growing_clip` it is the
-first. Optax and the authors' code agree with this; Optax counts steps from 0, so that its bound is
-(t - 1)^(1/4) too. Its `nesterov=True` has no paper and no counterpart here.
+The first step only starts v: the weights do not move. ADOPT averages scaled gradients, where Adam
+scales the average. v has no bias to correct, and the bias of m is not corrected. The second version
+of the paper added the clipping; without `growing_clip` this is the first version. Optax and the
+authors' code agree with this; Optax counts steps from 0, so its bound is (t - 1)^(1/4) too. Its
+`nesterov=True` has no paper and no counterpart here.
 
 Source: Taniguchi et al. (2024), Algorithm 2, https://arxiv.org/abs/2411.02853
 """
@@ -51,18 +51,17 @@ def adopt(
     """Return ADOPT; arguments as `optax.contrib.adopt`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average of the scaled gradients, in [0, 1): a number, array or
-            schedule.
+        learning_rate: a number, array or schedule, >= 0.
+        b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
+            The gradients are scaled first.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, the smallest root to divide by, in the unit of the gradients.
-        mu_dtype: dtype of the slot `mu`, rounded to nearest; None means float32, or wider where
-            the parameter is.
-        moments: how `mu` and `nu` are kept: "float32", "bfloat16" (4 bytes a parameter),
-            "packed16" (4), or a function that wraps a transformation, such as a `Storage`.
+        eps: the smallest divisor, >= 0, in the unit of the gradients.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16": `mu` and `nu` together in 4 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         The second step is the first to move: 0.5 * 0.1 * 2 / 4
@@ -74,9 +73,6 @@ def adopt(
         >>> print(first, second)
         [-0.] [-0.025]
     """
-    scaled = chain(
-        delayed_rms_scaling(seeded_ema_of_squares(b2), eps=eps),
-        growing_clip(0.25),
-        ema(b1, mu_dtype),
-    )
-    return chain(stored(scaled, moments), scale_by_learning_rate(learning_rate))
+    scaled = delayed_rms_scaling(seeded_ema_of_squares(b2), eps=eps)
+    average = chain(scaled, growing_clip(0.25), ema(b1, mu_dtype))
+    return chain(stored(average, moments), scale_by_learning_rate(learning_rate))

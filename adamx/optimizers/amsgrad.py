@@ -6,8 +6,8 @@
 
     amsgrad = adam with second_moment=chain(ema_of_squares(b2), bias_correction(b2), running_max())
 
-This is Optax's. PyTorch takes the maximum first and corrects it afterwards, which is another order
-of the same pieces; the paper corrects neither moment and has no eps:
+Optax has the same order. PyTorch takes the maximum first and corrects it afterwards; the paper
+corrects neither moment and has no eps. These are other compositions of the same pieces:
 
     rms_scaling(chain(ema(b1), bias_correction(b1)),
                 second_moment=chain(ema_of_squares(b2), running_max(), bias_correction(b2)))
@@ -55,26 +55,25 @@ def amsgrad(
     *,
     moments: Moments = "float32",
 ) -> chain:
-    """Return AMSGrad; arguments as `optax.amsgrad`'s, whose flags are other compositions here.
+    """Return AMSGrad; arguments as `optax.amsgrad`'s; its flags are other compositions here.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root.
-        mu_dtype: dtype of the slot `mu`, rounded to nearest as in Optax; None means float32, or
-            wider where the parameter is.
-        moments: how `mu`, `nu` and `nu_max` are kept: "float32" (12 bytes a parameter), "bfloat16"
-            (6), "packed16" (8: `nu_max` stays float32), or a function that wraps a transformation,
-            such as a `Storage`. The maximum holds on to the noise of the rounding: over 5000 steps
-            `nu_max` came out up to 18 % too large in bfloat16, and 9 % in packed16.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16": `mu` and `nu` together in 4 bytes, `nu_max` in float32. The three slots
+            take 12, 6 or 8 bytes a parameter. The maximum holds on to the noise of the rounding:
+            over 5000 steps `nu_max` came out up to 18 % too large in bfloat16, and 9 % in packed16.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        When the gradient shrinks, so does the step, which Adam would keep at the learning rate:
+        When the gradient shrinks, so does the step; Adam's would stay at the learning rate:
 
         >>> import jax.numpy as jnp
         >>> tx = amsgrad(0.5, b1=0.0, b2=0.0, eps=0.0)
@@ -82,12 +81,7 @@ def amsgrad(
         >>> tx.update(jnp.array([1.0]), state)[0]
         Array([-0.125], dtype=float32)
     """
-    scaling = rms_scaling(
-        chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction")),
-        second_moment=chain(
-            ema_of_squares(b2), bias_correction(b2, "nu_correction"), running_max()
-        ),
-        eps=eps,
-        eps_root=eps_root,
-    )
+    average = chain(ema(b1, mu_dtype), bias_correction(b1, "mu_correction"))
+    squares = chain(ema_of_squares(b2), bias_correction(b2, "nu_correction"), running_max())
+    scaling = rms_scaling(average, second_moment=squares, eps=eps, eps_root=eps_root)
     return chain(stored(scaling, moments), scale_by_learning_rate(learning_rate))

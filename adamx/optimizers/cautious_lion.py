@@ -14,7 +14,6 @@ Source: Liang et al. (2024), Algorithm 2, https://arxiv.org/abs/2411.16085
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -36,31 +35,29 @@ def cautious_lion(
     b2: ScalarOrSchedule = 0.99,
     mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 1e-3,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
     """Return cautious Lion; arguments as `adamx.lion`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
-        b1: weight of the past in the average whose sign is taken, in [0, 1): a number, array or
+        learning_rate: a number, array or schedule, >= 0.
+        b1: weight of the slot in the average whose sign is taken, in [0, 1): a number, array or
             schedule.
-        b2: weight of the past in the average that is kept, in (0, 1): a number, array or schedule.
-        mu_dtype: dtype of the slot `mu`, rounded to nearest; None means float32, or wider where
-            the parameter is.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by
-            `learning_rate * weight_decay` a step, also those that are not moved.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        moments: how `mu` is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`.
+        b2: weight of the past in the slot, in (0, 1): a number, array or schedule.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
+            `learning_rate * weight_decay` a step. Elements that are not kept shrink too.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
-        ValueError: if a number is out of its range, or the slot cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        All three are kept, and 3 / (3 + 1) of the step is taken:
+        All three elements are kept, so the step is multiplied by 3 / (3 + 1):
 
         >>> import jax.numpy as jnp
         >>> tx, w = cautious_lion(0.5, weight_decay=0.0), jnp.ones(3)

@@ -1,19 +1,18 @@
-"""LAMB: AdamW's step, made for each array as long as a fraction of the array's weights.
+"""LAMB: AdamW's step, rescaled in each array to a fraction of the norm of its weights.
 
     u  = m^_t / (sqrt(v^_t) + eps) + weight_decay * w
     w <- w - lr * |w| / |u| * u                        |.| the norm over one array
 
     lamb = adamw with trust_ratio() before the learning rate
 
-As Optax's. Implementations differ in the bias correction, which acts like a warm-up and which some
-leave out, in a clip by the global norm in front, and in bounds on |w| or on the ratio.
+This is Optax's LAMB. Some implementations leave out the bias correction, which acts like a warm-up,
+clip by the global norm first, or bound |w| or the ratio.
 
 Source: You et al. (2020), Algorithm 2, https://arxiv.org/abs/1904.00962
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
@@ -47,30 +46,30 @@ def lamb(
     eps: Scalar = 1e-6,
     eps_root: Scalar = 0.0,
     weight_decay: ScalarOrSchedule = 0.0,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
     """Return LAMB; arguments as `optax.lamb`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule: the fraction of its norm by which an array
-            changes in a step.
+        learning_rate: a number, array or schedule, >= 0. An array changes by this fraction of its
+            norm in a step.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root.
-        weight_decay: >= 0: a number, array or schedule.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all. The ratio is taken of all leaves.
-        moments: "float32", "bfloat16", "packed16" or "packed8": 8, 4, 4 or 2 bytes a parameter; see
-            `scale_by_adam`.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        weight_decay: a number, array or schedule, >= 0.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all. The ratio is taken of all leaves.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the moments cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        Adam's step (1, -1), made as long as the weights, and half of that:
+        Adam's step is (1, -1); it is scaled to the norm of the weights, and halved:
 
         >>> import jax.numpy as jnp
         >>> tx, w = lamb(0.5, eps=0.0), jnp.array([2.0, 2.0])

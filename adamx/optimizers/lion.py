@@ -1,4 +1,4 @@
-"""Lion: the sign of an average, and no second moment.
+"""Lion: the sign of an average of gradients, without a second moment.
 
     w <- w - lr * (sign(b1 m_{t-1} + (1 - b1) g_t) + weight_decay * w)
     m_t = b2 m_{t-1} + (1 - b2) g_t
@@ -6,16 +6,15 @@
     lion = chain(interpolated_ema(b1, b2), sign(), add_decayed_weights(weight_decay),
                  scale_by_learning_rate(lr))
 
-Every element moves by the learning rate, so that it wants one 3 to 10 times smaller than AdamW's,
-and a weight decay larger by as much. The slot is 4 bytes a parameter where Adam has 8. Optax and
-the paper agree.
+Every element moves by the learning rate, so the learning rate should be 3 to 10 times smaller than
+AdamW's, and the weight decay larger by the same factor. The slot takes 4 bytes a parameter where
+Adam's take 8. Optax and the paper agree.
 
 Source: Chen et al. (2023), Algorithm 2, https://arxiv.org/abs/2302.06675
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -36,28 +35,26 @@ def lion(
     b2: ScalarOrSchedule = 0.99,
     mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 1e-3,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
     """Return Lion; arguments as `optax.lion`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule; how far every element moves in a step.
-        b1: weight of the past in the average whose sign is taken, in [0, 1): a number, array or
+        learning_rate: a number, array or schedule, >= 0. Every element moves by it in a step.
+        b1: weight of the slot in the average whose sign is taken, in [0, 1): a number, array or
             schedule.
-        b2: weight of the past in the average that is kept, in (0, 1): a number, array or schedule.
-        mu_dtype: dtype of the slot `mu`, rounded to nearest; None means float32, or wider where
-            the parameter is.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by
+        b2: weight of the past in the slot, in (0, 1): a number, array or schedule.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
             `learning_rate * weight_decay` a step.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        moments: how `mu` is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
-        ValueError: if a number is out of its range, or the slot cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         >>> import jax.numpy as jnp

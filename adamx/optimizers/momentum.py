@@ -1,12 +1,11 @@
-"""Momentum as the notes have it: a step along the average of the gradients.
+"""Momentum as in the notes: a step along the average of the gradients.
 
     m_t = b m_{t-1} + (1 - b) g_t                                         w <- w - lr * m_t
 
     momentum = chain(ema(b), scale_by_learning_rate(lr))
 
-PyTorch's `SGD(momentum=b, dampening=b)` is this one but for its first gradient, which it does not
-dampen. Heavy-ball momentum, a sum, is `sgd(lr, momentum=b)`: with lr (1 - b) for its rate it is the
-same.
+PyTorch's `SGD(momentum=b, dampening=b)` is the same, except that it does not dampen its first
+gradient. `sgd(lr * (1 - b), momentum=b)`, the heavy ball, is the same with a sum.
 """
 
 from __future__ import annotations
@@ -25,14 +24,13 @@ def momentum(
     """Return gradient descent along the exponential moving average of the gradients.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         decay: weight of the past, in [0, 1): a number, array or schedule. The heavy ball,
             `sgd(lr, momentum=decay)`, takes steps 1 / (1 - decay) times as large.
-        moments: how the average is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
-        ValueError: if a number is out of its range, or the average cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         >>> import jax.numpy as jnp

@@ -7,9 +7,9 @@
                               second_moment=chain(ema_of_squares(b2), bias_correction(b2))),
                   scale_by_learning_rate(lr))
 
-This is Optax's, with a constant momentum. PyTorch's lets the momentum rise from b1 / 2 to b1: it is
-the same with `scheduled_nesterov_ema(b1)` in the place of `nesterov_ema(b1)`. The paper's algorithm
-has that schedule too, averages with it, and multiplies v^_t by b2.
+This is Optax's NAdam, with a constant momentum. PyTorch's momentum rises from b1 / 2 to b1: use
+`scheduled_nesterov_ema(b1)` instead of `nesterov_ema(b1)`. The paper's algorithm has that schedule
+too, averages with it, and multiplies v^_t by b2.
 
 Source: Dozat (2016), Algorithm 2, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
 """
@@ -52,20 +52,20 @@ def nadam(
     """Return NAdam; arguments as `optax.nadam`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root.
-        mu_dtype: dtype of the slot `mu`; None means float32, or wider where the parameter is.
-        moments: "float32", "bfloat16", "packed16" or "packed8": 8, 4, 4 or 2 bytes a parameter; see
-            `scale_by_adam`.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        mu_dtype: dtype of `mu`, rounded to nearest; None means the parameter's, at least float32.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the moments cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        First step: m = 0.5 g, so that the numerator is 0.5 * 0.5 g / 0.75 + 0.5 g / 0.5 = 4/3 g:
+        First step: m = 0.5 g, so the numerator is 0.5 * 0.5 g / 0.75 + 0.5 g / 0.5 = 4/3 g:
 
         >>> import jax.numpy as jnp
         >>> tx = nadam(0.75, b1=0.5, eps=0.0)

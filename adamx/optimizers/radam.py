@@ -10,8 +10,8 @@
                             decay=b2),
                   scale_by_learning_rate(lr))
 
-In the paper the threshold is 4, in Optax and PyTorch 5. The paper has no eps; PyTorch's is added to
-sqrt(v_t) before the correction, so that there it weighs more in the first steps.
+The threshold is 4 in the paper, 5 in Optax and PyTorch. The paper has no eps; PyTorch adds it to
+sqrt(v_t) before the correction, so it weighs more in the first steps.
 
 Source: Liu et al. (2020), Algorithm 2, https://arxiv.org/abs/1908.03265
 """
@@ -59,36 +59,33 @@ def radam(
     """Return RAdam; arguments as `optax.radam`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
-        b2: weight of the past in the average of squares, in [0, 1): a number or array, and no
-            schedule, which has no rho_inf. With b2 <= 2/3 the threshold 5 is never reached.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        eps_root: >= 0, added under the root.
-        threshold: >= 0: from what rho_t on to divide by the root; 4, as in the paper, or less means
-            above 4.
-        nesterov: whether the average of gradients looks one step ahead.
-        moments: "float32", "bfloat16", "packed16" or "packed8": 8, 4, 4 or 2 bytes a parameter; see
-            `scale_by_adam`.
+        b2: weight of the past in the average of squares, in [0, 1): a number or array, since a
+            schedule has no rho_inf. With b2 <= 2/3 the threshold 5 is never reached.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
+        threshold: the least rho_t at which to divide by the root, >= 0. 4 or less means rho_t > 4.
+            The paper has 4.
+        nesterov: whether to look one step ahead, as Nesterov's method does.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
         TypeError: if `b2` is a schedule.
-        ValueError: if a number is out of its range, or the moments cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        The first step is one of momentum, as long as the gradient is:
+        The first step is momentum's, and proportional to the gradient:
 
         >>> import jax.numpy as jnp
         >>> tx = radam(0.5)
         >>> tx.update(jnp.array([4.0, -8.0]), tx.init(jnp.zeros(2)))[0].round(3)
         Array([-2.,  4.], dtype=float32)
     """
-    scaling = rms_scaling(
-        nesterov_ema(b1) if nesterov else chain(ema(b1), bias_correction(b1, "mu_correction")),
-        second_moment=chain(ema_of_squares(b2), bias_correction(b2)),
-        eps=eps,
-        eps_root=eps_root,
-    )
+    average = nesterov_ema(b1) if nesterov else chain(ema(b1), bias_correction(b1, "mu_correction"))
+    squares = chain(ema_of_squares(b2), bias_correction(b2))
+    scaling = rms_scaling(average, second_moment=squares, eps=eps, eps_root=eps_root)
     return chain(
         stored(rectified(scaling, decay=b2, threshold=threshold), moments, decays=(b1, b2)),
         scale_by_learning_rate(learning_rate),

@@ -48,11 +48,11 @@ def scale_by_rms(
     """Return RMSprop without its learning rate; arguments as `optax.scale_by_rms`'s.
 
     Args:
-        decay: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
+        eps: added to the root, >= 0, in the unit of the gradients.
         initial_scale: the average before the first step, >= 0.
-        eps_in_sqrt: True adds eps under the root, which is Optax's default.
-        bias_correction: whether to divide the average by 1 - decay^t.
+        eps_in_sqrt: True adds eps under the root, as Optax does.
+        bias_correction: whether to divide averages by 1 - decay^t.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -61,19 +61,16 @@ def scale_by_rms(
         >>> scale_by_rms(0.9)
         rms_scaling(second_moment=ema_of_squares(0.9))
     """
-    average = ema_of_squares(decay, initial_scale)
-    return _scaling(
-        chain(average, corrected(decay, "nu_correction")) if bias_correction else average,
-        eps,
-        eps_in_sqrt,
-    )
+    squares = ema_of_squares(decay, initial_scale)
+    unbiased = chain(squares, corrected(decay, "nu_correction"))
+    return _scaling(unbiased if bias_correction else squares, eps, eps_in_sqrt)
 
 
 def variance(mean_of_squares: jax.Array, mean: jax.Array) -> jax.Array:
     """Return E[g^2] - |E[g]|^2, kept from falling below 0 by rounding.
 
-    E[g^2] is at least |E[g]|^2. Where it is not even half of that, squares too large for their
-    dtype are in it, which count as the largest number; then it stands for the variance itself.
+    E[g^2] is at least |E[g]|^2. If it is less than half of it, it has squares too large for their
+    dtype, which count as the largest number; then E[g^2] itself is returned.
 
     Example:
         >>> print(variance(jnp.array(5.0), jnp.array(2.0)))
@@ -111,21 +108,20 @@ def rmsprop(
     """Return RMSprop; arguments as `optax.rmsprop`'s, but for the default of `eps_in_sqrt`.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
-        decay: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, as in the notes and in PyTorch.
+        learning_rate: a number, array or schedule, >= 0.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
+        eps: added to the root, >= 0, in the unit of the gradients. As in the notes and PyTorch.
         initial_scale: the average before the first step, >= 0.
-        eps_in_sqrt: True adds eps under the root, which is Optax's default.
-        centered: whether to scale by the standard deviation of the gradients: one slot more, `mu`.
-        momentum: decay of a heavy ball over the steps, in [0, 1]: a number, array or schedule; None
-            keeps none.
-        nesterov: whether that heavy ball looks one step ahead.
-        bias_correction: whether to divide the averages by 1 - decay^t.
-        moments: how `nu` and the heavy ball are kept: "float32", "bfloat16" (2 bytes instead of 4,
-            rounded stochastically), or a function that wraps a transformation, such as a `Storage`.
+        eps_in_sqrt: True adds eps under the root, as Optax does.
+        centered: whether to divide by the standard deviation of the gradients, with a slot `mu`.
+        momentum: decay of the heavy ball `trace`, in [0, 1]: a number, array or schedule; None
+            means no momentum.
+        nesterov: whether to look one step ahead, as Nesterov's method does. It is for `momentum`.
+        bias_correction: whether to divide averages by 1 - decay^t.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so;
+        ValueError: if a number is out of its range, or `moments` cannot store the slots;
             `centered` needs float32.
 
     Example:
@@ -136,8 +132,8 @@ def rmsprop(
     """
     if centered and moments != "float32":
         raise ValueError(
-            f"rmsprop: centered subtracts mu^2 from nu, and what rounding leaves of the difference "
-            f"is noise: moments must be 'float32', got {moments!r}"
+            "rmsprop: centered subtracts mu^2 from nu, and rounding errors would swamp the "
+            f"difference: moments must be 'float32', got {moments!r}"
         )
     squares: Transformation = ema_of_squares(decay, initial_scale)
     mean: Transformation = ema(decay)

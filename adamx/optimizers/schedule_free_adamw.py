@@ -1,4 +1,4 @@
-"""Schedule-free AdamW: RMSprop's corrected step from z, an average x, and gradients between them.
+"""Schedule-free AdamW: RMSprop moves z, x averages z, and gradients are taken in between.
 
     y_t     = (1 - b1) z_t + b1 x_t
     v_t     = b2 v_{t-1} + (1 - b2) g_t^2,    g_t the gradient at y_t,    v^_t = v_t / (1 - b2^t)
@@ -10,11 +10,11 @@
                                               add_decayed_weights(weight_decay),
                                               scale_by_learning_rate(lr)), lr, b1)
 
-Trained at y, evaluated at x: `schedule_free_eval_params`. The warm-up is the paper's, lr_t = lr *
-min(1, t / warmup_steps); Optax's steps from z are one step behind it, so that its first is 0. The
-correction of v is that of Optax and of the authors' PyTorch code in its present form; the paper
-puts sqrt(1 - b2^t) into lr_t instead, with which the early steps count less in the average and
-decay less. As a composition that is
+The parameters are y; evaluate at x, from `schedule_free_eval_params`. The warm-up is the paper's,
+lr_t = lr * min(1, t / warmup_steps); Optax moves z by the last step's rate, so its first step is 0.
+v is corrected as in Optax and in the authors' present PyTorch code. The paper puts
+sqrt(1 - b2^t) into lr_t instead: then early steps count less in the average, and decay less. As a
+composition that is
 
     rate = lambda step: lr * jnp.sqrt(1 - b2 ** (step + 1.0))
     schedule_free(chain(rms_scaling(second_moment=ema_of_squares(b2)),
@@ -66,30 +66,29 @@ def schedule_free_adamw(
 ) -> schedule_free:
     """Return schedule-free AdamW; arguments as `optax.contrib.schedule_free_adamw`'s.
 
-    The state has 8 bytes a parameter, in `z` and `nu`. It is the last stage of a chain.
+    It is the last stage of a chain. Its slots `z` and `nu` take 8 bytes a parameter.
 
     Args:
-        learning_rate: >= 0: a number or array; or, without `warmup_steps`, a schedule that does not
-            decay.
-        warmup_steps: >= 1: the number of steps over which the rate rises linearly, the first one
-            being `learning_rate / warmup_steps`; None means no warm-up.
-        b1: how much of the average is in the parameters, in (0, 1]: a number or array, and no
-            schedule; see `schedule_free`.
+        learning_rate: a number, array or schedule, >= 0. A schedule must not decay, and excludes
+            `warmup_steps`.
+        warmup_steps: the number of steps, >= 1, over which the rate rises linearly, starting with
+            `learning_rate / warmup_steps`; None means no warm-up.
+        b1: weight of the average x in the parameters y, in (0, 1]: a number or array, no schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        weight_decay: >= 0: a number, array or schedule; z moves by `learning_rate * weight_decay`
+        eps: added to the root, >= 0, in the unit of the gradients.
+        weight_decay: a number, array or schedule, >= 0. z moves by `learning_rate * weight_decay`
             of the parameters a step.
-        weight_lr_power: >= 0: the power of the learning rate in the weights of the average.
-        moments: how `nu` is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`.
+        weight_lr_power: power of the learning rate in the weights of the average, >= 0; 0 weights
+            all steps alike.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
         TypeError: if `b1` is a schedule.
-        ValueError: if a number is out of its range, `nu` cannot be kept so, or a schedule is given
-            together with `warmup_steps`.
+        ValueError: if a number is out of its range, `moments` cannot store `nu`, or a schedule is
+            given together with `warmup_steps`.
 
     Example:
-        The first step moves z, x and y alike:
+        The first step moves z, x and y equally:
 
         >>> import jax.numpy as jnp
         >>> tx, y = schedule_free_adamw(0.5, eps=0.0), jnp.array([2.0])
@@ -108,14 +107,9 @@ def schedule_free_adamw(
             )
         first = learning_rate / warmup_steps
         learning_rate = optax.linear_schedule(first, learning_rate, warmup_steps - 1)
+    squares = chain(ema_of_squares(b2), bias_correction(b2, "nu_correction"))
     steps = chain(
-        stored(
-            rms_scaling(
-                second_moment=chain(ema_of_squares(b2), bias_correction(b2, "nu_correction")),
-                eps=eps,
-            ),
-            moments,
-        ),
+        stored(rms_scaling(second_moment=squares, eps=eps), moments),
         add_decayed_weights(weight_decay),
         scale_by_learning_rate(learning_rate),
     )

@@ -4,8 +4,8 @@
 
     sgd = chain(trace(momentum, nesterov), scale_by_learning_rate(lr))
 
-Without momentum the trace is the gradient. With Nesterov momentum the step is along momentum *
-trace_t + g_t.
+Without momentum the trace is the gradient. With Nesterov momentum the step is along
+momentum * trace_t + g_t.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def sgd(
     """Return stochastic gradient descent; arguments as `optax.sgd`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
-        momentum: decay of the heavy ball's `trace`, in [0, 1]: a number, array or schedule; None
-            keeps no memory. For the notes' Momentum, an average and not a sum, see
+        learning_rate: a number, array or schedule, >= 0.
+        momentum: decay of the heavy ball `trace`, in [0, 1]: a number, array or schedule; None
+            means no momentum. For the notes' Momentum, an average and not a sum, see
             `adamx.momentum`.
-        nesterov: whether to look one step ahead.
-        accumulator_dtype: dtype of the trace, rounded to nearest; None means float32 or wider.
-        moments: how the trace is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`.
+        nesterov: whether to look one step ahead, as Nesterov's method does.
+        accumulator_dtype: dtype of the slot, rounded to nearest; None means the parameter's, at
+            least float32.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
-        ValueError: if a number is out of its range, or the trace cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         >>> import jax.numpy as jnp

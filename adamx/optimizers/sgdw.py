@@ -6,17 +6,17 @@
     sgdw = chain(trace(momentum, nesterov), add_decayed_weights(weight_decay),
                  scale_by_learning_rate(lr))
 
-Without momentum it is SGD with L2 regularisation; with it, that puts weight_decay * w into m_t, and
-this does not. The paper multiplies g_t by the learning rate on its way into m_t, which is the same
-while the rate is constant, and weight_decay by the schedule only: its value is this one's
-times the initial learning rate. PyTorch's `SGD(weight_decay=...)` is L2 regularisation.
+Without momentum this is SGD with L2 regularisation. With momentum, L2 regularisation, such as
+PyTorch's `SGD(weight_decay=...)`, puts weight_decay * w into m_t; this does not. The paper
+multiplies g_t by the learning rate before adding it to m_t, which is the same while the rate is
+constant. It multiplies weight_decay by the schedule alone: its value is the initial rate times
+the value here.
 
 Source: Loshchilov & Hutter (2019), Algorithm 1, https://arxiv.org/abs/1711.05101
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
@@ -33,26 +33,25 @@ def sgdw(
     momentum: ScalarOrSchedule | None = None,
     nesterov: bool = False,
     weight_decay: ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
     """Return stochastic gradient descent with decoupled weight decay.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
-        momentum: decay of the heavy ball's `trace`, in [0, 1]: a number, array or schedule; None
-            keeps no memory.
-        nesterov: whether to look one step ahead.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by
+        learning_rate: a number, array or schedule, >= 0.
+        momentum: decay of the heavy ball `trace`, in [0, 1]: a number, array or schedule; None
+            means no momentum.
+        nesterov: whether to look one step ahead, as Nesterov's method does.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by
             `learning_rate * weight_decay` a step.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        moments: how the trace is kept: "float32", "bfloat16" (2 bytes instead of 4, rounded
-            stochastically), or a function that wraps a transformation, such as a `Storage`.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
 
     Raises:
-        ValueError: if a number is out of its range, or the trace cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""StableAdamW: AdamW whose learning rate gives way where the gradients outgrow v.
+"""StableAdamW: AdamW with a smaller learning rate in arrays whose gradients outgrow v.
 
     RMS_t = sqrt(mean(g_t^2 / max(v^_t, eps^2)))       over one array
     lr_t  = lr / max(1, RMS_t)
@@ -8,16 +8,15 @@
                                                add_decayed_weights(weight_decay)), b2, eps),
                          scale_by_learning_rate(lr))
 
-Adafactor's update clipping, as a learning rate for each array; it makes clipping of the gradients
-unnecessary. The paper writes the bias correction as decays that change with t,
-b (1 - b^(t-1)) / (1 - b^t), which give m^ and v^ themselves.
+This is Adafactor's update clipping, as a learning rate for each array; it makes clipping of the
+gradients unnecessary. The paper writes the bias correction as decays that change with t,
+b (1 - b^(t-1)) / (1 - b^t), and so averages m^ and v^ directly.
 
 Source: Wortsman et al. (2023), Algorithm 2, https://arxiv.org/abs/2304.13013
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from adamx.core.chain import chain
@@ -49,30 +48,30 @@ def stable_adamw(
     b2: ScalarOrSchedule = 0.99,
     eps: Scalar = 1e-6,
     weight_decay: ScalarOrSchedule = 1e-2,
-    mask: Any | Callable[[Any], Any] = None,
+    mask: Any = None,
     *,
     moments: Moments = "float32",
 ) -> chain:
     """Return StableAdamW, which needs no clipping of the gradients.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, and the least root in RMS_t, in the unit of the gradients.
-        weight_decay: >= 0: a number, array or schedule; the weights shrink by `lr_t * weight_decay`
+        eps: added to the root, >= 0, in the unit of the gradients. It is also RMS_t's least root.
+        weight_decay: a number, array or schedule, >= 0. The weights shrink by `lr_t * weight_decay`
             a step.
-        mask: which leaves decay: a tree of bools, or a function that makes one from the
-            parameters; None means all.
-        moments: "float32", "bfloat16", "packed16" or "packed8": 8, 4, 4 or 2 bytes a parameter; see
-            `scale_by_adam`.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16" and "packed8": `mu` and `nu` together in 4 or 2 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the moments cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
-        A gradient that grows 8-fold in the second step has RMS^2 = 64 * 1.5 / (0.5 + 64), so that
-        the step, 17 / 3 / sqrt(43), is divided by 1.22:
+        A gradient that grows 8-fold in the second step has RMS^2 = 64 * 1.5 / (0.5 + 64), so the
+        step, 17 / 3 / sqrt(43), is divided by 1.22:
 
         >>> import jax.numpy as jnp
         >>> tx, w = stable_adamw(1.0, 0.5, 0.5, 0.0, 0.0), jnp.zeros(1)
@@ -80,13 +79,6 @@ def stable_adamw(
         >>> tx.update(jnp.array([8.0]), state, w)[0].round(3)
         Array([-0.708], dtype=float32)
     """
-    return chain(
-        stored(
-            update_clipping(
-                chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay, mask)), b2, eps
-            ),
-            moments,
-            decays=(b1, b2),
-        ),
-        scale_by_learning_rate(learning_rate),
-    )
+    steps = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay, mask))
+    clipped = update_clipping(steps, b2, eps)
+    return chain(stored(clipped, moments, decays=(b1, b2)), scale_by_learning_rate(learning_rate))

@@ -1,4 +1,4 @@
-"""Yogi: Adam whose second moment moves by small steps, so that the steps grow slowly.
+"""Yogi: Adam whose second moment falls slowly, so that the steps grow slowly.
 
     m_t = b1 m_{t-1} + (1 - b1) g_t                                m^_t = m_t / (1 - b1^t)
     v_t = v_{t-1} + (1 - b2) sign(g_t^2 - v_{t-1}) g_t^2           v^_t = v_t / (1 - b2^t)
@@ -10,8 +10,8 @@
                              eps=1e-3),
                  scale_by_learning_rate(lr))
 
-This is Optax's. The paper corrects neither moment and starts m at 0; the start of m shows where
-gradients are below 1e-5 or so. PyTorch has no Yogi.
+This is Optax's Yogi. The paper corrects neither moment and starts m at 0; the start of m matters
+where gradients are below 1e-5 or so. PyTorch has no Yogi.
 
 Source: Zaheer et al. (2018), Algorithm 2,
 https://papers.nips.cc/paper/2018/hash/90365351ccc7437a1309dc64e4db32a3-Abstract.html
@@ -48,15 +48,15 @@ def yogi(
     """Return Yogi; arguments as `optax.yogi`'s.
 
     Args:
-        learning_rate: >= 0: a number, array or schedule.
+        learning_rate: a number, array or schedule, >= 0.
         b1: weight of the past in the average of gradients, in [0, 1): a number, array or schedule.
         b2: weight of the past in the average of squares, in [0, 1): a number, array or schedule.
-        eps: >= 0, added to the root, in the unit of the gradients.
-        moments: how `mu` and `nu` are kept: "float32", "bfloat16" (4 bytes a parameter), "packed16"
-            (4), or a function that wraps a transformation, such as a `Storage`.
+        eps: added to the root, >= 0, in the unit of the gradients.
+        moments: storage of slots: "float32", "bfloat16" (2 bytes each) or a function; see `stored`.
+            Also "packed16": `mu` and `nu` together in 4 bytes.
 
     Raises:
-        ValueError: if a number is out of its range, or the slots cannot be kept so.
+        ValueError: if a number is out of its range, or `moments` cannot store the slots.
 
     Example:
         Gradients 2, then 1: v = 0 + 4/2, then 2 - 1/2 = 1.5, corrected 2, where Adam's is 5/3:
@@ -68,11 +68,8 @@ def yogi(
         >>> state["nu"].round(2), updates.round(2)
         (Array([1.5], dtype=float32), Array([-0.35], dtype=float32))
     """
-    scaling = rms_scaling(
-        chain(ema(b1, initial=1e-6), bias_correction(b1, "mu_correction")),
-        second_moment=chain(
-            additive_average_of_squares(b2, initial=1e-6), bias_correction(b2, "nu_correction")
-        ),
-        eps=eps,
-    )
+    average = chain(ema(b1, initial=1e-6), bias_correction(b1, "mu_correction"))
+    squares = additive_average_of_squares(b2, initial=1e-6)
+    second_moment = chain(squares, bias_correction(b2, "nu_correction"))
+    scaling = rms_scaling(average, second_moment=second_moment, eps=eps)
     return chain(stored(scaling, moments), scale_by_learning_rate(learning_rate))

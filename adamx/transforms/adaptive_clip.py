@@ -2,12 +2,12 @@
 
     u'_i = u_i min(1, clipping * max(|w_i|, eps) / |u_i|),    |.| the norm over one unit i
 
-A unit is what feeds one output: a column of a matrix (in, out), the last index of a convolution's
-kernel. A step of -lr * u'_i changes such a unit by lr * clipping of its size at most.
+A unit is the weights of one output: a column of a matrix (in, out), or one last index of a
+convolution's kernel. A step of -lr * u'_i changes a unit by at most lr * clipping of its norm.
 
-The paper, whose matrices are (out, in), takes their rows; the units here are Optax's
-(`adaptive_grad_clip`), for the layouts of JAX. Optax divides by max(|u_i|, 1e-6), which clips
-more than the formula says where clipping * eps < 1e-6.
+The paper's matrices are (out, in), and their rows are the units. Here, as in Optax's
+`adaptive_grad_clip`, the units suit the layouts of JAX. Optax divides by max(|u_i|, 1e-6), which
+clips more than the formula where clipping * eps < 1e-6.
 
 Source: Brock et al. (2021), equation 3, https://arxiv.org/abs/2102.06171
 """
@@ -33,11 +33,11 @@ class adaptive_clip(Transformation):
 
     Attributes:
         clipping: the largest |u_i| / |w_i|, >= 0; 0.01 in the paper's networks.
-        eps: what |w_i| counts as at least, >= 0, in the unit of the weights, so that weights which
-            start at zero can move.
-        axis: the axes over which a unit's norm is taken, for every array. None chooses by shape:
-            all of a scalar or vector (or what is one but for sizes of 1), the first axis of two or
-            three, all but the last of four or five.
+        eps: the least value of |w_i|, >= 0, in the unit of the weights. It lets weights that start
+            at zero move.
+        axis: the axes of a unit, over which its norm is taken, in every array. None chooses by
+            shape: all axes if at most one is longer than 1, else the first of two or three, or all
+            but the last of four or five.
 
     Raises:
         ValueError: if `clipping` or `eps` is a negative number; at `update`, if it is called
@@ -87,6 +87,4 @@ def _axes_of_a_unit(x: jax.Array) -> Axes:
         return 0
     if x.ndim <= 5:
         return tuple(range(x.ndim - 1))
-    raise ValueError(
-        f"adaptive_clip: an array of {x.ndim} axes has no usual layout: give the axis of its norms"
-    )
+    raise ValueError(f"adaptive_clip: an array of {x.ndim} axes has no usual layout: pass axis")

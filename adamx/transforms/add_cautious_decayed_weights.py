@@ -1,12 +1,12 @@
-"""Weight decay only where the update, too, brings the weight nearer to 0.
+"""Weight decay only where the update also moves the weight towards 0.
 
     u'_i = u_i + weight_decay * w_i    where u_i * w_i >= 0
     u'_i = u_i                         elsewhere
 
-Weights that the gradient wants larger are left alone, so that, unlike that of
-`adamx.transforms.add_decayed_weights`, the decay does not pull the minimum of the loss towards 0.
-It stands in the same place: after the scaling and before the learning rate. Of complex weights the
-angle to the update may be a right angle at most.
+Weights that the update moves away from 0 do not decay. So, unlike
+`adamx.transforms.add_decayed_weights`, this does not pull the minimum of the loss towards 0. Its
+place is the same: after the scaling and before the learning rate. A complex weight decays if its
+angle to the update is at most a right angle.
 
 Source: Chen et al. (2025), Algorithm 1, https://arxiv.org/abs/2510.12402
 """
@@ -33,8 +33,9 @@ class add_cautious_decayed_weights(Transformation):
     """Add `weight_decay` times the parameters to the updates where both have the same sign.
 
     Attributes:
-        weight_decay: >= 0: a number, a scalar array, or a schedule of the step (0 at the first).
-        mask: which leaves decay; as in `add_decayed_weights`.
+        weight_decay: a number, array or schedule, >= 0.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all.
 
     Raises:
         ValueError: if `weight_decay` is negative or not finite; at `update`, if it is called

@@ -3,9 +3,9 @@
     u' = u + weight_decay * w
 
 After the scaling and before the learning rate this is AdamW's decoupled decay,
-w <- (1 - lr * wd) w - lr u. In front of the scaling it is L2 regularisation, the gradient of
-wd/2 |w|^2. For SGD the two are the same; for Adam they are not, since the scaling divides the
-regularisation by sqrt(v) too.
+w <- (1 - lr * wd) w - lr u. Before the scaling it is L2 regularisation, the gradient of wd/2 |w|^2.
+For SGD the two are the same; for Adam they are not, since the scaling divides the regularisation by
+sqrt(v) too.
 
 Source: Loshchilov & Hutter (2019), Algorithms 1 and 2, https://arxiv.org/abs/1711.05101
 """
@@ -30,10 +30,10 @@ class add_decayed_weights(Transformation):
     """Add `weight_decay` times the parameters to the updates; keep nothing.
 
     Attributes:
-        weight_decay: >= 0: a number, a scalar array, or a schedule of the step (0 at the first).
-        mask: which leaves decay: a tree of bools, shaped like the parameters or a prefix of them;
-            a function that makes one from the parameters, such as `all_but("*/bias")`; a pattern of
-            paths such as "*/kernel", or several; None means all.
+        weight_decay: a number, array or schedule, >= 0. A schedule sees 0 in the first step.
+        mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
+            patterns of paths, such as "*/kernel"; None means all. The tree may be a prefix of the
+            parameters' tree; `all_but("*/bias")` is such a function.
 
     Raises:
         ValueError: if `weight_decay` is negative or not finite; at `update`, if it is called

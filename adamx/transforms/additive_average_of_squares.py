@@ -3,7 +3,7 @@
     nu_t = nu_{t-1} + (1 - decay) * sign(|u_t|^2 - nu_{t-1}) * |u_t|^2,    nu_0 = initial
 
 Where nu is far above |u|^2, the average of `ema_of_squares` falls by (1 - decay) nu, and this one
-by (1 - decay) |u|^2 only: when gradients become small, the steps grow slowly. Where nu is far
+only by (1 - decay) |u|^2: when gradients become small, the steps grow slowly. Where nu is far
 below, both rise alike. nu is never below decay * nu_{t-1}. A square too large for its dtype counts
 as the largest number, and so does a sum.
 
@@ -32,8 +32,8 @@ class additive_average_of_squares(Transformation):
     """Replace the updates by an average of their squares that moves by small steps.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step.
-        initial: the average before the first step, >= 0.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
+        initial: value before the first step, >= 0.
         name: the slot that keeps the average: real, float32 or wider, shaped like the parameter,
             in the squared unit of the incoming updates.
 
@@ -42,7 +42,7 @@ class additive_average_of_squares(Transformation):
             is a 16-bit array.
 
     Example:
-        16 is above 4, so that a quarter of it is added; 1 is below, so that a quarter is taken:
+        16 is above 4, so a quarter of it is added; 1 is below, so a quarter of it is subtracted:
 
         >>> import jax.numpy as jnp
         >>> tx = additive_average_of_squares(0.75, initial=4.0)

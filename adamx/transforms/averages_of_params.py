@@ -3,10 +3,10 @@
     ema_of_params     average_t = average_{t-1} + (1 - decay) / (1 - decay^t) (w_t - average_{t-1})
     mean_of_params    average_t = average_{t-1} + 1 / t                       (w_t - average_{t-1})
 
-w_t is what the parameters become in step t. The first is the exponential moving average with its
-bias correction, avg_t / (1 - decay^t), in one recurrence, so that the slot itself can be evaluated
-from the first step on (where the decay is scheduled, 1 - decay_t over 1 - decay_1 ... decay_t); the
-second is Polyak's and Ruppert's mean over all steps.
+w_t are the parameters after step t. The first is the exponential moving average with its bias
+correction, avg_t / (1 - decay^t), as one recurrence: the slot itself can be evaluated from the
+first step on. With a scheduled decay the factor is (1 - decay_t) / (1 - decay_1 ... decay_t). The
+second is the mean of Polyak and Ruppert over all steps.
 
 Source: Kingma & Ba (2015), section 7.2, https://arxiv.org/abs/1412.6980; Polyak & Juditsky (1992),
 https://doi.org/10.1137/0330046
@@ -33,8 +33,8 @@ from adamx.transforms.bias_correction import weight_in_formula, weight_of_past
 class mean_of_params(Transformation):
     """Keep the mean of the parameters over all steps; the updates pass unchanged.
 
-    The last stage of an optimizer, since it has to see what the parameters become: the parameter in
-    compute dtype plus the update, before either is rounded; inside `master_weights` the master.
+    It is the last stage of an optimizer, since it averages the new parameters: the parameter in
+    compute dtype plus the update, before rounding. Inside `master_weights` these are the masters.
 
     Attributes:
         name: the slot that keeps the average: float32 or wider, shaped like the parameter, which it
@@ -44,7 +44,7 @@ class mean_of_params(Transformation):
         ValueError: at `update`, if it is called without params.
 
     Example:
-        w goes 4, 3, 2, so that the mean of 3 and 2 is kept:
+        w goes 4, 3, 2, and the slot keeps the mean of 3 and 2:
 
         >>> import adamx, jax.numpy as jnp
         >>> tx, w = adamx.chain(adamx.sgd(1.0), mean_of_params()), jnp.array([4.0])
@@ -77,15 +77,14 @@ class mean_of_params(Transformation):
 class ema_of_params(Transformation):
     """Keep an exponential moving average of the parameters; the updates pass unchanged.
 
-    The last stage of an optimizer, as `mean_of_params` is.
+    It is the last stage of an optimizer, like `mean_of_params`.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step;
-            the memory is some 1 / (1 - decay) steps.
+        decay: weight of the past, in [0, 1): a number, array or schedule. Its memory is some
+            1 / (1 - decay) steps.
         name: the slot that keeps the average, with its bias corrected: float32 or wider, shaped
-            like the parameter, which it equals before the first step. Where the decay is
-            scheduled, `<name>_correction` is the state's entry with 1 minus the product of the
-            decays.
+            like the parameter, which it equals before the first step. With a scheduled decay the
+            state has `<name>_correction` too: 1 minus the product of the decays.
 
     Raises:
         ValueError: if `decay` is out of its range; at `update`, if it is called without params.

@@ -1,14 +1,14 @@
-"""Undo the lean towards zero of an average that started there.
+"""Bias correction: undo the lean towards zero of an average that started at zero.
 
     u'_t = u_t / (1 - decay^t),                          t = 1 in the first step
     u'_t = u_t / (1 - decay_1 decay_2 ... decay_t)       where the decay is scheduled
 
 1 - decay^t is computed as -expm1(t * log(decay)), with log(decay) in double precision on the host
-where decay is a number: the plain form is 1.4e-3 off in float32 at decay = 0.99999, this one 4e-7
-at most for t up to 1e7. decay = 0 is a case of its own: the correction is 1.
+where decay is a number: the plain form is 1.4e-3 off in float32 at decay = 0.99999, this one at
+most 4e-7 for t up to 1e7. decay = 0 is a separate case: the correction is 1.
 
-With a schedule the divisor is what the average of ones would be, and is averaged itself, as a
-scalar in the state: c_t = decay_t c_{t-1} + (1 - decay_t).
+With a schedule the divisor is the same average of ones, a scalar in the state:
+c_t = decay_t c_{t-1} + (1 - decay_t).
 
 Source: Kingma & Ba (2015), Algorithm 1 and section 3, https://arxiv.org/abs/1412.6980
 """
@@ -42,7 +42,7 @@ def one_minus_power(decay: Any, count: jax.Array) -> jax.Array:
         count: array of whole numbers >= 1, integer or floating.
 
     Returns:
-        An array of the default floating dtype (float64 where x64 is enabled), or decay's.
+        An array of the default floating dtype (float64 where x64 is enabled), or of decay's.
 
     Example:
         >>> print(one_minus_power(0.5, jnp.array(2)), one_minus_power(0.0, jnp.array(1)))
@@ -50,7 +50,7 @@ def one_minus_power(decay: Any, count: jax.Array) -> jax.Array:
     """
     if isinstance(decay, jax.Array | np.ndarray):
         positive = jnp.where(decay > 0, decay, 0.5)
-        # decay - 1 is exact for decay in [0.5, 1]; log(decay) would lose what 0.99999 has left
+        # decay - 1 is exact for decay in [0.5, 1]; log(decay) loses digits near 1
         power = jnp.expm1(count.astype(decay.dtype) * jnp.log1p(positive - 1))
         return jnp.where(decay > 0, -power, 1)
     if decay == 0:
@@ -59,14 +59,13 @@ def one_minus_power(decay: Any, count: jax.Array) -> jax.Array:
 
 
 def weight_of_past(decay: ScalarOrSchedule, step: Step, name: str) -> jax.Array:
-    """Return how much of an average has come in by now: 1 - decay^t, or what takes its place.
+    """Return the sum of an average's weights so far: 1 - decay^t, or 1 - decay_1 ... decay_t.
 
     Args:
         decay: in [0, 1): a number, an array, or a schedule of the step.
         step: the step.
-        name: the state's entry that holds the last one, where decay is a schedule. There 0, before
-            the first step or where `adapt_state` filled it in, means that the decay was always
-            today's.
+        name: the state's entry with the last result, where decay is a schedule. An entry of 0,
+            before the first step or from `adapt_state`, means that the decay was always today's.
 
     Example:
         >>> now = Step(jnp.array(2), state={"c": jnp.array(0.5)})
@@ -84,7 +83,7 @@ def weight_of_past(decay: ScalarOrSchedule, step: Step, name: str) -> jax.Array:
 
 
 def weight_in_formula(decay: ScalarOrSchedule, symbols: Symbols, name: str) -> Expr:
-    """Return what `weight_of_past` computes, as an expression."""
+    """Return the result of `weight_of_past` as an expression."""
     b = symbols.number("b", decay)
     if not callable(decay):
         return 1 - b**T
@@ -96,10 +95,10 @@ class bias_correction(Transformation):
     """Divide the updates by 1 - decay^t; keep nothing.
 
     Attributes:
-        decay: the decay of the average that this corrects, in [0, 1): a number, a scalar array, or
-            a schedule of the step; 0 makes this the identity.
-        name: the state's entry with the divisor, a float32 scalar (float64 where x64 is enabled),
-            where the decay is scheduled; with a number the state has none.
+        decay: weight of the past, in [0, 1): a number, array or schedule. It is the decay of the
+            average to correct; 0 makes this the identity.
+        name: the state's entry with the divisor of a scheduled decay, a float32 scalar (float64
+            where x64 is enabled). With a number the state has no such entry.
 
     Raises:
         ValueError: if `decay` is a number outside [0, 1), or a 16-bit array.
@@ -118,7 +117,7 @@ class bias_correction(Transformation):
 
     def __post_init__(self) -> None:
         check(self, decay=DECAY_OR_SCHEDULE)
-        if not callable(self.decay):  # nothing is kept that would need a name
+        if not callable(self.decay):  # the state has no entry to name
             self._set(name=CORRECTION)
 
     def scalars(self, step: Step) -> jax.Array:

@@ -3,14 +3,14 @@
     kept_i = (u_i * g_i > 0)
     u'_i   = u_i * n / (sum_j kept_j + xi)    where kept, 0 elsewhere
 
-u is what the inner transformation makes of the gradient g, n the size of the array. The other
-elements would go uphill, carried by old gradients; the factor makes up for those left out. Of
-complex elements the angle between u and g has to be less than a right angle.
+u is the inner transformation's update for the gradient g, and n the size of the array. The other
+elements would go uphill, carried by old gradients; the factor makes up for them. A complex element
+is kept if the angle between u and g is less than a right angle.
 
-The paper's listing divides by mean(kept) + eps, its authors' code by max(mean(kept), 1e-3), which
-both leave a step of which all is kept as it is; the formula above, with xi = 1, shortens it by
-n / (n + 1), which halves that of an array with one element. Where most of a gradient is 0, as that
-of an embedding, few elements are kept and the factor is large.
+The paper's listing divides by mean(kept) + eps, the authors' code by max(mean(kept), 1e-3): both
+leave a step unchanged if all its elements are kept. The formula above, with xi = 1, multiplies it
+by n / (n + 1), which is 1/2 in an array with one element. Where most of a gradient is 0, as in an
+embedding, few elements are kept and the factor is large.
 
 Source: Liang et al. (2024), Algorithm 2, https://arxiv.org/abs/2411.16085
 """
@@ -32,7 +32,7 @@ from adamx.formula.symbols import Symbols
 
 
 def agreement(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the sign of a * b: 1, 0 or -1; for complex numbers that of the cosine between them.
+    """Return the sign of a * b, 1, 0 or -1; for complex numbers, of the cosine between them.
 
     Example:
         >>> agreement(jnp.array([1e-30, -2.0, 0.0]), jnp.array([1e-30, 1.0, 1.0]))
@@ -42,11 +42,11 @@ def agreement(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 class cautious(Transformation):
-    """Keep what of the inner update agrees with the incoming one, and make up for the rest.
+    """Keep the elements of the inner update that agree with the incoming one, and enlarge them.
 
     Attributes:
-        inner: what makes the update, such as `scale_by_adam()`; the learning rate and weight decay
-            stand behind.
+        inner: the transformation that makes the update, such as `scale_by_adam()`. The learning
+            rate and weight decay come after `cautious`.
         xi: added to the number of elements kept, >= 0.
 
     Raises:

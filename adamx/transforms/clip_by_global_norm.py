@@ -1,11 +1,11 @@
-"""Shorten the updates of the whole tree together, where they are longer than allowed.
+"""Clip the updates by the norm of the whole tree.
 
     norm = sqrt(sum over all elements of |u|^2)
     u'   = u * min(1, max_norm / norm)
 
-The norm is computed once a step, in float32 (float64 where a leaf is), as a plain sum. Where that
-has overflowed, or is so small that squares were lost, a branch on scalars alone computes it anew
-from scaled updates, so that the norm is right for gradients of any size and costs one reading.
+The norm is computed once a step, in float32 (float64 where a leaf is), as a plain sum. If the sum
+overflows, or is so small that squares were lost, a branch on scalars alone computes it again from
+scaled updates. So the norm is right for gradients of any size, and costs one reading of them.
 
 Source: Pascanu et al. (2013), section 3.2, https://arxiv.org/abs/1211.5063
 """
@@ -29,17 +29,17 @@ from adamx.formula.symbols import Symbols
 
 
 class clip_by_global_norm(Transformation):
-    """Scale the updates down such that the norm of the whole tree is `max_norm` at most.
+    """Scale the updates down so that the norm of the whole tree is at most `max_norm`.
 
-    It reads the whole tree, so it stands in a top-level chain (at the head, where it costs one
-    reading of the gradients; behind other stages what these emit is computed twice or stored).
-    NaN and infinite elements make updates that are NaN; `skip_nonfinite` around the chain skips
-    such steps, and shares the reading.
+    It reads the whole tree, so it belongs in a top-level chain. As the first stage it costs one
+    reading of the gradients; after other stages, their output is computed twice or stored. NaN and
+    infinite elements turn the updates into NaN; `skip_nonfinite` around the chain skips such steps,
+    and shares the reading.
 
-    Attributes:
-        max_norm: >= 0, in the unit of the updates: a number, array or schedule.
-        recorded_as: the state's entry with the norm before clipping, float32; None keeps none. The
-            argument is `record`: True means "grad_norm", a string another name.
+    Args:
+        max_norm: a number, array or schedule, >= 0. It is in the unit of the updates.
+        record: True records the norm before clipping as `state["grad_norm"]`, in the dtype in which
+            it is computed; a string is another name for it, False records nothing.
 
     Raises:
         ValueError: if `max_norm` is negative or not finite.
@@ -56,7 +56,7 @@ class clip_by_global_norm(Transformation):
     recorded_as: str | None
 
     def __init__(self, max_norm: ScalarOrSchedule, record: bool | str = False) -> None:
-        """Check max_norm and settle the name of what is recorded."""
+        """Check max_norm and settle the name of the recorded norm."""
         self._set(max_norm=max_norm)
         check(self, max_norm=RATE)
         name = record if isinstance(record, str) else "grad_norm" if record else None

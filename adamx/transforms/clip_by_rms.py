@@ -2,9 +2,9 @@
 
     u' = u min(1, threshold / rms(u)),    rms(u) = sqrt(mean(|u|^2)) over one array
 
-The threshold is the size of a typical element, so that it does not depend on how many there are.
-Behind a scaling by the second moment this is Adafactor's update clipping, with threshold d = 1; in
-front of it, it is Optax's `clip_by_block_rms`.
+The threshold is the size of a typical element, so it does not depend on their number. After a
+scaling by the second moment this is Adafactor's update clipping, with threshold d = 1; before it,
+it is Optax's `clip_by_block_rms`.
 
 Source: Shazeer & Stern (2018), Algorithm 4 and section 6, https://arxiv.org/abs/1804.04235
 """
@@ -24,7 +24,7 @@ from adamx.formula.symbols import Symbols
 
 
 class clip_by_rms(Transformation):
-    """Scale each array down to a root mean square of `threshold`, if it has more; keep nothing.
+    """Scale each array down to a root mean square of at most `threshold`; keep nothing.
 
     Attributes:
         threshold: the largest root mean square of an array, >= 0, in the unit of the updates.
@@ -33,7 +33,7 @@ class clip_by_rms(Transformation):
         ValueError: if `threshold` is a number that is negative or not finite.
 
     Example:
-        The root mean square of (1, 7) is 5, that of (3, 1) less than 2.5:
+        The root mean square of (1, -7) is 5, and of (3, 1) less than 2.5:
 
         >>> import jax.numpy as jnp
         >>> tx = clip_by_rms(2.5)

@@ -2,9 +2,9 @@
 
     u' = u min(1, max_delta / |u|)
 
-For real updates that is min(max(u, -max_delta), max_delta), as in Optax (`clip`) and in PyTorch
-(`clip_grad_value_`); a complex one keeps its phase, where those two raise. It changes the direction
-of the whole update, which clipping by a norm does not.
+For real updates this is min(max(u, -max_delta), max_delta), as in Optax (`clip`) and in PyTorch
+(`clip_grad_value_`). A complex update keeps its phase, where those two raise. Unlike clipping by a
+norm, this changes the direction of the whole update.
 
 Source: Pascanu et al. (2013), section 3.2, on clipping by element and by norm,
 https://arxiv.org/abs/1211.5063
@@ -28,7 +28,7 @@ class clip_by_value(Transformation):
 
     Attributes:
         max_delta: the largest magnitude, >= 0, in the unit of the updates. Infinite elements
-            become as large; NaN stays NaN.
+            are clipped to it; NaN stays NaN.
 
     Raises:
         ValueError: if `max_delta` is a number that is negative or not finite.

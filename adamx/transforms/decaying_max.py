@@ -1,11 +1,11 @@
-"""Maximum of the magnitudes so far, which fades: AdaMax's infinity norm.
+"""Decaying maximum of the magnitudes: AdaMax's infinity norm.
 
     nu_t = max(decay * nu_{t-1}, |u_t| + eps),    nu_0 = 0
 
 It is the limit, for p to infinity, of an average of |u|^p taken to the power 1 / p. It needs no
-bias correction: it starts with the first magnitude. The paper has no eps; in Optax and PyTorch it
-stands beside the magnitude, and so keeps the maximum above 0. Between complex numbers |u| is the
-magnitude, as in Optax; PyTorch takes the real and the imaginary part for two parameters.
+bias correction: it starts with the first magnitude. The paper has no eps; Optax and PyTorch add it
+to the magnitude, which keeps the maximum above 0. For complex numbers |u| is the magnitude, as in
+Optax; PyTorch treats the real and the imaginary part as two parameters.
 
 Source: Kingma & Ba (2015), Algorithm 2, https://arxiv.org/abs/1412.6980
 """
@@ -28,12 +28,12 @@ from adamx.formula.symbols import Symbols
 
 
 class decaying_max(Transformation):
-    """Replace the updates by the maximum of their magnitudes, the past ones faded.
+    """Replace the updates by the decaying maximum of their magnitudes.
 
     Attributes:
-        decay: what is left of the old maximum after a step, in [0, 1): a number, a scalar array, or
-            a schedule of the step.
-        eps: added to each magnitude, >= 0, in the unit of the incoming updates.
+        decay: weight of the past, in [0, 1): a number, array or schedule. It multiplies the old
+            maximum.
+        eps: added to each magnitude, >= 0, in the unit of the gradients.
         name: the slot that keeps the maximum: real, float32 or wider, shaped like the parameter,
             in the unit of the incoming updates.
 

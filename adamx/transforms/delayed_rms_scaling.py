@@ -1,12 +1,12 @@
-"""Divide the updates by the root of what their second moment was a step ago: ADOPT's scaling.
+"""Divide the updates by the root of the last step's second moment: ADOPT's scaling.
 
     u'_t = u_t / max(sqrt(second_moment_{t-1}), eps),    u'_1 = 0
 
-The gradient and what it is divided by are then independent, where in Adam's scaling the gradient
-appears in both: that lets ADOPT converge for any decay of the second moment. In the first step
-there is no second moment to divide by: it is only taken in.
+The gradient and its divisor are then independent; in Adam's scaling the gradient appears in both.
+This lets ADOPT converge for any decay of the second moment. The first step has no second moment to
+divide by: it only starts one.
 
-eps is the smallest divisor, where `adamx.transforms.rms_scaling` adds it.
+eps is the smallest divisor; `adamx.transforms.rms_scaling` adds it instead.
 
 Source: Taniguchi et al. (2024), Algorithm 2, https://arxiv.org/abs/2411.02853
 """
@@ -31,9 +31,9 @@ class delayed_rms_scaling(Transformation):
     """Divide the updates by the root of the last step's second moment.
 
     Attributes:
-        second_moment: what gives the scale, >= 0, from its slots, such as
-            `seeded_ema_of_squares(decay)`.
-        eps: the smallest divisor, >= 0, in the unit of the updates. 0 / 0, possible with eps = 0,
+        second_moment: the transformation that emits the second moment, >= 0, such as
+            `ema_of_squares(decay)`. Its output must depend on its slots only.
+        eps: the smallest divisor, >= 0, in the unit of the gradients. 0 / 0, possible with eps = 0,
             is 0.
 
     Raises:

@@ -1,10 +1,10 @@
-"""How far the update is from what was expected: AdaBelief's reading of the gradient.
+"""The deviation of the updates from a slot, such as their average: AdaBelief's surprise.
 
     u'_t = u_t - slot_t
 
-The slot is one that an earlier concept keeps, such as the average of `ema`, with this step's update
-already in it. Behind it, `ema_of_squares` is an average of squared surprises: small where gradients
-are large and steady, so that steps are long there.
+An earlier concept keeps the slot, such as the average of `ema`; this step's update is already in
+it. After this concept, `ema_of_squares` averages squared surprises: it is small where gradients are
+large and steady, so steps are long there.
 
 Source: Zhuang et al. (2020), Algorithm 2, https://arxiv.org/abs/2010.07468
 """
@@ -24,11 +24,11 @@ class deviation(Transformation):
     """Subtract a slot that an earlier concept keeps; keep nothing.
 
     Attributes:
-        slot: the name of the slot: shaped like the parameter, in the unit of the updates. Its
-            concept stands before this one: in an earlier stage or branch.
+        slot: the slot to read. It is shaped like the parameter, in the unit of the updates, and its
+            concept comes before this one, in an earlier stage or branch.
 
     Raises:
-        ValueError: at `update`, if no concept of the same run keeps a slot of that name.
+        ValueError: at `update`, if there is no such slot.
 
     Example:
         The average after one step is 0.75 * 0 + 0.25 * 8 = 2:
@@ -43,9 +43,7 @@ class deviation(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         if self.slot not in slots:
-            raise ValueError(
-                f"deviation: no concept beside it keeps a slot {self.slot!r}, only {sorted(slots)}"
-            )
+            raise ValueError(f"deviation: there is no slot {self.slot!r}, only {sorted(slots)}")
         return u - slots[self.slot]
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

@@ -1,4 +1,4 @@
-"""By how much the updates have changed since the last step.
+"""The change of the updates since the last step.
 
     u'_t = u_t - u_{t-1},    u'_1 = 0
     previous_t = u_t

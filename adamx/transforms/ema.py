@@ -3,12 +3,12 @@
     mu_t = decay * mu_{t-1} + (1 - decay) * u_t,    mu_0 = initial
 
 It is computed in a form whose gain is one (`adamx.core.arithmetic.average`): with rounded factors
-the average of squares with decay 0.999 would be 1.3e-5 too large for ever. (A float32 that creeps
-up on a constant stops where its steps fall below half a ULP, 3e-5 short at 0.999, in any form;
-gradients that vary do not meet this.)
+the average of squares with decay 0.999 would be 1.3e-5 too large for ever. (In any form, a float32
+average of a constant stops when its steps fall below half a ULP, 3e-5 short at 0.999. This does not
+happen with gradients that vary.)
 
-For the first 1 / (1 - decay) steps the average leans towards its start; where that is zero,
-`bias_correction` undoes it.
+For the first 1 / (1 - decay) steps the average leans towards its start. If the start is zero,
+`bias_correction` undoes this.
 
 Source: Kingma & Ba (2015), Algorithm 1, https://arxiv.org/abs/1412.6980
 """
@@ -35,13 +35,12 @@ class ema(Transformation):
     """Replace the updates by their exponential moving average.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step (0
-            at the first); 0 makes this the identity.
-        dtype: what the average is kept in, rounded to nearest; None means float32, or wider where
-            the parameter is.
+        decay: weight of the past, in [0, 1): a number, array or schedule. 0 makes this the
+            identity. A schedule sees 0 in the first step.
+        dtype: dtype of the slot, rounded to nearest; None means the parameter's, at least float32.
         name: the slot that keeps the average: shaped like the parameter, in the unit of the
             incoming updates.
-        initial: the average before the first step, finite.
+        initial: value before the first step, finite.
 
     Raises:
         ValueError: if `decay` is a number outside [0, 1), `initial` is not finite, or one of them

@@ -2,10 +2,10 @@
 
     nu_t = decay * nu_{t-1} + (1 - decay) * mean(|u_t|^2),    nu_0 = 0,    the mean over one block
 
-`ema_of_squares` with one number for a block of elements in the place of one for each element. The
-paper's blocks are the smallest dense ones of the Hessian: an output neuron of a linear layer, a
-head of query and key projections, a token of an embedding, the whole of anything else. In an array
-they are what is left when some axes are averaged over; which ones depends on the layout.
+This is `ema_of_squares` with one number for each block of elements instead of each element. The
+paper's blocks are the smallest dense blocks of the Hessian: an output neuron of a linear layer, a
+head of query and key projections, a token of an embedding, any other array as a whole. A block
+extends over the axes that are averaged over, which depend on the layout.
 
 Source: Zhang et al. (2024), Algorithms 1 and 3, https://arxiv.org/abs/2406.16793
 """
@@ -30,21 +30,21 @@ from adamx.formula.expressions import Expr, last, reduced
 from adamx.formula.symbols import Symbols
 
 BlockAxes = tuple[int, ...] | Callable[[str, jax.Array], tuple[int, ...]] | None
-"""The axes that are averaged over, for all leaves or from a leaf's path and the leaf."""
+"""The axes to average over, for all leaves or as a function of a leaf's path and the leaf."""
 
 
 class ema_of_mean_squares(Transformation):
     """Replace the updates by the moving average of their mean square over each block.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step.
-        axes: the axes that are averaged over: a tuple, for all leaves but scalars; a function of a
-            leaf's path, such as "dense/kernel", and the leaf, which returns a tuple; or None: all
-            axes but the last where there are two or more (one block for each output of a kernel
-            (in, out) or (height, width, in, out)), all of a vector. () averages nothing.
-        name: the slot that keeps the average: real, of the parameter's shape but for size 1 along
-            the axes averaged over, float32 or wider, in the squared unit of the updates. A sharded
-            parameter's slot is sharded along the axes that are left.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
+        axes: the axes to average over: a tuple, or a function from a leaf's path, such as
+            "dense/kernel", and the leaf to a tuple; None means all but the last of a matrix or
+            kernel, and all of a vector. () averages nothing. A scalar has no axes. None makes one
+            block for each output of a kernel (in, out) or (height, width, in, out).
+        name: the slot that keeps the average: real, float32 or wider, shaped like the parameter but
+            with size 1 along the averaged axes, in the squared unit of the updates. A sharded
+            parameter's slot is sharded along the other axes.
 
     Raises:
         ValueError: if `decay` is a number outside [0, 1), or a 16-bit array.
@@ -75,7 +75,7 @@ class ema_of_mean_squares(Transformation):
         return dataclasses.replace(self, axes=tuple(self.axes(path, leaf)))
 
     def slots(self, param: jax.Array) -> Slots:
-        # a reduction, so that the slot of a sharded parameter is sharded as far as it goes on
+        # a reduction keeps the slot of a sharded parameter sharded along the other axes
         start = placed_like(zeros(param), param)
         return {self.name: start.real.sum(self._axes(param), keepdims=True)}
 

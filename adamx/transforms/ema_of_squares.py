@@ -2,8 +2,8 @@
 
     nu_t = decay * nu_{t-1} + (1 - decay) * |u_t|^2,    nu_0 = initial
 
-Computed as `adamx.transforms.ema` is. For complex updates |u|^2 is real, and so is nu. A square too
-large for its dtype counts as the largest number, so that nu comes down again; an infinite nu would
+It is computed like `adamx.transforms.ema`. For complex updates |u|^2 and nu are real. A square too
+large for its dtype counts as the largest number, so nu can come down again; an infinite nu would
 stop its element for ever.
 
 Source: Tieleman & Hinton (2012), Lecture 6.5; Kingma & Ba (2015), Algorithm 1,
@@ -19,13 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, compute_dtype, real_dtype, squared_magnitude
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    NON_NEGATIVE,
-    Scalar,
-    ScalarOrSchedule,
-    check,
-)
+from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled_decay
 from adamx.core.step import LeafStep, Step
@@ -38,10 +32,10 @@ class ema_of_squares(Transformation):
     """Replace the updates by the exponential moving average of their squares.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step.
-        initial: the average before the first step, >= 0.
-        dtype: what the average is kept in, rounded to nearest; None means float32, or wider where
-            the parameter is. With a 16-bit dtype and decay near 1 the average stands still.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
+        initial: value before the first step, >= 0.
+        dtype: dtype of the slot, rounded to nearest; None means the parameter's, at least float32.
+            With a 16-bit dtype and a decay near 1 the average stops changing.
         name: the slot that keeps the average: real, shaped like the parameter, in the squared unit
             of the incoming updates.
 

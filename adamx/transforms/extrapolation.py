@@ -1,8 +1,8 @@
-"""The updates carried on along their last change: Adan's look-ahead gradient.
+"""Extrapolate the updates along their last change: Adan's look-ahead gradient.
 
     u'_t = u_t + factor * (u_t - u_{t-1}),    u'_1 = u_1
 
-u_{t-1} is what a `difference` earlier in the composition keeps: this piece keeps nothing.
+u_{t-1} is the slot of a `difference` earlier in the composition; this concept keeps nothing.
 
 Source: Xie et al. (2022), Algorithm 1, https://arxiv.org/abs/2208.06677
 """
@@ -24,12 +24,12 @@ from adamx.formula.symbols import Symbols
 
 
 class extrapolation(Transformation):
-    """Add a multiple of their change since the last step to the updates.
+    """Add to the updates a multiple of their change since the last step.
 
     Attributes:
-        factor: how far to carry on: 0 is today's update, 1 the next one on a straight line. A
-            number, a scalar array, or a schedule of the step.
-        slot: the slot of the `difference` that reads the same updates, in an earlier branch.
+        factor: a number, array or schedule, finite: 0 gives today's update, 1 the next one on a
+            straight line.
+        slot: the slot to read. Its `difference` reads the same updates in an earlier branch.
 
     Raises:
         ValueError: if `factor` is NaN or infinite; at `update`, if there is no such slot.

@@ -2,9 +2,9 @@
 
     u'_t = clip(u_t, -c_t, c_t),    c_t = (t - 1)^power
 
-Behind a division by the root of a second moment the updates are near 1, so that the bound acts on
-outliers of the early steps: it is 1 in the second, 5.6 after 1000, 10 after 10000. In the first
-step it is 0. Of a complex element the magnitude is limited.
+After a division by the root of a second moment the updates are near 1, so the bound acts on
+outliers of the early steps: it is 0 in the first step, 1 in the second, 5.6 after 1000, 10 after
+10000. For complex elements it limits the magnitude.
 
 Source: Taniguchi et al. (2024), section 4.2, https://arxiv.org/abs/2411.02853 (t counts from 1 here
 and the paper's first step, which only starts v, is not counted there)

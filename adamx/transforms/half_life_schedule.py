@@ -3,8 +3,8 @@
     1 / log(decay_s) = (1 - s/steps) / log(start) + (s/steps) / log(end),    s < steps
     decay_s = end,                                                           s >= steps
 
-The half-life of an average is log(1/2) / log(decay): going from 0.9 to 0.9999 in a straight line
-would leave the long memories to the last few steps, this gives each its share.
+The half-life of an average is log(1/2) / log(decay). A straight line from 0.9 to 0.9999 would leave
+the long half-lives to the last few steps; here each gets its share.
 
 Source: Pagliardini, Ablin & Grangier (2024), section 3 and appendix A.1,
 https://arxiv.org/abs/2409.03137
@@ -22,18 +22,18 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class half_life_schedule:
-    """Go from one decay to another such that the half-life grows linearly with the steps.
+    """Go from one decay to another so that the half-life grows linearly with the steps.
 
     Attributes:
         start: the decay at step 0, in (0, 1).
         end: the decay from step number `steps` on, in (0, 1).
-        steps: how many steps it takes, >= 1.
+        steps: the number of steps from `start` to `end`, >= 1.
 
     Raises:
         ValueError: if a number is out of its range.
 
     Example:
-        Half-lives of 1 and 3 steps have 2 between them, whose decay is the root of 1/2:
+        Halfway between the half-lives 1 and 3 is 2, whose decay is the root of 1/2:
 
         >>> schedule = half_life_schedule(0.5, 0.5 ** (1 / 3), steps=4)
         >>> [round(float(schedule(step)), 4) for step in (0, 2, 4, 5)]

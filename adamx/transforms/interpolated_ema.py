@@ -3,13 +3,13 @@
     u'_t = blend * mu_{t-1} + (1 - blend) * u_t
     mu_t = decay * mu_{t-1} + (1 - decay) * u_t,    mu_0 = 0
 
-What goes out leans more on today's update (blend < decay) than what is kept. With blend = decay
-both are `adamx.transforms.ema`'s average. It is computed from the new average, so that a step can
-write over the old one, as
+With blend < decay the output weights today's update more than the slot does. With blend = decay
+both are the average of `adamx.transforms.ema`. The output is computed from the new average, so that
+a step can overwrite the old one:
 
-    u'_t = ratio * mu_t + (1 - ratio) * u_t,    ratio = blend / decay,
+    u'_t = ratio * mu_t + (1 - ratio) * u_t,    ratio = blend / decay
 
-so that decay may not be 0, in a schedule neither: nothing of the old average would be left.
+So decay must not be 0, nor may a schedule give 0: nothing of the old average would be left.
 
 Source: Chen et al. (2023), Algorithm 2, https://arxiv.org/abs/2302.06675
 """
@@ -35,15 +35,13 @@ POSITIVE_DECAY = Range(math.ulp(0.0), 1.0, "in (0, 1)", open_above=True, schedul
 
 
 class interpolated_ema(Transformation):
-    """Replace the updates by a mixture of them and the average of those before.
+    """Replace the updates by a mixture of themselves and the average of earlier ones.
 
     Attributes:
-        blend: weight of the old average in what goes out, in [0, 1): a number, a scalar array, or a
-            schedule of the step.
-        decay: weight of the old average in the new one, in (0, 1): a number, array or schedule; a
-            schedule must not be 0 in any step.
-        dtype: what the average is kept in, rounded to nearest; None means float32, or wider where
-            the parameter is.
+        blend: weight of the old average in the output, in [0, 1): a number, array or schedule.
+        decay: weight of the past in the slot, in (0, 1): a number, array or schedule. A schedule
+            must not be 0 in any step.
+        dtype: dtype of the slot, rounded to nearest; None means the parameter's, at least float32.
         name: the slot that keeps the average: shaped like the parameter, in the unit of the
             incoming updates.
 
@@ -52,7 +50,7 @@ class interpolated_ema(Transformation):
             them is a 16-bit array.
 
     Example:
-        Half of the update goes out, a quarter of it is kept:
+        Half of the update is emitted, a quarter of it is kept:
 
         >>> import jax.numpy as jnp
         >>> tx = interpolated_ema(0.5, 0.75)

@@ -3,9 +3,9 @@
     mu_t = decay * mu_{t-1} + (1 - decay) * u_t
     u'_t = decay * mu_t / (1 - decay^(t+1)) + (1 - decay) * u_t / (1 - decay^t)
 
-The average one step ahead, with today's update standing in for tomorrow's. Where the decay is
-scheduled, decay_{t+1} stands before mu_t, and products of decays in the place of powers. (PyTorch's
-NAdam schedules these factors and not the average: `scheduled_nesterov_ema`.)
+This is the average one step ahead, with today's update in place of tomorrow's. With a scheduled
+decay, decay_{t+1} multiplies mu_t, and products of decays replace the powers. (PyTorch's NAdam
+schedules these factors and not the average: `scheduled_nesterov_ema`.)
 
 Source: Dozat (2016), section 2; with a constant decay as Optax's `nesterov=True`,
 https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
@@ -34,10 +34,10 @@ class nesterov_ema(Transformation):
     """Replace the updates by their bias-corrected average, one step ahead.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step.
-        dtype: what the average is kept in; None means float32, or wider where the parameter is.
-        name: the slot that keeps the average; where the decay is scheduled, `<name>_correction` is
-            the state's entry with 1 minus the product of the decays.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
+        dtype: dtype of the slot, rounded to nearest; None means the parameter's, at least float32.
+        name: the slot that keeps the average. With a scheduled decay the state has
+            `<name>_correction` too: 1 minus the product of the decays.
 
     Raises:
         ValueError: if `decay` is a number outside [0, 1), or a 16-bit array.

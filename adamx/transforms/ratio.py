@@ -2,8 +2,8 @@
 
     u' = numerator(u) / denominator(u)
 
-Both branches read the same incoming update. 0 / 0 is 0. Where the denominator is the root of a
-second moment, `rms_scaling` takes that root, with eps inside or outside it.
+Both branches read the same incoming update. 0 / 0 is 0. To divide by the root of a second moment,
+use `rms_scaling`: it takes the root, with eps inside or outside it.
 
 Source: Kingma & Ba (2015), Algorithm 2, https://arxiv.org/abs/1412.6980
 """
@@ -27,10 +27,10 @@ class ratio(Transformation):
     """Divide a filter of the updates by another filter of the same updates.
 
     Attributes:
-        numerator: what is scaled, such as `chain(ema(b1), bias_correction(b1))`; by default the
-            update itself.
-        denominator: what gives the scale, such as `decaying_max(decay)`: real and >= 0. Where it is
-            0 the outgoing update is 0.
+        numerator: the transformation to scale, such as `chain(ema(b1), bias_correction(b1))`; by
+            default the update itself.
+        denominator: the transformation to divide by, such as `decaying_max(decay)`. It emits real
+            numbers >= 0; where one is 0, so is the ratio.
 
     Raises:
         TypeError: if a branch is not an adamx transformation.

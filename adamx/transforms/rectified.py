@@ -5,21 +5,19 @@
     r_t     = sqrt((rho_t - 4) (rho_t - 2) rho_inf / ((rho_inf - 4) (rho_inf - 2) rho_t))
     u'_t    = r_t * scaling(u_t) where rho_t >= threshold and rho_t > 4, else its numerator
 
-rho_t is how many gradients the average of squares is worth: 1 in the first step, rho_inf in the
-end. While it is small, the root of that average is too noisy to divide by, and the steps are those
-of momentum; then r_t, which rises to 1, makes up for the noise that is left.
+rho_t is the number of gradients that the average of squares is worth: 1 in the first step, rho_inf
+in the end. While it is small, the root of the average is too noisy to divide by, and the steps
+follow the numerator alone. Later r_t, which rises to 1, makes up for the remaining noise.
 
-Plainly computed, rho_t is a difference of numbers near rho_inf: in float32, at decay = 0.999, 2e-4
-is lost of numbers near 4. With x = -log(decay) and G(z) = 1 + 1/z - coth(z),
+Computed as written, rho_t is a difference of numbers near rho_inf: in float32, at decay = 0.999,
+numbers near 4 are 2e-4 off. With x = -log(decay) and G(z) = 1 + 1/z - coth(z),
 
     rho_t = 1 - G(x / 2) + t * G(t * x / 2)
 
-is the same without that loss.
-
-rho_inf is what a constant decay tends to: a schedule has none, and is refused.
+is the same without that loss. Only a constant decay has a rho_inf, so schedules are refused.
 
 The paper rectifies where rho_t > 4 (threshold = 4 here), PyTorch where rho_t > 5, Optax where
-rho_t >= 5: with decay = 0.999, from the fifth step on, and from the sixth in the other two.
+rho_t >= 5: at decay = 0.999, the paper from the fifth step on, the other two from the sixth.
 
 Source: Liu et al. (2020), Algorithm 2, https://arxiv.org/abs/1908.03265
 """
@@ -49,13 +47,13 @@ CONSTANT_DECAY = dataclasses.replace(
 
 
 class rectified(Transformation):
-    """Scale by what `rms_scaling` does, rectified, once its second moment is worth enough.
+    """Rectify an `rms_scaling`, and skip its division while the second moment is young.
 
     Attributes:
-        scaling: Adam's scaling: its numerator is what the first steps follow.
-        decay: that of the average of squares in the scaling, in [0, 1): a number or a scalar array,
-            and no schedule.
-        threshold: from what rho_t on to scale, >= 0; 4 or less means above 4, where r_t begins.
+        scaling: Adam's scaling; the first steps follow its numerator.
+        decay: decay of the average of squares in the scaling, in [0, 1): a number or array, no
+            schedule.
+        threshold: the least rho_t at which to divide by the root, >= 0. 4 or less means rho_t > 4.
 
     Raises:
         TypeError: if `scaling` is not an `rms_scaling`, or `decay` is a schedule.
@@ -116,10 +114,10 @@ class rectified(Transformation):
 
 
 def effective_length(decay: Scalar, count: jax.Array) -> jax.Array:
-    """Return how many updates an average that started from nothing is worth: RAdam's rho_t.
+    """Return the number of updates that an average started at 0 is worth: RAdam's rho_t.
 
     Args:
-        decay: that of the average, in [0, 1): a number, whose logarithm is taken in double
+        decay: weight of the past, in [0, 1): a number, whose logarithm is taken in double
             precision, or an array.
         count: array of whole numbers >= 1.
 

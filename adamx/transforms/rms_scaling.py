@@ -2,8 +2,8 @@
 
     u' = numerator(u) / (sqrt(second_moment(u) + eps_root) + eps)
 
-Both branches read the same incoming update. eps stands outside the square root, as in the papers
-and in PyTorch; `eps_root` inside it. 0 / 0, possible with eps = 0, is 0. The derivative at u = 0
+Both branches read the same incoming update. eps is added outside the square root, as in the papers
+and PyTorch, and `eps_root` inside it. 0 / 0, possible with eps = 0, is 0. At u = 0 the derivative
 is the true 1 / eps, where the plain square root gives NaN (`adamx.core.arithmetic.root`).
 
 Source: Kingma & Ba (2015), Algorithm 1, https://arxiv.org/abs/1412.6980
@@ -29,12 +29,13 @@ class rms_scaling(Transformation):
     """Divide a filter of the updates by the root of a second moment of the same updates.
 
     Attributes:
-        numerator: what is scaled, such as `chain(ema(b1), bias_correction(b1))`; by default the
-            update itself.
-        second_moment: what gives the scale, >= 0, such as `ema_of_squares(decay)`.
-        eps: added to the root, >= 0, in the unit of the updates. It decides how far an element
-            whose gradients are small may still move.
-        eps_root: added under the root, >= 0, in the squared unit of the updates.
+        numerator: the transformation to scale, such as `chain(ema(b1), bias_correction(b1))`; by
+            default the update itself.
+        second_moment: the transformation that emits the second moment, >= 0, such as
+            `ema_of_squares(decay)`.
+        eps: added to the root, >= 0, in the unit of the gradients. It decides how far an element
+            with small gradients may still move.
+        eps_root: added under the root, >= 0, in the squared unit of the gradients.
 
     Raises:
         TypeError: if a branch is not an adamx transformation.

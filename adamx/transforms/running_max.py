@@ -2,7 +2,7 @@
 
     max_t = max(max_{t-1}, u_t),    max_0 = 0
 
-Behind a second moment, it keeps the steps from growing when the gradients shrink. An infinite
+After a second moment, it keeps the steps from growing when the gradients shrink. An infinite
 update counts as the largest number: an infinite maximum would stop its element for ever.
 
 Source: Reddi, Kale & Kumar (2018), Algorithm 2, https://arxiv.org/abs/1904.09237
@@ -26,8 +26,8 @@ class running_max(Transformation):
 
     Attributes:
         name: the slot that keeps the maximum: real, float32 or wider, shaped like the parameter,
-            in the unit of the incoming updates. It starts at 0, so that the updates should be
-            >= 0, as second moments are.
+            in the unit of the incoming updates. It starts at 0, so the updates should be >= 0,
+            as second moments are.
 
     Raises:
         TypeError: at `update`, if the incoming updates are complex, which have no order.
@@ -48,7 +48,7 @@ class running_max(Transformation):
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         if jnp.iscomplexobj(u):
             raise TypeError(
-                f"running_max: complex numbers have no maximum, got {u.dtype}: put it behind a "
+                f"running_max: complex numbers have no maximum, got {u.dtype}: put it after a "
                 "second moment, such as ema_of_squares"
             )
         largest = float(jnp.finfo(u.dtype).max)

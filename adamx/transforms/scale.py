@@ -2,7 +2,7 @@
 
     u'_t = step_size_t * u_t
 
-It keeps nothing, and may stand anywhere in a chain.
+It keeps nothing, and may be any stage of a chain.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class scale(Transformation):
     """Multiply the updates by a number; keep nothing.
 
     Attributes:
-        step_size: any finite number, a scalar array, or a schedule of the step (0 at the first).
+        step_size: a number, array or schedule, finite. A schedule sees 0 in the first step.
 
     Raises:
         ValueError: if `step_size` is a number that is NaN or infinite.

@@ -23,12 +23,12 @@ from adamx.formula.symbols import Symbols
 
 
 class scale_by_learning_rate(Transformation):
-    """Multiply the updates by minus the learning rate, and keep the rate to be read.
+    """Multiply the updates by minus the learning rate, and record the rate in the state.
 
     Attributes:
-        learning_rate: >= 0: a number, a scalar array, a tracer, or a schedule: a function of the
-            step's number, 0 at the first. The state has the one last used (before the first step,
-            the first) as `state["learning_rate"]`, float32.
+        learning_rate: a number, array or schedule, >= 0. A schedule is a function of the step's
+            number, 0 at the first. The state has the rate last used (before the first step, the
+            first) as `state["learning_rate"]`, float32.
         flip_sign: False multiplies by plus the learning rate.
 
     Raises:

@@ -1,18 +1,18 @@
-"""Schedule-free learning: an average of the weights in the place of a decaying learning rate.
+"""Schedule-free learning: an average of the weights instead of a decaying learning rate.
 
-    y_t     = (1 - b1) z_t + b1 x_t          the parameters: where the gradient is taken
+    y_t     = (1 - b1) z_t + b1 x_t          the parameters, at which the gradient is taken
     z_{t+1} = z_t + inner(g_t)               the steps of any optimizer without momentum
-    x_{t+1} = (1 - c_t) x_t + c_t z_{t+1}    their weighted average: what is evaluated
+    x_{t+1} = (1 - c_t) x_t + c_t z_{t+1}    their weighted average, for evaluation
     c_t     = k_t / (k_1 + ... + k_t),  k_t = (max of lr_1 ... lr_t)^weight_lr_power
 
 With x eliminated, y_{t+1} - y_t = c_t (z_{t+1} - y_t) + (1 - c_t) (1 - b1) (z_{t+1} - z_t): only z
-is kept, no division by b1 is needed, and a parameter changed from outside changes x alone. It takes
-one b1 for all steps: that is no schedule.
+is kept, no division by b1 is needed, and a parameter changed from outside changes x alone. All
+steps have the same b1: it cannot be a schedule.
 
-The sum of the k is kept in units of the last, so that no learning rate is too small for it.
-The paper weights by lr_t itself; Optax and the authors' PyTorch code by the largest so far, as
-here, which is the same until the rate falls. In Optax the weight sees a schedule one step ahead of
-the rate inside; here both see the same.
+The sum of the k_t is kept in units of the last one, so no learning rate is too small for it. The
+paper weights by lr_t itself; Optax and the authors' PyTorch code weight by the largest rate so far,
+as here, which is the same until the rate falls. In Optax the weights see a schedule one step ahead
+of the inner rate; here both see the same step.
 
 Source: Defazio et al. (2024), equations 3 to 5 and Algorithm 1, https://arxiv.org/abs/2405.15682
 """
@@ -46,19 +46,20 @@ SHARE = Range(  # with 0 the average x would not be in y
 
 
 class schedule_free(Transformation):
-    """Let an optimizer step from one sequence of weights, and train on its average with another.
+    """Let an optimizer move z, and train at y, between z and its average x.
 
     The parameters hold y. For evaluation, `schedule_free_eval_params(state, params)` gives x.
 
     Attributes:
-        inner: the optimizer, which acts on one array at a time and ends in its learning rate,
-            without momentum: that is what the interpolation is for. What it reads as parameters
-            is y. A clip by the whole tree's norm stands before, `chain(clip, schedule_free(...))`.
-        learning_rate: >= 0: that of `inner`, with the warm-up and without a decay; here it weights
-            the average.
-        b1: how much of the average is in y, in (0, 1]; takes the place of momentum's decay. A
-            number or a scalar array, and no schedule.
-        weight_lr_power: >= 0: the power of the learning rate in the weights; 0 weights all alike.
+        inner: the optimizer. It acts on one array at a time, ends in its learning rate, reads y as
+            its parameters, and has no momentum: the interpolation replaces it. A clip by the norm
+            of the whole tree comes before, `chain(clip, schedule_free(...))`.
+        learning_rate: a number, array or schedule, >= 0. The same as in `inner`, with the warm-up
+            and without a decay; here it weights the average.
+        b1: weight of the average x in the parameters y, in (0, 1]: a number or array, no schedule.
+            It takes the place of momentum's decay.
+        weight_lr_power: power of the learning rate in the weights of the average, >= 0; 0 weights
+            all steps alike.
 
     The state has the slot `z`, float32 or wider, and the scalars `weight_sum`, the sum of the
     weights in units of the last one, `max_lr`, the largest learning rate so far, and `b1`.
@@ -69,7 +70,7 @@ class schedule_free(Transformation):
             it is called without params.
 
     Example:
-        The first step goes all the way, the second average is halfway, at (-1 - 2) / 2:
+        The first step moves z and x to -1; the second moves z to -2, and x to (-1 - 2) / 2:
 
         >>> import adamx, jax.numpy as jnp
         >>> tx, y = schedule_free(adamx.sgd(1.0), 1.0, b1=0.5), jnp.zeros(1)
@@ -132,7 +133,7 @@ class schedule_free(Transformation):
 
 
 def schedule_free_eval_params(state: Mapping[str, Any], params: Any) -> Any:
-    """Return the average x, with which to evaluate: (y - (1 - b1) z) / b1.
+    """Return the average x, for evaluation: (y - (1 - b1) z) / b1.
 
     Args:
         state: the state of a `schedule_free` optimizer, alone, in a chain or in `master_weights`.
@@ -140,10 +141,10 @@ def schedule_free_eval_params(state: Mapping[str, Any], params: Any) -> Any:
 
     Returns:
         A tree shaped like params, in their dtypes; computed in float32, from the masters where the
-        state has them. A leaf without a slot is what it was.
+        state has them. A leaf without a slot is returned unchanged.
 
     Raises:
-        ValueError: if the state is not that of a schedule-free optimizer, or of other parameters.
+        ValueError: if the state is of another kind of optimizer, or of other parameters.
 
     Example:
         >>> import adamx, jax.numpy as jnp
@@ -156,7 +157,7 @@ def schedule_free_eval_params(state: Mapping[str, Any], params: Any) -> Any:
     if missing := sorted({"z", "b1", "weight_sum"} - state.keys()):
         raise ValueError(
             f"schedule_free_eval_params: the state has no {missing}, only {sorted(state)}: it is "
-            "not that of a schedule-free optimizer"
+            "not the state of a schedule-free optimizer"
         )
     wide = masters(params, state) if {*NAMES} & state.keys() else params
     leaves, ys = lifting.take_apart(params, None), lifting.take_apart(wide, None)

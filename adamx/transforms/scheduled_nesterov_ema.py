@@ -6,12 +6,11 @@
 
 The momentum b_t rises from decay / 2 to decay; with momentum_decay = 0.004 it takes some 20 000
 steps. `nesterov_ema` is the same with b_t = decay from the start, as in Optax. In the paper the
-average too has the weights b_t and 1 - b_t; PyTorch, followed here, averages with decay, so that
-dividing by 1 - b_1 ... b_t is not exactly its correction: a constant comes out larger in the first
-steps.
+average has the weights b_t and 1 - b_t. PyTorch averages with decay, as this concept does: then
+1 - b_1 ... b_t is not exactly the bias correction, and enlarges a constant gradient at first.
 
-1 - b_1 ... b_t is computed from t alone, so that nothing is kept in the state, as a sum of positive
-terms, so that nothing cancels. PyTorch multiplies the product up, in float32 by default.
+1 - b_1 ... b_t is computed from t alone, without state, as a sum of positive terms, which do not
+cancel. PyTorch accumulates the product, in float32 by default.
 
 Source: Dozat (2016), Algorithm 2, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ, as in
 https://docs.pytorch.org/docs/stable/generated/torch.optim.NAdam.html
@@ -37,7 +36,7 @@ from adamx.formula.symbols import Symbols
 from adamx.transforms.bias_correction import one_minus_power
 
 CONSTANT_DECAY = dataclasses.replace(
-    DECAY, constant="the momentum has its schedule, by momentum_decay: nesterov_ema takes any other"
+    DECAY, constant="momentum_decay is the schedule of the momentum: nesterov_ema takes any other"
 )
 _RATE = -math.log(0.96)
 _TERMS = 52  # each is less than half the one before, and float64 has 52 bits
@@ -46,8 +45,8 @@ _TERMS = 52  # each is less than half the one before, and float64 has 52 bits
 def one_minus_product(decay: Scalar, rate: Scalar, t: jax.Array) -> jax.Array:
     """Return 1 - b_1 * ... * b_t with b_i = decay * (1 - q^i / 2) and q = exp(-rate).
 
-    The product is decay^t times that of the 1 - q^i / 2, whose logarithm is minus the sum over k of
-    (q^k + q^2k + ... + q^tk) / (k 2^k), in which the brackets are geometric sums.
+    The product is decay^t times the product of 1 - q^i / 2, whose logarithm is minus the sum over k
+    of (q^k + q^2k + ... + q^tk) / (k 2^k); each bracket is a geometric sum.
 
     Args:
         decay: in [0, 1), a float or an array like `t`.
@@ -71,10 +70,10 @@ class scheduled_nesterov_ema(Transformation):
     """Replace the updates by their corrected average, one step ahead, with a rising momentum.
 
     Attributes:
-        decay: weight of the past, in [0, 1), and the momentum in the end: a number or a scalar
-            array, and no schedule, since the method is one; `nesterov_ema` takes any other.
+        decay: weight of the past, in [0, 1), and the final momentum: a number or array.
+            `momentum_decay` is the schedule; `nesterov_ema` takes any other.
         momentum_decay: how fast the momentum rises, >= 0; 0 keeps it at decay / 2.
-        dtype: what the average is kept in; None means float32, or wider where the parameter is.
+        dtype: dtype of the slot, rounded to nearest; None means the parameter's, at least float32.
         name: the slot that keeps the average: shaped like the parameter, in the unit of the
             updates.
 

@@ -3,8 +3,8 @@
     nu_1 = |u_1|^2
     nu_t = decay * nu_{t-1} + (1 - decay) * |u_t|^2
 
-It needs no bias correction; the first square keeps the weight decay^(t-1), which is long (where the
-decay is scheduled, decay_2 ... decay_t: the first decay is not used). Otherwise as
+It needs no bias correction. The first square has the weight decay^(t-1), so it counts for long
+(with a schedule, decay_2 ... decay_t: the first decay is not used). Otherwise this is
 `adamx.transforms.ema_of_squares`.
 
 Source: Taniguchi et al. (2024), Algorithm 2, https://arxiv.org/abs/2411.02853
@@ -31,7 +31,7 @@ class seeded_ema_of_squares(Transformation):
     """Replace the updates by the average of their squares, which starts at the first of them.
 
     Attributes:
-        decay: weight of the past, in [0, 1): a number, a scalar array, or a schedule of the step.
+        decay: weight of the past, in [0, 1): a number, array or schedule.
         name: the slot that keeps the average: real, float32 or wider, shaped like the parameter,
             in the squared unit of the incoming updates.
 

@@ -2,7 +2,7 @@
 
     u' = 0
 
-Parameters stay where they are; nothing is kept.
+The parameters do not change; nothing is kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sign of the updates: every element moves alike, whatever its gradient.
+"""The sign of the updates: every element moves equally far, whatever its gradient.
 
     u'_i = u_i / |u_i|,    0 where u_i = 0
 

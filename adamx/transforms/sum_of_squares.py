@@ -2,7 +2,7 @@
 
     s_t = s_{t-1} + |u_t|^2,    s_0 = initial
 
-The sum stops at the largest finite number, where it would otherwise be infinite for ever.
+The sum stops at the largest finite number: an infinite sum would stop its element for ever.
 
 Source: Duchi, Hazan & Singer (2011), Figure 1, https://jmlr.org/papers/v12/duchi11a.html
 """
@@ -25,7 +25,7 @@ class sum_of_squares(Transformation):
     """Replace the updates by the sum of the squares of all updates so far.
 
     Attributes:
-        initial: the sum before the first step, >= 0.
+        initial: value before the first step, >= 0.
         name: the slot that keeps the sum: real, float32 or wider, shaped like the parameter, in
             the squared unit of the incoming updates.
 
@@ -47,9 +47,8 @@ class sum_of_squares(Transformation):
         check(self, initial=NON_NEGATIVE)
 
     def slots(self, param: jax.Array) -> Slots:
-        return {
-            self.name: jnp.full_like(param, self.initial, real_dtype(compute_dtype(param.dtype)))
-        }
+        dtype = real_dtype(compute_dtype(param.dtype))
+        return {self.name: jnp.full_like(param, self.initial, dtype)}
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         total = slots[self.name]

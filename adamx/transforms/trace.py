@@ -3,11 +3,10 @@
     trace_t = u_t + decay * trace_{t-1},    trace_0 = 0
     heavy ball: u'_t = trace_t              Nesterov: u'_t = u_t + decay * trace_t
 
-Where the decay is scheduled, decay_t stands before trace_{t-1}, and decay_{t+1}, by which the next
-step will move, in Nesterov's look-ahead. (PyTorch, where the momentum can be set between steps, has
-decay_t there.)
+With a scheduled decay, decay_t multiplies trace_{t-1}, and Nesterov's look-ahead has decay_{t+1},
+the decay of the next step. (PyTorch, where the momentum can be set between steps, has decay_t.)
 
-It is 1 / (1 - decay) times as large as `ema`'s average, which is the notes' Momentum.
+The sum is 1 / (1 - decay) times as large as the average of `ema`, which is the notes' Momentum.
 
 Source: Polyak (1964); Sutskever et al. (2013), https://proceedings.mlr.press/v28/sutskever13.html
 """
@@ -33,10 +32,10 @@ class trace(Transformation):
     """Replace the updates by their decaying sum.
 
     Attributes:
-        decay: weight of the past, in [0, 1]: a number, a scalar array, or a schedule of the step.
+        decay: weight of the past, in [0, 1]: a number, array or schedule.
         nesterov: whether to look one step ahead, as Nesterov's method does.
-        accumulator_dtype: what the sum is kept in, rounded to nearest; None means float32, or
-            wider where the parameter is.
+        accumulator_dtype: dtype of the slot, rounded to nearest; None means the parameter's, at
+            least float32.
         name: the slot that keeps the sum: shaped like the parameter, in the unit of the updates.
 
     Raises:

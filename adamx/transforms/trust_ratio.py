@@ -4,9 +4,9 @@
     u' = u                                           where |w| = 0 or |u| = 0
 
 So one step changes every array by the same fraction of its norm, lr * trust_coefficient, however
-large its gradients are. Where the weights are still zero, the update goes on as it came. LAMB's
-paper has phi(|w|) in the place of |w|, a function that may bound it; here, as in Optax
-(`scale_by_trust_ratio`), it is the identity.
+large its gradients are. While the weights are zero, the update passes unchanged. LAMB's paper has
+phi(|w|) instead of |w|, where phi may bound it; here, as in Optax (`scale_by_trust_ratio`), phi is
+the identity.
 
 Source: You et al. (2017), Algorithm 1, https://arxiv.org/abs/1708.03888; You et al. (2020),
 Algorithm 2, https://arxiv.org/abs/1904.00962
@@ -30,9 +30,9 @@ class trust_ratio(Transformation):
     """Multiply each array's update by the ratio of the weights' norm to its own; keep nothing.
 
     Attributes:
-        trust_coefficient: >= 0: the ratio of the outgoing update's norm to the weights'; 1 for
-            LAMB, 0.001 for LARS.
-        eps: >= 0, added to the update's norm, in its unit.
+        trust_coefficient: ratio of the output's norm to the weights', >= 0; 1 for LAMB, 0.001 for
+            LARS.
+        eps: added to the update's norm, >= 0, in the unit of the updates.
 
     Raises:
         ValueError: if an argument is a negative number; at `update`, if it is called without

@@ -3,12 +3,12 @@
     RMS_t = sqrt(mean(|g_t|^2 / max(nu^_t, eps^2))),    nu^_t = nu_t / (1 - decay^t)
     u'_t  = inner(g_t) / max(1, RMS_t)                  the mean over one array
 
-RMS_t is about 1 while gradients keep their size. When they grow faster than the average of squares
-learns of it, RMS_t exceeds 1, and the step would be too long by that factor. It differs from
-clipping what comes out, `chain(inner, clip_by_rms(1.0))`, where inner has a momentum: that smooths
-the very jump that RMS_t sees.
+RMS_t is about 1 while gradients keep their size. When they grow faster than the average of squares,
+RMS_t exceeds 1, and the step would be too long by that factor. Clipping the output instead,
+`chain(inner, clip_by_rms(1.0))`, is different if inner has a momentum, which smooths the very jump
+that RMS_t sees.
 
-1 - decay^t is taken out of the mean: a corrected nu that both this and inner divide by would be
+1 - decay^t is factored out of the mean: a corrected nu that both this and inner divide by would be
 written to memory.
 
 Source: Shazeer & Stern (2018), section 6, https://arxiv.org/abs/1804.04235; Wortsman et al. (2023),
@@ -36,15 +36,15 @@ CORRECTION = "clipping_correction"
 
 
 class update_clipping(Transformation):
-    """Divide what a concept emits by how far the gradient exceeds its second moment, if it does.
+    """Divide the output of a concept by RMS_t where the gradient exceeds its second moment.
 
     Attributes:
-        inner: what makes the update, and keeps the second moment.
-        decay: that of the second moment, in [0, 1), for its bias correction; 0 makes none: a
-            number, a scalar array, or a schedule of the step. Where it is scheduled,
-            `clipping_correction` is the state's entry with 1 minus the product of the decays.
-        eps: the least root of the second moment that counts, >= 0, in the unit of the gradients.
-        slot: the slot that holds the second moment, >= 0, such as that of `ema_of_squares`.
+        inner: the transformation that makes the update and keeps the second moment.
+        decay: weight of the past, in [0, 1): a number, array or schedule. It is the decay of the
+            second moment, for its bias correction; 0 makes none. With a schedule the
+            state has `clipping_correction`: 1 minus the product of the decays.
+        eps: the least root of the second moment, >= 0, in the unit of the gradients.
+        slot: the slot to read. It holds the second moment, >= 0, such as that of `ema_of_squares`.
 
     Raises:
         TypeError: if `inner` is not an adamx transformation.
