@@ -236,6 +236,7 @@ class _PartOfState:
     def __init__(self, between: Between, rounding: str, out_shardings: Any) -> None:
         self._names = {"count", *between.tx.state_names()}
         self._moves = between.moves
+        self._program: Any
         if out_shardings is not None:
             params, state = out_shardings
             out_shardings = (params, self._part(state)) if self._moves else self._part(state)

@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import adamx
+from adamx.core.checks import ranges_of
 
 # ------------------------------------------------------------- hyperparameters, at construction
 
@@ -259,6 +260,7 @@ def test_the_table_has_every_hyperparameter_of_every_public_function():
         if callable(function) and name != "PrecisionWarning":
             arguments = inspect.signature(function).parameters.values()
             numbers = {a.name for a in arguments if str(a.annotation).startswith("Scalar")}
+            numbers |= set(ranges_of(function))
             takes |= {name: numbers} if numbers else {}
     assert takes == {function: set(table) for function, table in HYPERPARAMETERS.items()}
 

@@ -197,7 +197,7 @@ def test_masters_follow_a_piece_of_ones_own_in_float32(name):
 def test_lookahead_is_optaxs():
     tx = lookahead(adamx.adamw(0.1, weight_decay=0.1), every=3)
     theirs = optax.lookahead(optax.adamw(0.1, weight_decay=0.1), 3, 0.5)
-    both = optax.LookaheadParams(start(), start())
+    both: Any = optax.LookaheadParams(start(), start())
     params, state, its = start(), tx.init(start()), theirs.init(both)
     for t in range(7):
         updates, state = tx.update(gradients(t), state, params)

@@ -198,7 +198,7 @@ def test_small_gradients_with_a_smaller_eps_do_not_explode_with_packed8(size):
 def test_a_bound_that_does_not_hold_is_refused_at_construction():
     with pytest.raises(ValueError, match=r"b1\^2 < b2, got b1=0.99, b2=0.95.*packed16"):
         adamx.adam(0.1, b1=0.99, b2=0.95, moments="packed8")
-    with pytest.raises(ValueError, match="bound must be > 0"):
+    with pytest.raises(ValueError, match="bound must be finite and > 0"):
         packed8(ADAM, 0.0)
     adamx.adam(0.1, b1=0.99, b2=0.95, moments="packed16")
 

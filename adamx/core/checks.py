@@ -2,17 +2,23 @@
 
 A hyperparameter may be a Python or NumPy number, an array or a tracer. Numbers are checked against
 their range; arrays and tracers pass, since looking at them would stop a trace or the device.
+
+A range is a part of the type: `b1: Decay = 0.9`. A concept's fields are checked when it is made, a
+factory's arguments by `checked`.
 """
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import functools
 import inspect
 import math
 import numbers
+import sys
+import typing
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -80,52 +86,80 @@ class Range:
 
 
 DECAY = Range(0.0, 1.0, "in [0, 1)", open_above=True)
-DECAY_OR_SCHEDULE = dataclasses.replace(DECAY, schedule=True)
-FRACTION_OR_SCHEDULE = Range(0.0, 1.0, "in [0, 1]", schedule=True)
-NON_NEGATIVE = Range(0.0, math.inf, "finite and >= 0")
-FINITE = Range(-math.inf, math.inf, "finite")
-FINITE_OR_SCHEDULE = dataclasses.replace(FINITE, schedule=True)
-RATE = Range(0.0, math.inf, "finite and >= 0", schedule=True)
+
+Decay = Annotated[ScalarOrSchedule, dataclasses.replace(DECAY, schedule=True)]
+Fraction = Annotated[ScalarOrSchedule, Range(0.0, 1.0, "in [0, 1]", schedule=True)]
+Rate = Annotated[ScalarOrSchedule, Range(0.0, math.inf, "finite and >= 0", schedule=True)]
+NonNegative = Annotated[Scalar, Range(0.0, math.inf, "finite and >= 0")]
+Positive = Annotated[Scalar, Range(math.ulp(0.0), math.inf, "finite and > 0")]
+Finite = Annotated[Scalar, Range(-math.inf, math.inf, "finite")]
+FiniteOrSchedule = Annotated[ScalarOrSchedule, Range(-math.inf, math.inf, "finite", schedule=True)]
 
 
-def optional(range_: Range) -> Range:
-    """Return the range that also takes None."""
-    return dataclasses.replace(range_, optional=True)
+def ranges_of(annotated: Any) -> dict[str, Range]:
+    """Return the ranges in the annotations of a function or of a concept's fields, by name.
 
-
-def check(concept: Any, **ranges: Range) -> None:
-    """Check the named fields of a concept, and make all kinds of numbers floats.
-
-    For a concept's `__post_init__`. A float takes the dtype of the array it meets and keeps double
-    precision until then; a NumPy number would impose its dtype, an int might overflow int32.
+    Example:
+        >>> import adamx
+        >>> {name: range_.text for name, range_ in ranges_of(adamx.sgd).items()}
+        {'learning_rate': 'finite and >= 0', 'momentum': 'in [0, 1]'}
     """
-    for argument, range_ in ranges.items():
-        value = getattr(concept, argument)
-        range_.check(type(concept).__name__, argument, value)
-        if isinstance(value, np.ndarray):
-            value = jnp.asarray(value) if value.ndim else value.item()
-        if isinstance(value, numbers.Real):
-            value = float(value)
-        object.__setattr__(concept, argument, value)
+    classes = reversed(annotated.__mro__) if isinstance(annotated, type) else [annotated]
+    found = {}
+    for one in classes:
+        if one.__module__.startswith("optax"):
+            continue
+        names = vars(sys.modules.get(one.__module__, builtins))
+        for name, annotation in inspect.get_annotations(one).items():
+            if isinstance(annotation, str):
+                try:
+                    annotation = eval(annotation, dict(names))
+                except Exception:  # a name for type checkers alone, or of a local scope
+                    continue
+            if range_ := _range_in(annotation):
+                found[name] = range_
+    return found
 
 
-def checked(**ranges: Range) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Check the named arguments of a factory, so that its errors name what its caller wrote."""
+def _range_in(annotation: Any) -> Range | None:
+    """Return the range of an annotation such as `Decay` or `Decay | None`."""
+    if metadata := getattr(annotation, "__metadata__", None):
+        return next((x for x in metadata if isinstance(x, Range)), None)
+    ranges = [_range_in(x) for x in typing.get_args(annotation) if x is not type(None)]
+    is_optional = type(None) in typing.get_args(annotation)
+    if is_optional and len(ranges) == 1 and ranges[0]:
+        return dataclasses.replace(ranges[0], optional=True)
+    return None
 
-    def decorate(factory: Callable[P, R]) -> Callable[P, R]:
-        signature = inspect.signature(factory)
 
-        @functools.wraps(factory)
-        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            try:
-                bound = signature.bind(*args, **kwargs)
-            except TypeError as error:
-                raise TypeError(f"{factory.__name__}: {error}") from None
-            bound.apply_defaults()
-            for argument, range_ in ranges.items():
-                range_.check(factory.__name__, argument, bound.arguments[argument])
-            return factory(*args, **kwargs)
+def as_float(value: Any) -> Any:
+    """Return a hyperparameter with all kinds of numbers made floats.
 
-        return wrapper
+    A float takes the dtype of the array it meets and keeps double precision until then; a NumPy
+    number would impose its dtype, an int might overflow int32.
+    """
+    if isinstance(value, np.ndarray):
+        value = jnp.asarray(value) if value.ndim else value.item()
+    return float(value) if isinstance(value, numbers.Real) else value
 
-    return decorate
+
+def checked(factory: Callable[P, R]) -> Callable[P, R]:
+    """Check a factory's arguments against the ranges in its annotations.
+
+    So its errors have the names that its caller wrote.
+    """
+    signature = inspect.signature(factory)
+    ranges = functools.cache(lambda: ranges_of(factory))
+
+    @functools.wraps(factory)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{factory.__name__}: {error}") from None
+        bound.apply_defaults()
+        for argument, range_ in ranges().items():
+            range_.check(factory.__name__, argument, bound.arguments[argument])
+        return factory(*args, **kwargs)
+
+    return wrapper

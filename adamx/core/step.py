@@ -71,7 +71,7 @@ class LeafStep:
         ...     def accumulate(self, u, slots, step):
         ...         return {"last": u}
         ...     def emit(self, u, slots, step):
-        ...         return (u + step.old["last"]) / step.count
+        ...         return (u + step.old["last"]) / 2
         >>> tx = of_two_steps()
         >>> _, state = tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)))
         >>> tx.update(jnp.array([2.0]), state)[0]

@@ -20,6 +20,7 @@ import jax
 import optax
 
 from adamx.core import errors, lifting
+from adamx.core.checks import as_float, ranges_of
 from adamx.core.lifting import Stage, State
 
 
@@ -112,6 +113,8 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         @functools.wraps(make)
         def init_and_check(self: Any, *args: Any, **kwargs: Any) -> None:
             make(self, *args, **kwargs)
+            for name in _ranges(cls):
+                self._set(**{name: as_float(getattr(self, name))})
             errors.check_unique(self.state_names())
 
         cls.__init__ = init_and_check
@@ -129,6 +132,8 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
 
         What acts on whole trees defines this anew.
         """
+        if name in _ranges(cls):
+            _ranges(cls)[name].check(cls.__name__, name, value)
         if isinstance(value, optax.GradientTransformation):
             if not isinstance(value, Transformation):
                 raise TypeError(
@@ -163,5 +168,6 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         return optax.GradientTransformationExtraArgs(*pair)._replace(**kwargs)
 
 
+_ranges = functools.cache(ranges_of)
 _compiled_init = jax.jit(lifting.init)
 _compiled_update = jax.jit(lifting.update)

@@ -21,17 +21,10 @@ Source: Zhuang et al. (2020), Algorithm 2, https://arxiv.org/abs/2010.07468
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY,
-    DECAY_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-)
+from adamx.core.checks import DECAY, Decay, NonNegative, Rate, Scalar, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.deviation import deviation
@@ -41,26 +34,23 @@ from adamx.transforms.nesterov_ema import nesterov_ema
 from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
-CONSTANT_DECAY = dataclasses.replace(
-    DECAY,
-    constant="eps_root, added in every step, sums up to a constant under the root only with a "
-    "constant b2: compose the pieces, with an eps_root of rms_scaling",
-)
+ConstantDecay = Annotated[
+    Scalar,
+    dataclasses.replace(
+        DECAY,
+        constant="eps_root, added in every step, sums up to a constant under the root only with a "
+        "constant b2: compose the pieces, with an eps_root of rms_scaling",
+    ),
+]
 
 
-@checked(
-    learning_rate=RATE,
-    b1=DECAY_OR_SCHEDULE,
-    b2=CONSTANT_DECAY,
-    eps=NON_NEGATIVE,
-    eps_root=NON_NEGATIVE,
-)
+@checked
 def adabelief(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-16,
-    eps_root: Scalar = 1e-16,
+    learning_rate: Rate,
+    b1: Decay = 0.9,
+    b2: ConstantDecay = 0.999,
+    eps: NonNegative = 1e-16,
+    eps_root: NonNegative = 1e-16,
     *,
     nesterov: bool = False,
     moments: Moments = "float32",

@@ -10,18 +10,18 @@ Source: Duchi, Hazan & Singer (2011), Figure 1, https://jmlr.org/papers/v12/duch
 from __future__ import annotations
 
 from adamx.core.chain import chain
-from adamx.core.checks import NON_NEGATIVE, RATE, Scalar, ScalarOrSchedule, checked
+from adamx.core.checks import NonNegative, Rate, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.sum_of_squares import sum_of_squares
 
 
-@checked(learning_rate=RATE, initial_accumulator_value=NON_NEGATIVE, eps=NON_NEGATIVE)
+@checked
 def adagrad(
-    learning_rate: ScalarOrSchedule,
-    initial_accumulator_value: Scalar = 0.1,
-    eps: Scalar = 1e-7,
+    learning_rate: Rate,
+    initial_accumulator_value: NonNegative = 0.1,
+    eps: NonNegative = 1e-7,
     eps_in_sqrt: bool = False,
     *,
     moments: Moments = "float32",

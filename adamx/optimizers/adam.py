@@ -17,14 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-)
+from adamx.core.checks import Decay, NonNegative, Rate, checked
 from adamx.core.transformation import Transformation
 from adamx.storage.bfloat16 import bfloat16
 from adamx.storage.choice import Moments, stored
@@ -36,12 +29,12 @@ from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(b1=DECAY_OR_SCHEDULE, b2=DECAY_OR_SCHEDULE, eps=NON_NEGATIVE, eps_root=NON_NEGATIVE)
+@checked
 def scale_by_adam(
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps: NonNegative = 1e-8,
+    eps_root: NonNegative = 0.0,
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
@@ -93,19 +86,13 @@ def scale_by_adam(
     return stored(scaling, moments, decays=(b1, b2))
 
 
-@checked(
-    learning_rate=RATE,
-    b1=DECAY_OR_SCHEDULE,
-    b2=DECAY_OR_SCHEDULE,
-    eps=NON_NEGATIVE,
-    eps_root=NON_NEGATIVE,
-)
+@checked
 def adam(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
+    learning_rate: Rate,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps: NonNegative = 1e-8,
+    eps_root: NonNegative = 0.0,
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,

@@ -28,14 +28,7 @@ from __future__ import annotations
 from typing import Any
 
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-)
+from adamx.core.checks import Decay, NonNegative, Rate, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.bias_correction import bias_correction
@@ -45,19 +38,13 @@ from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(
-    learning_rate=RATE,
-    b1=DECAY_OR_SCHEDULE,
-    b2=DECAY_OR_SCHEDULE,
-    eps=NON_NEGATIVE,
-    weight_decay=RATE,
-)
+@checked
 def adam_mini(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.95,
-    eps: Scalar = 1e-8,
-    weight_decay: ScalarOrSchedule = 0.1,
+    learning_rate: Rate,
+    b1: Decay = 0.9,
+    b2: Decay = 0.95,
+    eps: NonNegative = 1e-8,
+    weight_decay: Rate = 0.1,
     mask: Any = None,
     *,
     axes: BlockAxes = None,

@@ -15,14 +15,7 @@ Source: Kingma & Ba (2015), Algorithm 2, https://arxiv.org/abs/1412.6980
 from __future__ import annotations
 
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-)
+from adamx.core.checks import Decay, NonNegative, Rate, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.decaying_max import decaying_max
@@ -31,12 +24,12 @@ from adamx.transforms.ratio import ratio
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(learning_rate=RATE, b1=DECAY_OR_SCHEDULE, b2=DECAY_OR_SCHEDULE, eps=NON_NEGATIVE)
+@checked
 def adamax(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
+    learning_rate: Rate,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps: NonNegative = 1e-8,
     *,
     moments: Moments = "float32",
 ) -> chain:

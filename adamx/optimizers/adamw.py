@@ -15,36 +15,22 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-)
+from adamx.core.checks import Decay, NonNegative, Rate, checked
 from adamx.optimizers.adam import scale_by_adam
 from adamx.storage.choice import Moments
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(
-    learning_rate=RATE,
-    b1=DECAY_OR_SCHEDULE,
-    b2=DECAY_OR_SCHEDULE,
-    eps=NON_NEGATIVE,
-    eps_root=NON_NEGATIVE,
-    weight_decay=RATE,
-)
+@checked
 def adamw(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
+    learning_rate: Rate,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps: NonNegative = 1e-8,
+    eps_root: NonNegative = 0.0,
     mu_dtype: DTypeLike | None = None,
-    weight_decay: ScalarOrSchedule = 1e-4,
+    weight_decay: Rate = 1e-4,
     mask: Any = None,
     *,
     nesterov: bool = False,

@@ -15,45 +15,29 @@ Source: Loshchilov & Hutter (2019), Algorithm 2 and Appendix B.1, https://arxiv.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Range,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-)
+from adamx.core.checks import Decay, NonNegative, Positive, Range, Rate, Scalar, checked
 from adamx.optimizers.adam import scale_by_adam
 from adamx.storage.choice import Moments
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.scale import scale
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
-_SIZE = Range(1.0, math.inf, "a number >= 1")
-_POSITIVE = Range(math.ulp(0.0), math.inf, "finite and > 0")
+Size = Annotated[Scalar, Range(1.0, math.inf, "a number >= 1")]
 
 
-@checked(
-    learning_rate=NON_NEGATIVE,
-    b1=DECAY_OR_SCHEDULE,
-    b2=DECAY_OR_SCHEDULE,
-    eps=NON_NEGATIVE,
-    weight_decay=RATE,
-    multiplier=RATE,
-)
+@checked
 def adamw_independent(
-    learning_rate: Scalar,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    weight_decay: ScalarOrSchedule = 1e-4,
+    learning_rate: NonNegative,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps: NonNegative = 1e-8,
+    weight_decay: Rate = 1e-4,
     mask: Any = None,
     *,
-    multiplier: ScalarOrSchedule = 1.0,
+    multiplier: Rate = 1.0,
     moments: Moments = "float32",
 ) -> chain:
     """Return AdamW whose weights shrink by `multiplier * weight_decay` a step.
@@ -94,10 +78,10 @@ def adamw_independent(
     )
 
 
-@checked(norm=NON_NEGATIVE, batch_size=_SIZE, examples=_SIZE, epochs=_POSITIVE)
+@checked
 def normalized_weight_decay(
-    norm: float, *, batch_size: float, examples: float, epochs: float
-) -> float:
+    norm: NonNegative, *, batch_size: Size, examples: Size, epochs: Positive
+) -> Scalar:
     """Return norm * sqrt(batch_size / (examples * epochs)), a weight decay for a training's length.
 
     The longer the training, the smaller is the best decay a step. With this rule one `norm` suits
@@ -119,4 +103,4 @@ def normalized_weight_decay(
         >>> normalized_weight_decay(0.05, batch_size=100, examples=10_000, epochs=100)
         0.0005
     """
-    return norm * math.sqrt(batch_size / (examples * epochs))
+    return norm * (batch_size / (examples * epochs)) ** 0.5

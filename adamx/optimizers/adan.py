@@ -30,16 +30,7 @@ import operator
 from typing import Any
 
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    FINITE_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-    optional,
-)
+from adamx.core.checks import Decay, FiniteOrSchedule, NonNegative, Rate, checked
 from adamx.core.combine import combine
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.add_decayed_weights import add_decayed_weights
@@ -53,27 +44,18 @@ from adamx.transforms.scale import scale
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(
-    learning_rate=RATE,
-    b1=DECAY_OR_SCHEDULE,
-    b2=DECAY_OR_SCHEDULE,
-    b3=DECAY_OR_SCHEDULE,
-    eps=NON_NEGATIVE,
-    eps_root=NON_NEGATIVE,
-    weight_decay=RATE,
-    look_ahead=optional(FINITE_OR_SCHEDULE),
-)
+@checked
 def adan(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.98,
-    b2: ScalarOrSchedule = 0.92,
-    b3: ScalarOrSchedule = 0.99,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 1e-8,
-    weight_decay: ScalarOrSchedule = 0.0,
+    learning_rate: Rate,
+    b1: Decay = 0.98,
+    b2: Decay = 0.92,
+    b3: Decay = 0.99,
+    eps: NonNegative = 1e-8,
+    eps_root: NonNegative = 1e-8,
+    weight_decay: Rate = 0.0,
     mask: Any = None,
     *,
-    look_ahead: ScalarOrSchedule | None = None,
+    look_ahead: FiniteOrSchedule | None = None,
     moments: Moments = "float32",
 ) -> chain:
     """Return Adan; arguments as `optax.adan`'s.

@@ -30,15 +30,7 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    FINITE_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-)
+from adamx.core.checks import Decay, FiniteOrSchedule, NonNegative, Rate, checked
 from adamx.core.combine import combine
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.add_decayed_weights import add_decayed_weights
@@ -50,26 +42,17 @@ from adamx.transforms.scale import scale
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(
-    learning_rate=RATE,
-    b1=DECAY_OR_SCHEDULE,
-    b2=DECAY_OR_SCHEDULE,
-    b3=DECAY_OR_SCHEDULE,
-    alpha=FINITE_OR_SCHEDULE,
-    eps=NON_NEGATIVE,
-    eps_root=NON_NEGATIVE,
-    weight_decay=RATE,
-)
+@checked
 def ademamix(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    b3: ScalarOrSchedule = 0.9999,
-    alpha: ScalarOrSchedule = 5.0,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
+    learning_rate: Rate,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    b3: Decay = 0.9999,
+    alpha: FiniteOrSchedule = 5.0,
+    eps: NonNegative = 1e-8,
+    eps_root: NonNegative = 0.0,
     mu_dtype: DTypeLike | None = None,
-    weight_decay: ScalarOrSchedule = 0.0,
+    weight_decay: Rate = 0.0,
     mask: Any = None,
     *,
     moments: Moments = "float32",

@@ -22,14 +22,7 @@ from __future__ import annotations
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-)
+from adamx.core.checks import Decay, NonNegative, Rate, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.delayed_rms_scaling import delayed_rms_scaling
 from adamx.transforms.ema import ema
@@ -38,12 +31,12 @@ from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.seeded_ema_of_squares import seeded_ema_of_squares
 
 
-@checked(learning_rate=RATE, b1=DECAY_OR_SCHEDULE, b2=DECAY_OR_SCHEDULE, eps=NON_NEGATIVE)
+@checked
 def adopt(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.9999,
-    eps: Scalar = 1e-6,
+    learning_rate: Rate,
+    b1: Decay = 0.9,
+    b2: Decay = 0.9999,
+    eps: NonNegative = 1e-6,
     mu_dtype: DTypeLike | None = None,
     *,
     moments: Moments = "float32",

@@ -21,14 +21,7 @@ from __future__ import annotations
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-)
+from adamx.core.checks import Decay, NonNegative, Rate, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.ema import ema
@@ -38,19 +31,13 @@ from adamx.transforms.running_max import running_max
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(
-    learning_rate=RATE,
-    b1=DECAY_OR_SCHEDULE,
-    b2=DECAY_OR_SCHEDULE,
-    eps=NON_NEGATIVE,
-    eps_root=NON_NEGATIVE,
-)
+@checked
 def amsgrad(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
+    learning_rate: Rate,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps: NonNegative = 1e-8,
+    eps_root: NonNegative = 0.0,
     mu_dtype: DTypeLike | None = None,
     *,
     moments: Moments = "float32",

@@ -19,22 +19,22 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY_OR_SCHEDULE, RATE, ScalarOrSchedule, checked
+from adamx.core.checks import Decay, Rate, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.cautious import cautious
-from adamx.transforms.interpolated_ema import POSITIVE_DECAY, interpolated_ema
+from adamx.transforms.interpolated_ema import PositiveDecay, interpolated_ema
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.sign import sign
 
 
-@checked(learning_rate=RATE, b1=DECAY_OR_SCHEDULE, b2=POSITIVE_DECAY, weight_decay=RATE)
+@checked
 def cautious_lion(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.99,
+    learning_rate: Rate,
+    b1: Decay = 0.9,
+    b2: PositiveDecay = 0.99,
     mu_dtype: DTypeLike | None = None,
-    weight_decay: ScalarOrSchedule = 1e-3,
+    weight_decay: Rate = 1e-3,
     mask: Any = None,
     *,
     moments: Moments = "float32",

@@ -11,16 +11,14 @@ gradient. `sgd(lr * (1 - b), momentum=b)`, the heavy ball, is the same with a su
 from __future__ import annotations
 
 from adamx.core.chain import chain
-from adamx.core.checks import DECAY_OR_SCHEDULE, RATE, ScalarOrSchedule, checked
+from adamx.core.checks import Decay, Rate, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.ema import ema
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(learning_rate=RATE, decay=DECAY_OR_SCHEDULE)
-def momentum(
-    learning_rate: ScalarOrSchedule, decay: ScalarOrSchedule = 0.9, *, moments: Moments = "float32"
-) -> chain:
+@checked
+def momentum(learning_rate: Rate, decay: Decay = 0.9, *, moments: Moments = "float32") -> chain:
     """Return gradient descent along the exponential moving average of the gradients.
 
     Args:

@@ -19,39 +19,25 @@ Source: Liu et al. (2020), Algorithm 2, https://arxiv.org/abs/1908.03265
 from __future__ import annotations
 
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-)
+from adamx.core.checks import Decay, NonNegative, Rate, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.ema import ema
 from adamx.transforms.ema_of_squares import ema_of_squares
 from adamx.transforms.nesterov_ema import nesterov_ema
-from adamx.transforms.rectified import CONSTANT_DECAY, rectified
+from adamx.transforms.rectified import ConstantDecay, rectified
 from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(
-    learning_rate=RATE,
-    b1=DECAY_OR_SCHEDULE,
-    b2=CONSTANT_DECAY,
-    eps=NON_NEGATIVE,
-    eps_root=NON_NEGATIVE,
-    threshold=NON_NEGATIVE,
-)
+@checked
 def radam(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    threshold: Scalar = 5.0,
+    learning_rate: Rate,
+    b1: Decay = 0.9,
+    b2: ConstantDecay = 0.999,
+    eps: NonNegative = 1e-8,
+    eps_root: NonNegative = 0.0,
+    threshold: NonNegative = 5.0,
     *,
     nesterov: bool = False,
     moments: Moments = "float32",

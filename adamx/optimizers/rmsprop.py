@@ -15,16 +15,7 @@ import jax.numpy as jnp
 
 from adamx.core.arithmetic import squared_magnitude
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    FRACTION_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-    optional,
-)
+from adamx.core.checks import Decay, Fraction, NonNegative, Rate, Scalar, checked
 from adamx.core.combine import combine
 from adamx.core.transformation import Transformation
 from adamx.formula.expressions import abs_, call
@@ -37,11 +28,11 @@ from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.trace import trace
 
 
-@checked(decay=DECAY_OR_SCHEDULE, eps=NON_NEGATIVE, initial_scale=NON_NEGATIVE)
+@checked
 def scale_by_rms(
-    decay: ScalarOrSchedule = 0.9,
-    eps: Scalar = 1e-8,
-    initial_scale: Scalar = 0.0,
+    decay: Decay = 0.9,
+    eps: NonNegative = 1e-8,
+    initial_scale: NonNegative = 0.0,
     eps_in_sqrt: bool = False,
     bias_correction: bool = False,
 ) -> rms_scaling:
@@ -85,21 +76,15 @@ def variance(mean_of_squares: jax.Array, mean: jax.Array) -> jax.Array:
 variance.formula = lambda v, m: call("max", v - abs_(m) ** 2, 0)  # pyright: ignore
 
 
-@checked(
-    learning_rate=RATE,
-    decay=DECAY_OR_SCHEDULE,
-    eps=NON_NEGATIVE,
-    initial_scale=NON_NEGATIVE,
-    momentum=optional(FRACTION_OR_SCHEDULE),
-)
+@checked
 def rmsprop(
-    learning_rate: ScalarOrSchedule,
-    decay: ScalarOrSchedule = 0.9,
-    eps: Scalar = 1e-8,
-    initial_scale: Scalar = 0.0,
+    learning_rate: Rate,
+    decay: Decay = 0.9,
+    eps: NonNegative = 1e-8,
+    initial_scale: NonNegative = 0.0,
     eps_in_sqrt: bool = False,
     centered: bool = False,
-    momentum: ScalarOrSchedule | None = None,
+    momentum: Fraction | None = None,
     nesterov: bool = False,
     bias_correction: bool = False,
     *,

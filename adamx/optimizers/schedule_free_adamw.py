@@ -28,39 +28,25 @@ from __future__ import annotations
 import optax
 
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-)
+from adamx.core.checks import Decay, NonNegative, Rate, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.ema_of_squares import ema_of_squares
 from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
-from adamx.transforms.schedule_free import SHARE, schedule_free
+from adamx.transforms.schedule_free import Share, schedule_free
 
 
-@checked(
-    learning_rate=RATE,
-    b1=SHARE,
-    b2=DECAY_OR_SCHEDULE,
-    eps=NON_NEGATIVE,
-    weight_decay=RATE,
-    weight_lr_power=NON_NEGATIVE,
-)
+@checked
 def schedule_free_adamw(
-    learning_rate: ScalarOrSchedule = 0.0025,
+    learning_rate: Rate = 0.0025,
     warmup_steps: int | None = None,
-    b1: Scalar = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    weight_decay: ScalarOrSchedule = 0.0,
-    weight_lr_power: Scalar = 2.0,
+    b1: Share = 0.9,
+    b2: Decay = 0.999,
+    eps: NonNegative = 1e-8,
+    weight_decay: Rate = 0.0,
+    weight_lr_power: NonNegative = 2.0,
     *,
     moments: Moments = "float32",
 ) -> schedule_free:

@@ -13,16 +13,16 @@ from __future__ import annotations
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
-from adamx.core.checks import FRACTION_OR_SCHEDULE, RATE, ScalarOrSchedule, checked, optional
+from adamx.core.checks import Fraction, Rate, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.trace import trace
 
 
-@checked(learning_rate=RATE, momentum=optional(FRACTION_OR_SCHEDULE))
+@checked
 def sgd(
-    learning_rate: ScalarOrSchedule,
-    momentum: ScalarOrSchedule | None = None,
+    learning_rate: Rate,
+    momentum: Fraction | None = None,
     nesterov: bool = False,
     accumulator_dtype: DTypeLike | None = None,
     *,

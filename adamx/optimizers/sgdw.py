@@ -20,19 +20,19 @@ from __future__ import annotations
 from typing import Any
 
 from adamx.core.chain import chain
-from adamx.core.checks import FRACTION_OR_SCHEDULE, RATE, ScalarOrSchedule, checked, optional
+from adamx.core.checks import Fraction, Rate, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.trace import trace
 
 
-@checked(learning_rate=RATE, momentum=optional(FRACTION_OR_SCHEDULE), weight_decay=RATE)
+@checked
 def sgdw(
-    learning_rate: ScalarOrSchedule,
-    momentum: ScalarOrSchedule | None = None,
+    learning_rate: Rate,
+    momentum: Fraction | None = None,
     nesterov: bool = False,
-    weight_decay: ScalarOrSchedule = 1e-4,
+    weight_decay: Rate = 1e-4,
     mask: Any = None,
     *,
     moments: Moments = "float32",

@@ -20,14 +20,7 @@ https://papers.nips.cc/paper/2018/hash/90365351ccc7437a1309dc64e4db32a3-Abstract
 from __future__ import annotations
 
 from adamx.core.chain import chain
-from adamx.core.checks import (
-    DECAY_OR_SCHEDULE,
-    NON_NEGATIVE,
-    RATE,
-    Scalar,
-    ScalarOrSchedule,
-    checked,
-)
+from adamx.core.checks import Decay, NonNegative, Rate, checked
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.additive_average_of_squares import additive_average_of_squares
 from adamx.transforms.bias_correction import bias_correction
@@ -36,12 +29,12 @@ from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 
 
-@checked(learning_rate=RATE, b1=DECAY_OR_SCHEDULE, b2=DECAY_OR_SCHEDULE, eps=NON_NEGATIVE)
+@checked
 def yogi(
-    learning_rate: ScalarOrSchedule,
-    b1: ScalarOrSchedule = 0.9,
-    b2: ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-3,
+    learning_rate: Rate,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps: NonNegative = 1e-3,
     *,
     moments: Moments = "float32",
 ) -> chain:

@@ -26,20 +26,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamx.core.checks import DECAY, NON_NEGATIVE, check, checked
+from adamx.core.checks import DECAY, Positive, Scalar, checked
 from adamx.core.concept import Slots
 from adamx.core.rounding import INFINITY, bits_of, from_bits
 from adamx.storage.packed16 import check_pair, others, pair
 from adamx.storage.storage import Storage
 
-CONSTANT_DECAY = dataclasses.replace(
-    DECAY, constant='the bound is that of constant decays: moments="packed16" needs none'
-)
+ConstantDecay = Annotated[
+    Scalar,
+    dataclasses.replace(
+        DECAY, constant='the bound is that of constant decays: moments="packed16" needs none'
+    ),
+]
 _STEPS = 223.0  # 1 + x ends with the code 62: 224 = 2^7 * 1.75
 _ONE = np.uint32(1016)  # the bits of 1.0, cut as those of 1 + x are
 _FIRST = np.uint32(140)  # code k stands for the float32 with the bits (k + 140) << 21, less 2^-92
@@ -50,8 +54,8 @@ _INFINITE = np.uint32(510 << 7 | 63)  # m infinite, beside the largest v
 _NAN = np.uint32(511 << 7 | 63)
 
 
-@checked(b1=CONSTANT_DECAY, b2=CONSTANT_DECAY)
-def ratio_bound(b1: float | jax.Array, b2: float | jax.Array) -> float | jax.Array:
+@checked
+def ratio_bound(b1: ConstantDecay, b2: ConstantDecay) -> Scalar:
     """Return the largest |m| / sqrt(v) that any sequence of gradients can give.
 
     Args:
@@ -99,15 +103,12 @@ class packed8(Storage):
         Array([0, 0], dtype=uint16)
     """
 
-    bound: float | jax.Array
+    bound: Positive
     name: str = "moments"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_pair(self)
-        check(self, bound=NON_NEGATIVE)
-        if isinstance(self.bound, float) and not self.bound:
-            raise ValueError("packed8: bound must be > 0, got 0.0")
 
     def encode(self, slots: Slots, bits: Slots) -> Slots:
         mu, nu = pair(self, slots)

@@ -19,7 +19,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.checks import NonNegative
 from adamx.core.concept import Slots
 from adamx.core.norms import Axes, norm
 from adamx.core.step import LeafStep
@@ -54,13 +54,10 @@ class adaptive_clip(Transformation):
                [1.5, 0. ]], dtype=float32)
     """
 
-    clipping: Scalar
-    eps: Scalar = 1e-3
+    clipping: NonNegative
+    eps: NonNegative = 1e-3
     _: dataclasses.KW_ONLY
     axis: Axes = None
-
-    def __post_init__(self) -> None:
-        check(self, clipping=NON_NEGATIVE, eps=NON_NEGATIVE)
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         axes = self._axes(u)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core import masks
-from adamx.core.checks import RATE, ScalarOrSchedule, check
+from adamx.core.checks import Rate
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled
 from adamx.core.step import LeafStep, Step
@@ -48,11 +48,10 @@ class add_cautious_decayed_weights(Transformation):
         Array([2., 1., 1.], dtype=float32)
     """
 
-    weight_decay: ScalarOrSchedule = 0.0
+    weight_decay: Rate = 0.0
     mask: Any = None
 
     def __post_init__(self) -> None:
-        check(self, weight_decay=RATE)
         self._set(mask=masks.copied(self.mask))
 
     def for_tree(self, tree: Any) -> Transformation:

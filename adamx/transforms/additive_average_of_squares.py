@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, real_dtype, squared_magnitude
-from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
+from adamx.core.checks import Decay, NonNegative
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled_decay
 from adamx.core.step import LeafStep, Step
@@ -50,12 +50,9 @@ class additive_average_of_squares(Transformation):
         Array([8.  , 3.75], dtype=float32)
     """
 
-    decay: ScalarOrSchedule
-    initial: Scalar = 0.0
+    decay: Decay
+    initial: NonNegative = 0.0
     name: str = "nu"
-
-    def __post_init__(self) -> None:
-        check(self, decay=DECAY_OR_SCHEDULE, initial=NON_NEGATIVE)
 
     def slots(self, param: jax.Array) -> Slots:
         dtype = real_dtype(compute_dtype(param.dtype))

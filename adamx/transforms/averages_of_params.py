@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype
-from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.checks import Decay
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled
 from adamx.core.step import LeafStep, Step
@@ -101,13 +101,10 @@ class ema_of_params(Transformation):
         2.3333
     """
 
-    decay: ScalarOrSchedule = 0.999
+    decay: Decay = 0.999
     name: str = "params_ema"
 
     place = "last"
-
-    def __post_init__(self) -> None:
-        check(self, decay=DECAY_OR_SCHEDULE)
 
     @property
     def _correction(self) -> str:

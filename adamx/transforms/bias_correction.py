@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamx.core import errors
-from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.checks import Decay, ScalarOrSchedule
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled
 from adamx.core.step import LeafStep, Step
@@ -112,11 +112,10 @@ class bias_correction(Transformation):
         Array([ 4., -8.], dtype=float32)
     """
 
-    decay: ScalarOrSchedule
+    decay: Decay
     name: str = CORRECTION
 
     def __post_init__(self) -> None:
-        check(self, decay=DECAY_OR_SCHEDULE)
         if not callable(self.decay):  # the state has no entry to name
             self._set(name=CORRECTION)
 

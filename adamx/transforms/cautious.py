@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import divide
-from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.checks import NonNegative
 from adamx.core.concept import Slots
 from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
@@ -65,10 +65,7 @@ class cautious(Transformation):
 
     inner: Transformation
     _: dataclasses.KW_ONLY
-    xi: Scalar = 1.0
-
-    def __post_init__(self) -> None:
-        check(self, xi=NON_NEGATIVE)
+    xi: NonNegative = 1.0
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         update = self.inner.emit(u, slots, step.child(0))

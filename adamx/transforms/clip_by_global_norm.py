@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamx.core.checks import RATE, ScalarOrSchedule, check
+from adamx.core.checks import Rate, ScalarOrSchedule
 from adamx.core.concept import Slots
 from adamx.core.norms import global_norm
 from adamx.core.schedules import scheduled
@@ -52,13 +52,12 @@ class clip_by_global_norm(Transformation):
         ({'b': Array([-0.8], dtype=float32), 'w': Array([0.6], dtype=float32)}, 5.0)
     """
 
-    max_norm: ScalarOrSchedule
+    max_norm: Rate
     recorded_as: str | None
 
     def __init__(self, max_norm: ScalarOrSchedule, record: bool | str = False) -> None:
         """Check max_norm and settle the name of the recorded norm."""
         self._set(max_norm=max_norm)
-        check(self, max_norm=RATE)
         name = record if isinstance(record, str) else "grad_norm" if record else None
         self._set(recorded_as=name)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.checks import NonNegative
 from adamx.core.concept import Slots
 from adamx.core.norms import rms
 from adamx.core.step import LeafStep
@@ -42,10 +42,7 @@ class clip_by_rms(Transformation):
         {'b': Array([3., 1.], dtype=float32), 'w': Array([ 0.5, -3.5], dtype=float32)}
     """
 
-    threshold: Scalar
-
-    def __post_init__(self) -> None:
-        check(self, threshold=NON_NEGATIVE)
+    threshold: NonNegative
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         size = rms(u).reshape(())

@@ -15,7 +15,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.checks import NonNegative
 from adamx.core.concept import Slots
 from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
@@ -40,10 +40,7 @@ class clip_by_value(Transformation):
         Array([ 2., -2.,  1.], dtype=float32)
     """
 
-    max_delta: Scalar
-
-    def __post_init__(self) -> None:
-        check(self, max_delta=NON_NEGATIVE)
+    max_delta: NonNegative
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         if not jnp.iscomplexobj(u):

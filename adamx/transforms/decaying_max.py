@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, real_dtype
-from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
+from adamx.core.checks import Decay, NonNegative
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled
 from adamx.core.step import LeafStep, Step
@@ -49,12 +49,9 @@ class decaying_max(Transformation):
         Array([2., 5.], dtype=float32)
     """
 
-    decay: ScalarOrSchedule
-    eps: Scalar = 0.0
+    decay: Decay
+    eps: NonNegative = 0.0
     name: str = "nu"
-
-    def __post_init__(self) -> None:
-        check(self, decay=DECAY_OR_SCHEDULE, eps=NON_NEGATIVE)
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.zeros_like(param, real_dtype(compute_dtype(param.dtype)))}

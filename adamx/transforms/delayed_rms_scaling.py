@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import divide, limit_for_squares, root
-from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.checks import NonNegative
 from adamx.core.concept import Slots
 from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
@@ -52,10 +52,7 @@ class delayed_rms_scaling(Transformation):
 
     second_moment: Transformation
     _: dataclasses.KW_ONLY
-    eps: Scalar = 1e-6
-
-    def __post_init__(self) -> None:
-        check(self, eps=NON_NEGATIVE)
+    eps: NonNegative = 1e-6
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         return super().accumulate(limit_for_squares(u, step.grad_dtype), slots, step)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, zeros
-from adamx.core.checks import DECAY_OR_SCHEDULE, FINITE, Scalar, ScalarOrSchedule, check
+from adamx.core.checks import Decay, Finite
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled_decay
 from adamx.core.step import LeafStep, Step
@@ -54,13 +54,10 @@ class ema(Transformation):
         (Array([ 1., -2.], dtype=float32), Array([ 1., -2.], dtype=float32))
     """
 
-    decay: ScalarOrSchedule
+    decay: Decay
     dtype: DTypeLike | None = None
     name: str = "mu"
-    initial: Scalar = 0.0
-
-    def __post_init__(self) -> None:
-        check(self, decay=DECAY_OR_SCHEDULE, initial=FINITE)
+    initial: Finite = 0.0
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.full_like(zeros(param, self.dtype), self.initial)}

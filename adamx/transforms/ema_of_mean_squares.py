@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import average, placed_like, squared_magnitude, zeros
-from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.checks import Decay
 from adamx.core.concept import Slots
 from adamx.core.norms import reduced_size
 from adamx.core.schedules import scheduled_decay
@@ -62,12 +62,9 @@ class ema_of_mean_squares(Transformation):
                [12.5,  2. ]], dtype=float32)
     """
 
-    decay: ScalarOrSchedule
+    decay: Decay
     axes: BlockAxes = None
     name: str = "nu"
-
-    def __post_init__(self) -> None:
-        check(self, decay=DECAY_OR_SCHEDULE)
 
     def for_leaf(self, path: str, leaf: jax.Array) -> Transformation:
         if not callable(self.axes):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, compute_dtype, real_dtype, squared_magnitude
-from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
+from adamx.core.checks import Decay, NonNegative
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled_decay
 from adamx.core.step import LeafStep, Step
@@ -51,13 +51,10 @@ class ema_of_squares(Transformation):
         (Array([ 4., 16.], dtype=float32), Array([ 4., 16.], dtype=float32))
     """
 
-    decay: ScalarOrSchedule
-    initial: Scalar = 0.0
+    decay: Decay
+    initial: NonNegative = 0.0
     dtype: DTypeLike | None = None
     name: str = "nu"
-
-    def __post_init__(self) -> None:
-        check(self, decay=DECAY_OR_SCHEDULE, initial=NON_NEGATIVE)
 
     def slots(self, param: jax.Array) -> Slots:
         dtype = real_dtype(compute_dtype(param.dtype)) if self.dtype is None else self.dtype

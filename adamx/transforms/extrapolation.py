@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamx.core.checks import FINITE_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.checks import FiniteOrSchedule
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled
 from adamx.core.step import LeafStep, Step
@@ -42,11 +42,8 @@ class extrapolation(Transformation):
         Array([7.], dtype=float32)
     """
 
-    factor: ScalarOrSchedule
+    factor: FiniteOrSchedule
     slot: str = "previous"
-
-    def __post_init__(self) -> None:
-        check(self, factor=FINITE_OR_SCHEDULE)
 
     def scalars(self, step: Step) -> Any:
         return scheduled(self.factor, step.count)

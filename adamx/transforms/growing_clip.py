@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.checks import NonNegative
 from adamx.core.concept import Slots
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
@@ -44,10 +44,7 @@ class growing_clip(Transformation):
         (Array([ 0., -0.], dtype=float32), Array([ 1. , -0.5], dtype=float32))
     """
 
-    power: Scalar = 0.25
-
-    def __post_init__(self) -> None:
-        check(self, power=NON_NEGATIVE)
+    power: NonNegative = 0.25
 
     def scalars(self, step: Step) -> Any:
         return (step.count - 1).astype(float) ** self.power

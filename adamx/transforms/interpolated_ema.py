@@ -17,13 +17,13 @@ Source: Chen et al. (2023), Algorithm 2, https://arxiv.org/abs/2302.06675
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, zeros
-from adamx.core.checks import DECAY_OR_SCHEDULE, Range, ScalarOrSchedule, check
+from adamx.core.checks import Decay, Range, ScalarOrSchedule
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled, scheduled_decay
 from adamx.core.step import LeafStep, Step
@@ -31,7 +31,9 @@ from adamx.core.transformation import Transformation
 from adamx.formula.expressions import Expr, last
 from adamx.formula.symbols import Symbols
 
-POSITIVE_DECAY = Range(math.ulp(0.0), 1.0, "in (0, 1)", open_above=True, schedule=True)
+PositiveDecay = Annotated[
+    ScalarOrSchedule, Range(math.ulp(0.0), 1.0, "in (0, 1)", open_above=True, schedule=True)
+]
 
 
 class interpolated_ema(Transformation):
@@ -59,13 +61,10 @@ class interpolated_ema(Transformation):
         (Array([ 2., -4.], dtype=float32), Array([ 1., -2.], dtype=float32))
     """
 
-    blend: ScalarOrSchedule
-    decay: ScalarOrSchedule
+    blend: Decay
+    decay: PositiveDecay
     dtype: DTypeLike | None = None
     name: str = "mu"
-
-    def __post_init__(self) -> None:
-        check(self, blend=DECAY_OR_SCHEDULE, decay=POSITIVE_DECAY)
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: zeros(param, self.dtype)}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, zeros
-from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.checks import Decay
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled
 from adamx.core.step import LeafStep, Step
@@ -51,12 +51,9 @@ class nesterov_ema(Transformation):
         Array([5.333], dtype=float32)
     """
 
-    decay: ScalarOrSchedule
+    decay: Decay
     dtype: DTypeLike | None = None
     name: str = "mu"
-
-    def __post_init__(self) -> None:
-        check(self, decay=DECAY_OR_SCHEDULE)
 
     @property
     def _correction(self) -> str:

@@ -26,14 +26,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adamx.core.arithmetic import limit_for_squares, widen
-from adamx.core.checks import DECAY, NON_NEGATIVE, Scalar, check
+from adamx.core.checks import DECAY, NonNegative, Scalar
 from adamx.core.concept import Slots
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
@@ -41,9 +41,12 @@ from adamx.formula.expressions import Expr, T, expr, sqrt, where
 from adamx.formula.symbols import Symbols
 from adamx.transforms.rms_scaling import rms_scaling
 
-CONSTANT_DECAY = dataclasses.replace(
-    DECAY, constant="r_t compares rho_t with rho_inf, which only a constant decay has"
-)
+ConstantDecay = Annotated[
+    Scalar,
+    dataclasses.replace(
+        DECAY, constant="r_t compares rho_t with rho_inf, which only a constant decay has"
+    ),
+]
 
 
 class rectified(Transformation):
@@ -75,11 +78,10 @@ class rectified(Transformation):
 
     scaling: rms_scaling
     _: dataclasses.KW_ONLY
-    decay: Scalar
-    threshold: Scalar = 5.0
+    decay: ConstantDecay
+    threshold: NonNegative = 5.0
 
     def __post_init__(self) -> None:
-        check(self, decay=CONSTANT_DECAY, threshold=NON_NEGATIVE)
         if not isinstance(self.scaling, rms_scaling):
             raise TypeError(f"rectified: scaling must be an rms_scaling, got {self.scaling!r}")
 

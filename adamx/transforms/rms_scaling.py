@@ -16,7 +16,7 @@ import dataclasses
 import jax
 
 from adamx.core.arithmetic import divide, limit_for_squares, root
-from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.checks import NonNegative
 from adamx.core.concept import Slots
 from adamx.core.identity import identity
 from adamx.core.step import LeafStep
@@ -51,11 +51,8 @@ class rms_scaling(Transformation):
     numerator: Transformation = identity()
     _: dataclasses.KW_ONLY
     second_moment: Transformation
-    eps: Scalar = 1e-8
-    eps_root: Scalar = 0.0
-
-    def __post_init__(self) -> None:
-        check(self, eps=NON_NEGATIVE, eps_root=NON_NEGATIVE)
+    eps: NonNegative = 1e-8
+    eps_root: NonNegative = 0.0
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         return super().accumulate(limit_for_squares(u, step.grad_dtype), slots, step)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamx.core.checks import FINITE_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.checks import FiniteOrSchedule
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled
 from adamx.core.step import LeafStep, Step
@@ -37,10 +37,7 @@ class scale(Transformation):
         Array([-2.,  4.], dtype=float32)
     """
 
-    step_size: ScalarOrSchedule
-
-    def __post_init__(self) -> None:
-        check(self, step_size=FINITE_OR_SCHEDULE)
+    step_size: FiniteOrSchedule
 
     def scalars(self, step: Step) -> Any:
         return scheduled(self.step_size, step.count)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamx.core.checks import RATE, ScalarOrSchedule, check
+from adamx.core.checks import Rate
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled
 from adamx.core.step import LeafStep, Step
@@ -42,14 +42,11 @@ class scale_by_learning_rate(Transformation):
         (Array([-2.,  4.], dtype=float32), 0.5)
     """
 
-    learning_rate: ScalarOrSchedule
+    learning_rate: Rate
     _: dataclasses.KW_ONLY
     flip_sign: bool = True
 
     takes_steps = True
-
-    def __post_init__(self) -> None:
-        check(self, learning_rate=RATE)
 
     def scalars(self, step: Step) -> Any:
         return scheduled(self.learning_rate, step.count)

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 from adamx.core import errors, lifting
 from adamx.core.arithmetic import compute_dtype, real_times_complex
-from adamx.core.checks import NON_NEGATIVE, RATE, Range, Scalar, ScalarOrSchedule, check
+from adamx.core.checks import NonNegative, Range, Rate, Scalar
 from adamx.core.concept import Slots, disjoint
 from adamx.core.schedules import scheduled
 from adamx.core.step import LeafStep, Step
@@ -37,12 +37,15 @@ from adamx.formula.expressions import Expr, W, call, last
 from adamx.formula.symbols import Symbols
 from adamx.storage.masters import NAMES, masters
 
-SHARE = Range(  # with 0 the average x would not be in y
-    math.ulp(0.0),
-    1.0,
-    "in (0, 1]",
-    constant="y and z alone are kept, and x is made of them with one b1 for all steps",
-)
+Share = Annotated[
+    Scalar,
+    Range(  # with 0 the average x would not be in y
+        math.ulp(0.0),
+        1.0,
+        "in (0, 1]",
+        constant="y and z alone are kept, and x is made of them with one b1 for all steps",
+    ),
+]
 
 
 class schedule_free(Transformation):
@@ -83,14 +86,11 @@ class schedule_free(Transformation):
     """
 
     inner: Transformation
-    learning_rate: ScalarOrSchedule
-    b1: Scalar = 0.9
-    weight_lr_power: Scalar = 2.0
+    learning_rate: Rate
+    b1: Share = 0.9
+    weight_lr_power: NonNegative = 2.0
 
     place = "last"
-
-    def __post_init__(self) -> None:
-        check(self, learning_rate=RATE, b1=SHARE, weight_lr_power=NON_NEGATIVE)
 
     def slots(self, param: jax.Array) -> Slots:
         # a copy, so that parameter and slot can both be donated

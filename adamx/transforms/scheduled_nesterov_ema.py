@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import average, widen, zeros
-from adamx.core.checks import DECAY, NON_NEGATIVE, Scalar, check
+from adamx.core.checks import DECAY, NonNegative, Scalar
 from adamx.core.concept import Slots
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
@@ -35,9 +35,13 @@ from adamx.formula.expressions import Expr, T, expr, last
 from adamx.formula.symbols import Symbols
 from adamx.transforms.bias_correction import one_minus_power
 
-CONSTANT_DECAY = dataclasses.replace(
-    DECAY, constant="momentum_decay is the schedule of the momentum: nesterov_ema takes any other"
-)
+ConstantDecay = Annotated[
+    Scalar,
+    dataclasses.replace(
+        DECAY,
+        constant="momentum_decay is the schedule of the momentum: nesterov_ema takes any other",
+    ),
+]
 _RATE = -math.log(0.96)
 _TERMS = 52  # each is less than half the one before, and float64 has 52 bits
 
@@ -91,13 +95,10 @@ class scheduled_nesterov_ema(Transformation):
         Array([4.533], dtype=float32)
     """
 
-    decay: Scalar
-    momentum_decay: Scalar = 4e-3
+    decay: ConstantDecay
+    momentum_decay: NonNegative = 4e-3
     dtype: DTypeLike | None = None
     name: str = "mu"
-
-    def __post_init__(self) -> None:
-        check(self, decay=CONSTANT_DECAY, momentum_decay=NON_NEGATIVE)
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: zeros(param, self.dtype)}

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import average, compute_dtype, real_dtype, squared_magnitude
-from adamx.core.checks import DECAY_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.checks import Decay
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled_decay
 from adamx.core.step import LeafStep, Step
@@ -46,11 +46,8 @@ class seeded_ema_of_squares(Transformation):
         (Array([16., 64.], dtype=float32), Array([12., 48.], dtype=float32))
     """
 
-    decay: ScalarOrSchedule
+    decay: Decay
     name: str = "nu"
-
-    def __post_init__(self) -> None:
-        check(self, decay=DECAY_OR_SCHEDULE)
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.zeros_like(param, real_dtype(compute_dtype(param.dtype)))}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import compute_dtype, real_dtype, squared_magnitude
-from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.checks import NonNegative
 from adamx.core.concept import Slots
 from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
@@ -40,11 +40,8 @@ class sum_of_squares(Transformation):
         (Array([ 5., 10.], dtype=float32), Array([ 5., 10.], dtype=float32))
     """
 
-    initial: Scalar = 0.0
+    initial: NonNegative = 0.0
     name: str = "sum_of_squares"
-
-    def __post_init__(self) -> None:
-        check(self, initial=NON_NEGATIVE)
 
     def slots(self, param: jax.Array) -> Slots:
         dtype = real_dtype(compute_dtype(param.dtype))

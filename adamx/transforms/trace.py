@@ -19,7 +19,7 @@ import jax
 from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import limit_sum, zeros
-from adamx.core.checks import FRACTION_OR_SCHEDULE, ScalarOrSchedule, check
+from adamx.core.checks import Fraction
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled
 from adamx.core.step import LeafStep, Step
@@ -49,13 +49,10 @@ class trace(Transformation):
         Array([ 3., -3.], dtype=float32)
     """
 
-    decay: ScalarOrSchedule
+    decay: Fraction
     nesterov: bool = False
     accumulator_dtype: DTypeLike | None = None
     name: str = "trace"
-
-    def __post_init__(self) -> None:
-        check(self, decay=FRACTION_OR_SCHEDULE)
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: zeros(param, self.accumulator_dtype)}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from adamx.core.checks import NON_NEGATIVE, Scalar, check
+from adamx.core.checks import NonNegative
 from adamx.core.concept import Slots
 from adamx.core.norms import norm
 from adamx.core.step import LeafStep
@@ -49,11 +49,8 @@ class trust_ratio(Transformation):
         {'b': Array([1.], dtype=float32), 'w': Array([-3.,  4.], dtype=float32)}
     """
 
-    trust_coefficient: Scalar = 1.0
-    eps: Scalar = 0.0
-
-    def __post_init__(self) -> None:
-        check(self, trust_coefficient=NON_NEGATIVE, eps=NON_NEGATIVE)
+    trust_coefficient: NonNegative = 1.0
+    eps: NonNegative = 0.0
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         of_weights, of_update = norm(step.needs_param(self)).reshape(()), norm(u).reshape(())

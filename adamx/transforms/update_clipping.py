@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core.arithmetic import limit_for_squares, root, squared_magnitude
-from adamx.core.checks import DECAY_OR_SCHEDULE, NON_NEGATIVE, Scalar, ScalarOrSchedule, check
+from adamx.core.checks import Decay, NonNegative
 from adamx.core.concept import Slots
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
@@ -61,13 +61,10 @@ class update_clipping(Transformation):
     """
 
     inner: Transformation
-    decay: ScalarOrSchedule
-    eps: Scalar = 1e-6
+    decay: Decay
+    eps: NonNegative = 1e-6
     _: dataclasses.KW_ONLY
     slot: str = "nu"
-
-    def __post_init__(self) -> None:
-        check(self, decay=DECAY_OR_SCHEDULE, eps=NON_NEGATIVE)
 
     def scalars(self, step: Step) -> jax.Array:
         return weight_of_past(self.decay, step, CORRECTION)
