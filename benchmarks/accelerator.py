@@ -1,13 +1,13 @@
-"""AdamW's step on an accelerator: how much of the memory's bandwidth it reaches, and beside whom.
+"""AdamW's step on an accelerator: how much of the memory's bandwidth it reaches, and its peers.
 
     python benchmarks/accelerator.py [--quick] [--markdown docs/accelerator.md]
 
     bandwidth = (parameters, state and gradients read, parameters and state written) / time
 
-The bytes are what any step has to move, counted in the arrays, not what its kernels do move; so a
-step that goes over an array twice reaches half. Each candidate is measured interleaved with Optax
-and with a copy from device to device, whose bandwidth is what there is to be had. PyTorch's fused
-AdamW and FlashOptim take part where they are installed.
+The bytes are those that any step has to move, counted in the arrays, not those that its kernels do
+move: a step that reads an array twice reaches less. Each candidate is measured interleaved with
+Optax and with a copy from device to device, whose bandwidth is the highest that can be reached.
+PyTorch's fused AdamW and FlashOptim take part if they are installed.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Candidate:
 
 
 def candidates() -> dict[str, Candidate]:
-    """Return what takes part, by name; PyTorch, which runs no JAX, is apart."""
+    """Return the candidates by name, except PyTorch, which does not run in JAX."""
 
     def of(tx: optax.GradientTransformation, dtype: Any = jnp.float32) -> Candidate:
         return Candidate(tx.init, adamx.make_step(tx), dtype)
@@ -104,7 +104,7 @@ def candidates() -> dict[str, Candidate]:
 
 
 def flash(bits: int | None, dtype: Any) -> Candidate:
-    """Return FlashOptim's AdamW, with its own kernels where they run: on a GPU."""
+    """Return FlashOptim's AdamW, on a GPU with its own kernels."""
     from flashoptim_jax import flash_adamw
 
     tx = flash_adamw(
@@ -132,7 +132,7 @@ def must_move(params: Any, state: Any) -> int:
 
 
 def memory() -> float:
-    """Return the bytes that there are on the device; infinity where it does not tell."""
+    """Return the bytes of the device's memory; infinity if it does not tell."""
     return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
 
 
@@ -140,7 +140,7 @@ def memory() -> float:
 
 
 def like(parameters: int, leaves: int, dtype: Any) -> dict[str, Any]:
-    """Return the shapes of equal vectors that have so many elements together, or a few less."""
+    """Return the shapes of equal vectors with so many elements in all, or a few less."""
     shapes = tree(((parameters // leaves,),), leaves)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
@@ -200,7 +200,7 @@ def torch_step(shapes: Any, settings: Settings) -> Loop:
 
 
 def torch_takes_part() -> bool:
-    """Say whether PyTorch is there, and runs on the device that JAX runs on."""
+    """Say whether PyTorch is installed and runs on the device that JAX runs on."""
     if not importlib.util.find_spec("torch"):
         return False
     import torch
@@ -234,11 +234,11 @@ COLUMNS = (
     "finite",
 )
 NOTE = """\
-bytes/param: what a step has to read and write; GB/s: that by the time; of the copy's: that by the
-bandwidth of a copy of as many bytes (2 GiB read at most) in the same rounds. From the compiled
-program: the kernels that it starts, those that are fusions, the bytes that they move by XLA's
-count, copies of whole parameters, and temporary bytes. finite: whether all parameters were, after
-the last step.""".replace("\n", " ")
+bytes/param: the bytes that a step has to read and write; GB/s: these bytes by the time; of the
+copy's: this by the bandwidth of a copy of as many bytes (2 GiB read at most) in the same rounds.
+From the compiled program: the kernels that it starts, how many of them are fusions, the bytes that
+they move by XLA's count, copies of whole parameters, and temporary bytes. finite: whether all
+parameters were finite after the last step.""".replace("\n", " ")
 
 
 def steps(parameters: int, leaves: int, settings: Settings, meter: Meter) -> Table:
@@ -306,8 +306,8 @@ def markdown(tables: Sequence[Table], settings: Settings) -> str:
     how = f"""\
 In each of {settings.rounds} rounds a candidate, Optax and a copy are each measured once, in
 shuffled order: steps in place, one after the other, and the wait for the last. `time / optax` is
-the median over the rounds, with the quartiles in brackets; in Optax's own row it is that of a
-second copy of it, and shows the resolution."""
+the median over the rounds, with the quartiles in brackets; in Optax's own row it is the time of a
+second copy of Optax, and shows the resolution."""
     command = "python benchmarks/accelerator.py --markdown docs/accelerator.md"
     return "\n".join(
         [
@@ -348,7 +348,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path | None
 def main(arguments: Sequence[str] | None = None) -> list[Table]:
     """Run the command; return the tables."""
     settings, page = parse(arguments)
-    # PyTorch is to find memory too
+    # leave memory for PyTorch
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     console = Console()
     console.width = max(console.width, 160)
@@ -359,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Table]:
             for leaves in settings.leaves:
                 tables.append(steps(parameters, leaves, settings, meter))
                 console.print("", tables[-1].rich())
-                if page:  # what is there is kept if a later one fails
+                if page:  # the tables so far are kept if a later one fails
                     page.write_text(markdown(tables, settings))
     return tables
 

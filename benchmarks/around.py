@@ -1,4 +1,4 @@
-"""What goes around AdamW's update, as multiples of it: clip, guard, micro-batches, statistics.
+"""The cost of clip, guard, micro-batches and statistics around AdamW's update, as multiples of it.
 
 python benchmarks/around.py [--quick] [--markdown docs/around-benchmarks.md]
 """
@@ -51,7 +51,7 @@ Step = tuple[jax.stages.Compiled, Callable[[Any], tuple[Any, ...]], Callable[...
 
 
 def transformations() -> dict[str, optax.GradientTransformation]:
-    """Return what is a step like any other: by its name."""
+    """Return the transformations whose steps are one program, by name."""
     adamw = functools.partial(adamx.adamw, 1e-3)
     clip = adamx.clip_by_global_norm(1.0, record=True)
     theirs = optax.adamw(1e-3)
@@ -77,7 +77,7 @@ def _multi_steps(tx: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def compiled_steps(like: Any) -> dict[str, Step]:
-    """Return each step compiled, its first carry made from parameters, and how to call it."""
+    """Return each step: compiled, a function that makes its first carry, and one that calls it."""
     found: dict[str, Step] = {}
     for name, tx in transformations().items():
         compiled = compile_step(tx, like)
@@ -94,7 +94,7 @@ def compiled_steps(like: Any) -> dict[str, Step]:
         return ({name: fresh[name] for name in ("count", "accumulated", "micro_step")},)
 
     found[MICRO] = adding, kept, lambda kept, grads: (adding(kept, grads, {}),)
-    last = adamx.accumulate(adamx.adamw(1e-3), 1)  # the same program, in which every step is final
+    last = adamx.accumulate(adamx.adamw(1e-3), 1)  # the same program; every step is final
     closing = compile_step(last, like)
     found[FINAL] = closing, lambda params: (params, last.init(params)), closing
 
@@ -114,7 +114,7 @@ def compiled_steps(like: Any) -> dict[str, Step]:
 
 
 def around(settings: Settings, meter: Meter) -> list[Table]:
-    """Compare what goes around AdamW's in-place step with AdamW alone."""
+    """Compare AdamW's in-place step, with something around it, with AdamW alone."""
     many = tree(settings.large, settings.leaves)
     cases = {
         f"1 array, {settings.around_size / 2**20:g}M": single(settings.around_size),
@@ -149,11 +149,11 @@ def around(settings: Settings, meter: Meter) -> list[Table]:
                 f"Around AdamW's step: {what}",
                 "In place, gradients of ordinary size; the multiples are of adamx's AdamW alone. "
                 "bytes/param: read and written in every step; with branches: XLA's count, which "
-                "adds both sides of the branch in which a norm is scaled or an infinity looked "
-                f"for. micro-step and final step are the two programs of `make_step`; {EVERY} "
-                "gradients make a step. So are the step between and the measuring step of "
-                "`monitor`, with a group for each array; the latter is a branch, which is taken: "
-                "its bytes are those with branches.",
+                "adds both sides of the branch that scales a norm or looks for an infinity. "
+                "micro-step and final step are the two programs of `make_step` for `accumulate`; "
+                f"{EVERY} gradients make a step. The step between and the measuring step are its "
+                "two programs for `monitor`, with a group for each array; the measuring step takes "
+                "its branch: its bytes are those with branches.",
                 ["float32", "ms", "/ adamw alone", "bytes/param", "with branches", "copies", "bar"],
                 rows,
             )
@@ -188,9 +188,9 @@ def page(tables: Sequence[Table], settings: Settings) -> str:
             "",
             facts,
             "",
-            "`/ adamw alone` is the median over the rounds of a time divided by that of adamx's "
-            "AdamW in the same round, with the quartiles of these ratios in brackets; all are "
-            "measured once a round, in shuffled order, in one process.",
+            "`/ adamw alone` is the median over the rounds of a time divided by the time of "
+            "adamx's AdamW in the same round, with the quartiles of these ratios in brackets. In "
+            "each round every step is measured once, in shuffled order, in one process.",
             "",
             *(table.markdown() for table in tables),
         ]

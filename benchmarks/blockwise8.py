@@ -2,8 +2,8 @@
 
     stored = (index of the entry of a table nearest to x / s,  s = max |x| over a block of 256)
 
-The table is the dynamic one: seven decades, with the more fraction bits the larger the decade. It
-is signed for m, and unsigned for v. The update is computed from the moments before they are stored.
+The table is the dynamic one: seven decades; the larger the decade, the more fraction bits. It is
+signed for m, and unsigned for v. The update is computed from the moments before they are stored.
 
 Source: Dettmers et al. (2022), 8-bit optimizers via block-wise quantization, sections 2.1 and 2.2,
 https://arxiv.org/abs/2110.02861. Their library leaves arrays of fewer than 4096 elements in
@@ -109,7 +109,7 @@ def scale_by_adam8(
 
 
 def adam8(learning_rate: optax.ScalarOrSchedule, **options: Any) -> optax.GradientTransformation:
-    """Return Adam with 8-bit moments; options as those of `scale_by_adam8`."""
+    """Return Adam with 8-bit moments; the options are those of `scale_by_adam8`."""
     return optax.chain(
         scale_by_adam8(**options),
         optax.scale_by_learning_rate(learning_rate),

@@ -1,4 +1,4 @@
-"""What 16- and 8-bit moments and bfloat16 parameters do to training: one command, one page.
+"""How 16- and 8-bit moments and bfloat16 parameters change training: one command, one page.
 
     python benchmarks/convergence.py [--quick] [--markdown docs/low-precision.md]
 
@@ -54,15 +54,15 @@ Trainer = Callable[[int], dict[str, np.ndarray]]
 
 
 def trainer(task: Task, method: Method, **options: float) -> Trainer:
-    """Return what trains every seed in one jitted program, and measures what came out.
+    """Return a function that trains every seed in one jitted program, and measures the results.
 
     Args:
         task: what is trained.
-        method: by which it is trained.
+        method: how it is trained.
         **options: Adam's, such as b1.
 
     Returns:
-        A function of the number of the order: for each measure a number a seed.
+        A function of the number of the order; it returns a number a seed for each measure.
     """
     init, step = method.make(task.rate, **{"eps": task.eps, **options})
 
@@ -96,11 +96,11 @@ def trainer(task: Task, method: Method, **options: float) -> Trainer:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """How a method did beside float32: a paired t-test over the seeds.
+    """How a method compares with float32: a paired t-test over the seeds.
 
     Attributes:
         difference: the mean difference with its 95 % interval.
-        words: "yes" where the interval contains zero, "no" and the side otherwise.
+        words: "yes" if the interval contains zero, "no" and the side otherwise.
         short: both in few characters.
     """
 
@@ -115,7 +115,7 @@ def compared(values: np.ndarray, baseline: np.ndarray, floor: float = 0.0) -> Ve
     Args:
         values: the method's.
         baseline: float32's.
-        floor: the noise floor, 0 where there is none.
+        floor: the noise floor, 0 if there is none.
 
     Example:
         >>> compared(np.array([1.0, 2.0, 4.0]), np.array([1.1, 1.9, 4.0])).words
@@ -153,7 +153,7 @@ class Bench:
         self.narrow = {name: m for name, m in self.methods.items() if name not in MOMENTS}
 
     def each(self, what: str, items: Sequence[Any]) -> Iterator[Any]:
-        """Yield the items, and show how far it is."""
+        """Yield the items, and show the progress."""
         yield from self.progress.track(items, description=what)
 
 
@@ -191,13 +191,13 @@ def convergence(bench: Bench) -> Iterator[Table]:
     )
     turned = [[head, *(cells[i] for cells in summary.values())] for i, head in enumerate(heads)]
     rows = [row[:1] + row[2:] for row in turned]
-    yield Table("Training beside float32", note, ["", *list(bench.methods)[1:]], rows)
+    yield Table("Training compared with float32", note, ["", *list(bench.methods)[1:]], rows)
     yield from tables
 
 
 @functools.cache
 def direction(method: Method, **options: float) -> Pair:
-    """Return init and step of a method whose step gives -u from the gradients alone."""
+    """Return init and step of a method, with a step that returns -u for the gradients alone."""
     init, step = method.make(1.0, **options)
 
     def towards(state: Any, grads: Any) -> tuple[Any, Any]:
@@ -213,7 +213,7 @@ def shadowed(
 
     Returns:
         For each method the largest |u| / lr; the rms difference of its updates from float32's,
-        relative to the rms of these; and its gain, the factor by which these fit best.
+        relative to the rms of float32's; and its gain, the factor by which float32's fit best.
     """
     options = {"eps": task.eps, **options}
     init, step = METHODS[FLOAT32].make(task.rate, **options)
@@ -301,8 +301,8 @@ def extremes(bench: Bench) -> Iterator[Table]:
         hurt.append([name, *lost])
     heads = [f"g = {size}" for size in sizes]
     note = (
-        "The same extreme gradient of one element in 10 steps, beside 1023 ordinary ones: the "
-        "element's u / lr, and how many others are not finite, if any."
+        "One element has the same extreme gradient in 10 steps, 1023 others have ordinary ones: "
+        "the element's u / lr, and how many others are not finite, if any."
     )
     yield Table("Extreme gradients", note, ["", *heads], rows)
     note = (
@@ -315,7 +315,7 @@ def extremes(bench: Bench) -> Iterator[Table]:
 
 
 def whole(params: Any, state: Any) -> np.ndarray:
-    """Return one array of parameters with all that is kept of them."""
+    """Return one array of parameters, with the bits that the state keeps of them."""
     if isinstance(state, dict):
         kept = {"master", "remainder"} & set(state)
         return np.asarray(adamx.masters(params, state) if kept else params, np.float64)
@@ -325,7 +325,7 @@ def whole(params: Any, state: Any) -> np.ndarray:
 
 
 def travel(bench: Bench) -> Iterator[Table]:
-    """Show how far bfloat16 parameters come in small steps."""
+    """Show how far bfloat16 parameters travel in small steps."""
     steps, sizes = bench.settings.travel, (1e-6, 4e-6, 1e-5)
     start = np.random.default_rng(0).uniform(1, 2, 16384)
     rows = []
@@ -344,8 +344,9 @@ def travel(bench: Bench) -> Iterator[Table]:
     heads = [cell for size in sizes for cell in (f"u = {size:g}", "rms error")]
     note = (
         f"{steps} equal steps of u, by Adam with a constant gradient, on {len(start)} parameters "
-        "between 1 and 2: the mean part of the distance that was travelled, and the rms error of "
-        "the single parameters as a part of the distance. Of masters, where there are any."
+        "between 1 and 2: the mean share of the distance that the parameters travelled, and the "
+        "rms error of the single parameters as a share of the distance; of the masters, if there "
+        "are any."
     )
     yield Table("Small steps", note, ["", *heads], rows)
 
@@ -369,15 +370,15 @@ def betas(bench: Bench) -> Iterator[Table]:
     for name in packed:
         heads += [f"{name}: rms error", "difference [95 %]", "equal"]
     note = (
-        f"The digits, {task.seeds} seeds, trained with other decays, of which packed8 needs "
-        "b1^2 < b2: the rms error of single updates as above, and the difference from float32 with "
-        "the same decays."
+        f"The digits, {task.seeds} seeds, trained with other decays (packed8 needs b1^2 < b2): "
+        "the rms error of single updates as above, and the difference from float32 with the same "
+        "decays."
     )
     yield Table("Other betas", note, heads, rows)
 
 
 def memory(bench: Bench) -> Iterator[Table]:
-    """Count what every method keeps."""
+    """Count the bytes that every method keeps."""
     rows = []
     for name, method in bench.each("bytes", list(bench.methods.items())):
         params = jnp.zeros((512, 512), method.dtype)
@@ -397,22 +398,22 @@ SECTIONS = (memory, convergence, trajectories, extremes, travel, betas)
 READING = """\
 ## How to read the tables
 
-Every method starts from float32's weights, in its own dtype, and sees float32's batches, seed by
+Every method starts from float32's weights, in its own dtype, and gets float32's batches, seed by
 seed. Methods whose name begins with *bf16* have bfloat16 parameters: the loss widens them to
-float32 and computes in float32, the gradients come back in bfloat16, and what is measured is the
-model with the bfloat16 parameters. The other methods have float32 parameters. The moments of
-*remainder*, *remainder8*, *float32 masters* and *stochastic* are float32.
+float32 and computes in float32, the gradients are bfloat16, and the model is measured with the
+bfloat16 parameters. The other methods have float32 parameters. The moments of *remainder*,
+*remainder8*, *float32 masters* and *stochastic* are float32.
 
-A difference is the mean over the seeds of a method's number less float32's, with the 95 % interval
+A difference is the mean over the seeds of a method's number minus float32's, with the 95 % interval
 of a paired t-test. The *noise floor* is the rms difference between float32 and float32 with another
-order of the same data. *Equal within seed noise* is *yes* where the interval contains zero, and
-*undecided* where it does but is wider than 20 noise floors. Where a method is equal, one table in
-twenty says *no* by chance. Few seeds give wide intervals, so that *yes* is weak evidence where
-there are 3.
+order of the same data. *Equal within seed noise* is *yes* if the interval contains zero, and
+*undecided* if it contains zero but is wider than 20 noise floors. For a method that is equal, one
+table in twenty says *no* by chance. Few seeds give wide intervals, so that *yes* is weak evidence in
+tables with 3 seeds.
 
 Three methods are not adamx's. *Optax* is `optax.adam` on bfloat16 parameters, with its own dtypes.
 *block-wise 8-bit* is `benchmarks/blockwise8.py`, written from the paper of Dettmers et al. (2022):
-dynamic table, blocks of 256, here for every array; their library leaves arrays of fewer than 4096
+dynamic table, blocks of 256, used for every array; their library leaves arrays of fewer than 4096
 elements in float32, and advises another embedding layer. *FlashOptim* is `flashoptim-jax` 0.1.0 on
 its pure-XLA path, with float32 parameters or with bfloat16 ones and a correction of 8 bits.
 """
@@ -420,7 +421,7 @@ MARK = "<!-- tables -->"
 
 
 def page(tables: Sequence[Table], settings: Settings, old: str) -> str:
-    """Return the page: what stood above the mark, which is written by hand, and new tables."""
+    """Return the page: the part above the mark, which is written by hand, and new tables."""
     above = old.partition(MARK)[0] or "# Low precision\n\n"
     facts = ", ".join(f"{k} {v}" for k, v in environment().items() if k in PACKAGES)
     how = f"`python benchmarks/convergence.py{' --quick' if settings.quick else ''}"

@@ -1,6 +1,6 @@
 """The methods that convergence.py compares: ways to keep Adam's moments, or the parameters.
 
-FlashOptim takes part where it is installed (`pip install flashoptim-jax`).
+FlashOptim takes part if it is installed (`pip install flashoptim-jax`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Method:
 
 
 def ours(build: Callable[..., adamx.Transformation], rounding: str = "nearest") -> Any:
-    """Return what makes the steps of an adamx transformation."""
+    """Return a function that makes the steps of an adamx transformation."""
 
     def make(rate: optax.ScalarOrSchedule, **options: float) -> Pair:
         tx = build(rate, **options)
@@ -52,7 +52,7 @@ def ours(build: Callable[..., adamx.Transformation], rounding: str = "nearest") 
 
 
 def theirs(build: Callable[..., optax.GradientTransformation]) -> Any:
-    """Return what makes the steps of an Optax transformation."""
+    """Return a function that makes the steps of an Optax transformation."""
 
     def make(rate: optax.ScalarOrSchedule, **options: float) -> Pair:
         tx = build(rate, **options)
@@ -67,7 +67,7 @@ def theirs(build: Callable[..., optax.GradientTransformation]) -> Any:
 
 
 def flash(bits: int | None) -> Any:
-    """Return what makes the steps of FlashOptim on its pure-XLA path."""
+    """Return a function that makes the steps of FlashOptim on its pure-XLA path."""
 
     def make(rate: optax.ScalarOrSchedule, **options: float) -> Pair:
         assert flash_adam is not None

@@ -53,7 +53,7 @@ class Task:
         seeds: how many runs.
         rate: the learning rate.
         params: from a seed: the first weights.
-        data: from a seed: what the loss is given at every step.
+        data: from a seed: the argument of the loss that is the same at every step.
         batches: from a seed and the number of an order: one batch a step.
         loss: of (params, data, batch).
         measures: by name: from the trained weights and a seed a number, the smaller the better.
@@ -210,7 +210,7 @@ def transformer(settings: Settings) -> list[Task]:
 
 
 def sparse_embedding(settings: Settings) -> list[Task]:
-    """Learn a table of which a batch touches few rows, most of them rarely, from noisy targets."""
+    """Learn a table from noisy targets; a batch touches few rows, and most rows rarely."""
     rows, width, batch, steps = 4096, 16, 64, round(1500 * settings.length)
     chance = 1 / np.arange(1, rows + 1) ** 1.1
     chance /= chance.sum()

@@ -2,8 +2,8 @@
 
     python benchmarks/family.py [--quick] [--only NAME ...] [--markdown docs/family.md]
 
-What stands on the page is read from the optimizers or measured here. Needs the packages of the
-tests, whose recorded PyTorch runs it uses.
+The page is read from the optimizers or measured by this script. It needs the packages of the tests,
+since it uses their recorded PyTorch runs.
 """
 
 from __future__ import annotations
@@ -81,17 +81,17 @@ def indented_blocks(text: str) -> list[str]:
 
 
 def formula(name: str) -> str:
-    """Return the formula of an optimizer, with which its module opens."""
+    """Return the formula of an optimizer: its module opens with it."""
     return indented_blocks(sys.modules[getattr(adamx, name).__module__].__doc__ or "")[0]
 
 
 def default(name: str) -> adamx.Transformation:
-    """Return an optimizer as it is without options, with the quickstart's learning rate."""
+    """Return an optimizer with its default options and the quickstart's learning rate."""
     return getattr(adamx, name)(quickstart.PAIRS[name].learning_rate)
 
 
 def section(name: str) -> str:
-    """Return what an optimizer is: its formula and its pieces."""
+    """Return an optimizer's section: its formula and its pieces."""
     blocks = "\n\n".join(f"```text\n{text}\n```" for text in (formula(name), str(default(name))))
     return f"### {name}\n\n{blocks}\n"
 
@@ -100,7 +100,7 @@ def section(name: str) -> str:
 
 
 def cost(name: str, settings: Settings) -> Row:
-    """Return what an optimizer keeps and moves, and how often its step copies a parameter."""
+    """Return the bytes that an optimizer keeps and moves, and how often it copies a parameter."""
     like = {"w": jax.ShapeDtypeStruct((settings.side, settings.side), jnp.float32)}
     tx, size = default(name), settings.side**2
     state = jax.eval_shape(tx.init, like)
@@ -119,7 +119,7 @@ def cost(name: str, settings: Settings) -> Row:
 
 # ------------------------------------------------------------------------- what it agrees with
 
-# decays whose powers, and so whose bias corrections, are exact in float32 at first
+# decays whose first powers, and so whose first bias corrections, are exact in float32
 EXACT = {"b1": 0.5, "b2": 0.75, "b3": 0.875}
 AS_OPTAX: dict[str, Callable[..., Any]] = {
     "adan": lambda rate, b2=0.92, **options: adamx.adan(rate, b2=b2, look_ahead=1 - b2, **options)
@@ -127,7 +127,7 @@ AS_OPTAX: dict[str, Callable[..., Any]] = {
 
 
 def optax_apart(name: str, options: dict[str, float], steps: int) -> float:
-    """Return how far updates are from Optax's: 2^-23 of the largest of a step, at the most."""
+    """Return the largest difference of an update from Optax's, in 2^-23 of the step's largest."""
     pair = quickstart.PAIRS[name]
     ours = AS_OPTAX.get(name, pair.ours)(pair.learning_rate, **options)
     rng = np.random.default_rng(0)
@@ -159,7 +159,7 @@ CASES = {
 
 
 def torch_apart(case: str) -> float:
-    """Return how far 60 float64 steps are from PyTorch's: as a part of each weight's way."""
+    """Return how far 60 float64 steps are from PyTorch's: as a part of each weight's distance."""
     recording = old_members.RECORDING
     leaves = old_members.LEAVES
     start = {leaf: recording[f"initial/{leaf}"] for leaf in leaves}
@@ -181,7 +181,7 @@ def torch_apart(case: str) -> float:
     worst = 0.0
     for leaf in leaves:
         theirs = recording[f"{case}/{leaf}"]
-        if case == "sgd_dampening":  # which leaves momentum^t of the first gradient in its buffer
+        if case == "sgd_dampening":  # momentum^t of the first gradient stays in PyTorch's buffer
             excess = np.multiply.outer(0.9 ** np.arange(1, 61), gradients[leaf][0])
             theirs = theirs + 0.1 * np.cumsum(excess, axis=0)
         path = np.concatenate([start[leaf][None], theirs])
@@ -209,9 +209,9 @@ def agreement(name: str, settings: Settings) -> Row:
 
 
 def digits(name: str, settings: Settings) -> Row:
-    """Return the accuracies that the quickstart reaches, and those of Optax beside it."""
+    """Return the accuracies that the quickstart reaches with adamx and with Optax."""
     pair, data = quickstart.PAIRS[name], quickstart.load()
-    # the same objects in all trainings, for which there is then one program
+    # the same objects in all trainings, so that there is one program
     ours, peer = pair.ours(pair.learning_rate), pair.peer(pair.learning_rate)
     pair = dataclasses.replace(pair, ours=lambda _: ours, peer=lambda _: peer)
     reached = []
@@ -260,10 +260,10 @@ def report(settings: Settings, progress: Progress) -> Iterator[Table]:
 
     yield Table(
         "What each keeps and moves",
-        "Bytes a float32 parameter, of the state and of what the kernels of the in-place step read "
-        f"and write, for one matrix of {settings.side} x {settings.side}; `copy` instructions as "
-        "large as it. XLA's count includes conditional branches that do not run: LAMB has one for "
-        "norms that leave the range of float32.",
+        "Bytes a float32 parameter, of the state and of the reads and writes of the kernels of the "
+        f"in-place step, for one matrix of {settings.side} x {settings.side}; `copy` instructions "
+        "as large as the matrix. XLA's count includes conditional branches that do not run: LAMB "
+        "has one for norms that leave the range of float32.",
         [
             *("", "slots as large as the parameter", "bytes kept", "bytes moved"),
             *("by XLA's count", "copies"),
@@ -273,14 +273,15 @@ def report(settings: Settings, progress: Progress) -> Iterator[Table]:
     yield Table(
         "What each agrees with",
         f"Optax: the largest difference of an update in {settings.steps} float32 steps, in 2^-23 "
-        "of the step's largest update; at the defaults, where Optax's corrections 1 - b^t are "
-        "rounded, and with b1 = 0.5, b2 = 0.75, b3 = 0.875, whose are exact or nearly so; with "
-        "Optax's look-ahead in Adan, and the same place of eps in AdaGrad and RMSprop. "
+        "of the step's largest update; at the defaults, with which Optax rounds its corrections "
+        "1 - b^t, and with b1 = 0.5, b2 = 0.75, b3 = 0.875, with which the corrections are exact "
+        "or nearly so; with Optax's look-ahead in Adan, and the same place of eps in AdaGrad and "
+        "RMSprop. "
         "PyTorch: the class and its recorded runs in `tests/data/torch_trajectories.npz`, each "
-        "with the largest difference of a weight in 60 float64 steps, as a part of the way that "
-        "the weight went; AMSGrad and NAdam with PyTorch's pieces, and momentum but for the first "
-        "gradient, as described above. A dash: there is no such method, no correction, or no such "
-        "run.",
+        "with the largest difference of a weight in 60 float64 steps, as a part of the distance "
+        "that the weight travelled; AMSGrad and NAdam with PyTorch's pieces, and momentum apart "
+        "from the first gradient, as described above. A dash: there is no such method, no "
+        "correction, or no such run.",
         ["", "Optax, defaults", "Optax, exact decays", "PyTorch"],
         rows("agreement", agreement),
     )
@@ -288,7 +289,7 @@ def report(settings: Settings, progress: Progress) -> Iterator[Table]:
         "What each reaches on the digits",
         f"`examples/quickstart.py`, {counted(settings.epochs, 'epoch')}: the mean test "
         f"accuracy of {counted(settings.seeds, 'seed')}, and the lowest in brackets, of adamx and "
-        "of what runs beside it; SGDW with momentum 0.9. 360 images: one is 0.3 %. The learning "
+        "of Optax's method; SGDW with momentum 0.9. Of the 360 images one is 0.3 %. The learning "
         "rates were chosen on the same images, for a good accuracy and not the best: the table "
         "does not rank the methods.",
         ["", "learning rate", "adamx", "Optax", "Optax's method"],
@@ -300,15 +301,13 @@ MARK = "<!-- tables -->"
 
 
 def page(tables: Sequence[Table], settings: Settings, quick: bool, old: str) -> str:
-    """Return the page: what stood above the mark, which is written by hand, and what is not."""
+    """Return the page: the part above the mark, which is written by hand, and the measured one."""
     above = old.partition(MARK)[0] or "# The family\n\n"
     facts = environment()
     said = ", ".join(f"{k} {facts[k]}" for k in ("date", "adamx", "jax", "optax"))
     command = f"python benchmarks/family.py{' --quick' if quick else ''} --markdown docs/family.md"
     made = f"Below: written by `{command}`, not by hand ({said}, {jax.default_backend()})."
-    opening = (
-        "## What each is\n\nThe formula, and the pieces: what `print` shows of the optimizer.\n"
-    )
+    opening = "## What each is\n\nThe formula, and the pieces as `print` shows them.\n"
     sections = [opening, *(section(name) for name in settings.names)]
     return above + "\n".join([MARK, "", made, "", *(t.markdown() for t in tables), *sections])
 

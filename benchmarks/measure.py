@@ -4,7 +4,7 @@
 
 Every round measures every candidate once, in a new random order, so that both times of a ratio
 come from the same second of the machine. All rounds count. A second copy of the baseline among the
-candidates shows what a ratio of equal programs looks like: the resolution.
+candidates shows how far the ratio of equal programs is from 1: the resolution.
 
 Bytes and copies are read from the compiled program (`adamx/inspect/program.py`), without noise.
 """
@@ -26,7 +26,7 @@ Sample = Callable[[], float | tuple[float, ...]]
 """A candidate: measures once and returns seconds, or several parts of them."""
 
 
-# ----------------------------------------------------------------------------------------- in time
+# ------------------------------------------------------------------------------------------- times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def interleave(
 
     Returns:
         For each candidate its samples in the order of the rounds: an array of shape [rounds], or
-        [rounds, parts] where a sample has several parts.
+        [rounds, parts] if a sample has several parts.
     """
     order = random.Random(seed)
     for sample in candidates.values():
@@ -99,11 +99,11 @@ def interleave(
 
 
 class Loop:
-    """A step that is run over and over; a sample is the mean time of a few steps in a row.
+    """A step that runs again and again; a sample is the mean time of a few steps in a row.
 
-    What a step returns is what the next one is given, so that donated buffers are threaded
-    through. The first step of a sample is not timed: it finds the caches and the threads as
-    another candidate left them. The first sample settles how many steps make up a sample.
+    Each step gets the results of the step before it, so that donated buffers are threaded through.
+    The first step of a sample is not timed, since it finds the caches and the threads as another
+    candidate left them. The first sample settles how many steps make up a sample.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Loop:
         self.seconds, self.repeats = seconds, 0
 
     def run(self, steps: int) -> float:
-        """Run some steps, wait for the last, and return the seconds that took."""
+        """Run some steps, wait for the last, and return the seconds that this took."""
         start = time.perf_counter()
         for _ in range(steps):
             self.carry = self.step(*self.carry, *self.fixed)
@@ -141,10 +141,10 @@ class Loop:
 
 
 def stages(make: Callable[[], Any], *arguments: Any, compiling: bool = False) -> Sample:
-    """Return a candidate that traces and lowers, and compiles if asked to, and times each.
+    """Return a candidate that traces, lowers and, if asked, compiles, and times each stage.
 
     Args:
-        make: returns the jitted function, new each time, so that nothing of it is cached.
+        make: returns the jitted function, a new one each time, so that nothing of it is cached.
         *arguments: arrays or their shapes.
         compiling: whether to compile too.
     """

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their settings, tables, trees and loops."""
+"""The settings, tables, trees and loops that the benchmarks share."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Settings:
     Attributes:
         sizes: numbers of elements of the single array in the step.
         leaves: how many arrays there are in a tree of many.
-        many: how many in the tree that is traced and lowered only.
-        small: shapes that the leaves have in turn, where the work outside the kernels counts.
+        many: how many in the tree that is only traced and lowered.
+        small: shapes that the leaves have in turn, if the work outside the kernels counts.
         large: shapes that the leaves have in turn, as in a network.
         methods_size: number of elements of the single array for the other methods.
-        around_size: number of elements of the single array for what goes around the update.
+        around_size: number of elements of the single array for `around.py`.
         memory: number of elements of the tree whose memory is read.
         width: of the network in the train step.
         rounds: for the steps.
@@ -106,7 +106,7 @@ class Table:
 
 
 class Meter:
-    """Takes samples for the sections and shows how far it is."""
+    """Takes samples for the sections and shows the progress."""
 
     def __init__(self, progress: Progress, seed: int) -> None:
         """Show on a progress bar; shuffle with a seed."""
@@ -132,7 +132,7 @@ def verdict(value: float, bar: float) -> str:
 
 
 def against_optax(times: Mapping[str, np.ndarray], name: str, part: Any = ...) -> str:
-    """Return a candidate's ratio to Optax as a cell, or a dash where it was not measured."""
+    """Return a candidate's ratio to Optax as a cell, or a dash if it was not measured."""
     if name not in times:
         return "-"
     return str(ratio(times[name][part], times[OPTAX][part]))
@@ -175,7 +175,7 @@ def compile_step(tx: optax.GradientTransformation, like: Any) -> jax.stages.Comp
 
 def torch_loop(params: Any, grads: Any, seconds: float) -> Loop:
     """Return PyTorch's fused AdamW as a loop, with one thread a processor as XLA has."""
-    # its threads are not to spin on a core that the next candidate needs
+    # its threads must not spin on a core that the next candidate needs
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 

@@ -1,10 +1,10 @@
-"""adamx beside Optax, and PyTorch where it is installed: one command, one report.
+"""adamx side by side with Optax, and with PyTorch if it is installed: one command, one report.
 
     python benchmarks/side_by_side.py [--quick] [--markdown docs/benchmarks.md]
 
 Times are compared by ratio, interleaved in one process (see `measure`). Bytes, copies and temporary
-memory are read from the compiled programs. Beside a figure stands the bar that adamx has set for
-itself, and whether it is met.
+memory are read from the compiled programs. A column gives the bar that adamx has set for itself,
+and whether it is met.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def time_steps(
     what: str,
     with_torch: bool = False,
 ) -> tuple[dict[str, np.ndarray], dict[str, Program]]:
-    """Return the times of the in-place steps of adamx and Optax, and what their programs say."""
+    """Return the times of the in-place steps of adamx and Optax, and their programs."""
     loops: dict[str, Sample] = {}
     programs: dict[str, Program] = {}
     grads = normal(like, settings.seed + 1)
@@ -98,7 +98,7 @@ def time_steps(
 
 
 def in_place_step(settings: Settings, meter: Meter) -> list[Table]:
-    """Compare AdamW's in-place step: time, and what the compiled program says."""
+    """Compare AdamW's in-place step: time, and the compiled program."""
     cases = {f"1 array, {size / 2**20:g}M": single(size) for size in settings.sizes}
     many = tree(settings.large, settings.leaves)
     cases[f"{settings.leaves} arrays, {elements(many) / 2**20:.3g}M"] = many
@@ -174,7 +174,7 @@ def train_step(tx: optax.GradientTransformation, like: Any, batch: int = 96) -> 
 
 
 def inside_training(settings: Settings, meter: Meter) -> list[Table]:
-    """Compare AdamW inside a jitted train step: what the compiled program says."""
+    """Compare AdamW inside a jitted train step: the compiled program."""
     like = network(settings.width)
     task = meter.progress.add_task("train step", total=2)
     programs: dict[str, Program] = {}
@@ -202,7 +202,7 @@ def matrices(params: Any) -> Any:
 
 
 def tracing(settings: Settings, meter: Meter) -> list[Table]:
-    """Compare how long the step takes to trace, lower and compile."""
+    """Compare how long it takes to trace, lower and compile the step."""
     few, many = f"{settings.leaves} leaves", f"{settings.many} leaves"
     rows = []
     for what, leaves, mask, compiling in (
@@ -366,7 +366,7 @@ def report(settings: Settings, progress: Progress) -> Iterator[Table]:
 
 
 def environment() -> dict[str, str]:
-    """Return what the figures depend on."""
+    """Return the facts on which the figures depend."""
     packages = [p for p in ("adamx", "jax", "jaxlib", "optax", "torch") if _version(p)]
     load = {"load average": f"{os.getloadavg()[1]:.1f}"} if hasattr(os, "getloadavg") else {}
     return {
@@ -398,8 +398,8 @@ READING = """\
 `a / b` is the median over the rounds of a's time divided by b's in the same round, with the
 quartiles of these ratios in brackets. In each round every candidate is measured once, in shuffled
 order, in one process; all rounds count, and the garbage collector is off. *optax again* is Optax
-compiled a second time: how far its ratio is from 1 is the resolution of the row. A bar is what
-adamx has set for itself. 1M is 2^20.
+compiled a second time: the distance of its ratio from 1 is the resolution of the row. adamx has
+set the bars for itself. 1M is 2^20.
 """
 
 

@@ -41,7 +41,7 @@ Variant = tuple[Callable[[], optax.GradientTransformation], Any]
 
 
 def variants() -> dict[str, Variant]:
-    """Return what is compared with `optax.adamw` in float32: optimizer and parameters' dtype."""
+    """Return the variants to compare with `optax.adamw` in float32: optimizer and parameters' dtype."""
     adamw = functools.partial(adamx.adamw, 1e-3)
     found: dict[str, Variant] = {
         name: (functools.partial(adamw, moments=name), jnp.float32)
@@ -69,7 +69,7 @@ def cast(like: Any, dtype: Any) -> Any:
 
 
 def storages(settings: Settings, meter: Meter) -> list[Table]:
-    """Compare AdamW's in-place step over what its state and parameters are kept in."""
+    """Compare AdamW's in-place step over the formats of its state and parameters."""
     cases = {f"1 array, {size / 2**20:g}M": single(size) for size in settings.sizes}
     many = tree(settings.large, settings.leaves)
     cases[f"{settings.leaves} arrays, {elements(many) / 2**20:.3g}M"] = many
@@ -105,7 +105,7 @@ def storages(settings: Settings, meter: Meter) -> list[Table]:
         torch_column = ["/ torch"] if TORCH in times else []
         tables.append(
             Table(
-                f"AdamW's step over what is kept, {what}",
+                f"AdamW's step by storage, {what}",
                 "State: bytes of all slots for each parameter; moved: bytes that the kernels read "
                 "and write for each parameter; temp: temporary memory for each parameter, in "
                 f"bytes. {settings.rounds} rounds; PyTorch's fused AdamW, {processors()} threads.",
@@ -149,7 +149,7 @@ def compiling_storages(settings: Settings, meter: Meter) -> list[Table]:
         rows.append([name, *cells, bar])
     return [
         Table(
-            f"Compiling AdamW's step over what is kept, {settings.leaves} leaves",
+            f"Compiling AdamW's step by storage, {settings.leaves} leaves",
             f"Leaves of {len(settings.small)} shapes; each time a new jitted function; "
             f"{settings.slow_rounds} rounds; trace includes lowering.",
             ["", "trace, s", "trace / float32", "compile, s", "compile / float32", "bar"],
@@ -183,9 +183,9 @@ def memory_of_storages(settings: Settings, meter: Meter) -> list[Table]:
     return [
         Table(
             f"Memory of a donated step, {elements(like) / 1e6:.0f}M parameters in 8 arrays",
-            "From the compiled program's own account: parameters and state (the gradients, an "
-            "argument too, are left out), the share of them that is updated in place, and "
-            "temporary memory.",
+            "By the compiled program's own count: parameters and state (without the gradients, "
+            "which are an argument too), the share of them that is updated in place, and temporary "
+            "memory.",
             ["", "parameters + state, MiB", "bytes/param", "in place", "temp, MiB"],
             cells,
         )
