@@ -5,9 +5,9 @@
     bandwidth = (parameters, state and gradients read, parameters and state written) / time
 
 The bytes are those that any step has to move, counted in the arrays, not those that its kernels do
-move: a step that reads an array twice reaches less. Each candidate is measured interleaved with
-Optax and with a copy from device to device, whose bandwidth is the highest that can be reached.
-PyTorch's fused AdamW and FlashOptim take part if they are installed.
+move: a step that passes over its arrays twice reaches half. Each candidate is measured interleaved
+with Optax and with a copy from device to device, whose bandwidth is the highest that can be
+reached. PyTorch's fused AdamW and FlashOptim take part if they are installed.
 """
 
 from __future__ import annotations

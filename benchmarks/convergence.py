@@ -408,8 +408,8 @@ A difference is the mean over the seeds of a method's number minus float32's, wi
 of a paired t-test. The *noise floor* is the rms difference between float32 and float32 with another
 order of the same data. *Equal within seed noise* is *yes* if the interval contains zero, and
 *undecided* if it contains zero but is wider than 20 noise floors. For a method that is equal, one
-table in twenty says *no* by chance. Few seeds give wide intervals, so that *yes* is weak evidence in
-tables with 3 seeds.
+table in twenty says *no* by chance. Few seeds give wide intervals, so that *yes* is weak evidence
+in tables with 3 seeds.
 
 Three methods are not adamx's. *Optax* is `optax.adam` on bfloat16 parameters, with its own dtypes.
 *block-wise 8-bit* is `benchmarks/blockwise8.py`, written from the paper of Dettmers et al. (2022):

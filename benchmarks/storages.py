@@ -41,7 +41,7 @@ Variant = tuple[Callable[[], optax.GradientTransformation], Any]
 
 
 def variants() -> dict[str, Variant]:
-    """Return the variants to compare with `optax.adamw` in float32: optimizer and parameters' dtype."""
+    """Return what to compare with float32 `optax.adamw`: optimizers and parameters' dtypes."""
     adamw = functools.partial(adamx.adamw, 1e-3)
     found: dict[str, Variant] = {
         name: (functools.partial(adamw, moments=name), jnp.float32)

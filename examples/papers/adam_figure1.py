@@ -4,9 +4,9 @@
     python examples/papers/adam_figure1.py --quick
 
 As in the paper the regression has an L2 penalty, the batches are of 128, and the learning rate in
-step t is alpha / sqrt(t). AdaGrad is run with a constant alpha too, since the root it divides by
-grows like sqrt(t) already. For each method alpha is the one, of a grid, whose training cost is
-lowest on average over the run. A whole grid and its seeds are one compiled call.
+step t is alpha / sqrt(t). AdaGrad is run with a constant alpha too, since its divisor grows like
+sqrt(t) already. Each method takes the alpha of a grid with the lowest mean training cost over the
+run. A whole grid and its seeds are one compiled call.
 
 Source: Kingma & Ba (2015), section 6.1 and figure 1, https://arxiv.org/abs/1412.6980
 """
@@ -60,7 +60,7 @@ COLORS = dict(zip(METHODS, ("#0072B2", "#D55E00", "#009E73", "#6B6B6B"), strict=
 
 
 def regression() -> shared.Task:
-    """Return the task; what is measured is the cost of all training examples."""
+    """Return the task; it measures the cost of all training examples."""
     digits = shared.Digits.load(1437)
     images, labels = jnp.asarray(digits.images), jnp.asarray(digits.labels)
 
@@ -79,12 +79,12 @@ def regression() -> shared.Task:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came out.
+    """The costs, and what they say of the paper's claim.
 
     Attributes:
         costs: of each method, of shape (epochs, rates, seeds).
         best: the number of each method's best rate.
-        finding: what the paper claims, and what was seen.
+        finding: the paper's claim, and whether it held.
     """
 
     costs: dict[str, np.ndarray]
@@ -109,7 +109,7 @@ def judge(costs: dict[str, np.ndarray], size: Size) -> Result:
         setting=(
             f"Logistic regression with L2 penalty on 1437 digits; {size.seeds} seeds, "
             f"{len(size.rates)} learning rates, {size.epochs} epochs of 11 steps. Costs are of the "
-            "training set; the mean cost is over all epochs and stands for the speed. Differences "
+            "training set; the mean cost is over all epochs and measures the speed. Differences "
             f"below {100 * CLOSE:.0f} % count as none."
         ),
         claim="Adam converges as fast as SGD with Nesterov momentum, and faster than AdaGrad.",

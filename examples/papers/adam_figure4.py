@@ -4,11 +4,11 @@
     python examples/papers/adam_figure4.py --quick
 
 Adam without bias correction is Adam's composition without the two pieces of that name. Its first
-step is (1 - b1) / sqrt(1 - b2) learning rates long along every axis, where Adam's is one: 100
+step is (1 - b1) / sqrt(1 - b2) learning rates long along every axis, and Adam's is one: 100
 learning rates with b1 = 0 and b2 = 0.9999. Both are trained at every b1, b2 and learning rate of a
-grid, which with its seeds is one compiled call: hyperparameters are arrays.
+grid; the grid and its seeds are one compiled call, since hyperparameters may be arrays.
 
-The autoencoder is the paper's, smaller: one hidden layer of softplus units each way.
+The autoencoder is a smaller one than the paper's: one hidden layer of softplus units each way.
 
 Source: Kingma & Ba (2015), section 6.4 and figure 4, https://arxiv.org/abs/1412.6980
 """
@@ -41,12 +41,12 @@ from adamx import (
 
 NAME = "adam_figure4"
 HIDDEN, LATENT = 64, 8
-DIVERGED = 100.0  # stands for every loss above it, and for NaN; an untrained one is about 50
+DIVERGED = 100.0  # every loss above it, and NaN, count as this; an untrained one is about 50
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much is trained; `epochs` are the two after which the loss is looked at."""
+    """How much is trained; `epochs` are the two after which the loss is judged."""
 
     seeds: int
     epochs: tuple[int, int]
@@ -80,7 +80,7 @@ COLORS = dict(zip(METHODS, ("#D55E00", "#009E73"), strict=True))
 
 
 def autoencoder() -> shared.Task:
-    """Return the task; what is measured is the training loss, with the same noise each time."""
+    """Return the task; it measures the training loss, with the same noise each time."""
     images = jnp.asarray(shared.Digits.load(1437).images)
     fixed_noise = shared.normal(np.random.default_rng(0), len(images), LATENT)
 
@@ -122,11 +122,11 @@ def affine(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came out.
+    """The losses, and what they say of the paper's claim.
 
     Attributes:
         losses: of each method, (2, b1, b2, rates, seeds): after the first epochs and the last.
-        finding: what the paper claims, and what was seen.
+        finding: the paper's claim, and whether it held.
     """
 
     losses: dict[str, np.ndarray]
@@ -157,8 +157,8 @@ def judge(losses: dict[str, np.ndarray], size: Size) -> Result:
         setting=(
             f"A variational autoencoder on 1437 digits, 22 steps an epoch; {size.seeds} seeds, "
             f"{len(size.rates)} learning rates for each pair of b1 and b2. The loss is minus the "
-            "evidence lower bound on the training set, in nats an image, and "
-            f"{DIVERGED:.0f} where it is more than that. Each pair is looked at "
+            "evidence lower bound on the training set, in nats an image; a loss above "
+            f"{DIVERGED:.0f} counts as {DIVERGED:.0f}. Each pair is judged "
             f"after {size.epochs[0]} and after {size.epochs[1]} epochs."
         ),
         claim="Without bias correction a b2 close to 1 makes training unstable; with it Adam does "

@@ -4,13 +4,13 @@
     python examples/papers/adamw_figures1_2.py --quick
 
 L2 regularisation and decoupled decay are one piece, `add_decayed_weights`, in two places: before
-the gradient is averaged, or after. As in the paper, decoupled decay is multiplied by the schedule
-eta_t, a cosine from 1 to 0, and not by the learning rate alpha. There are few training images, and
-a fifth of their labels are drawn at random, so that regularisation matters.
+the average of the gradient, or after it. As in the paper, decoupled decay is multiplied by the
+schedule eta_t, a cosine from 1 to 0, and not by the learning rate alpha. There are few training
+images, and a fifth of their labels are drawn at random, so that regularisation matters.
 
-The paper's networks are normalised: the scale of a layer's weights does not change what the network
-computes, and decay acts through the effective size of the steps. Here each method is run on a small
-network with such a normalisation and on the same one without. A whole grid and its seeds are one
+The paper's networks are normalised: the scale of a layer's weights does not change the output, and
+decay acts through the effective size of the steps. This script runs each method on a small network
+with such a normalisation and on the same network without it. A whole grid and its seeds are one
 compiled call.
 
 Source: Loshchilov & Hutter (2019), figures 1 and 2, https://arxiv.org/abs/1711.05101
@@ -37,7 +37,7 @@ from adamx import add_decayed_weights, chain, scale, scale_by_adam, scale_by_lea
 
 NAME = "adamw_figures1_2"
 IMAGES, WRONG, WIDTH, BATCH = 300, 0.2, 48, 50
-EVERY = 10  # epochs: how often the test error is taken
+EVERY = 10  # epochs between two measurements of the test error
 BEST = 10  # how many of the best settings are marked, as in the paper
 
 
@@ -105,7 +105,7 @@ NETWORKS = {"normalised": (normalised, 4.0), "plain": (identity, 1.0)}
 
 
 def classifier(normalise: Callable[[jax.Array], jax.Array], sharpness: float) -> shared.Task:
-    """Return the task; what is measured is the test error in per cent.
+    """Return the task; it measures the test error in per cent.
 
     Args:
         normalise: applied to each layer's outputs.
@@ -137,16 +137,16 @@ def classifier(normalise: Callable[[jax.Array], jax.Array], sharpness: float) ->
     return shared.Task(first, batches, loss, error)
 
 
-# ---------------------------------------------------------------------------------- what came out
+# ------------------------------------------------------------------------------------- the results
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came out.
+    """The errors, and what they say of the paper's claim.
 
     Attributes:
         errors: by (network, method), in per cent, of shape (rates, decays, seeds).
-        finding: what the paper claims, and what was seen.
+        finding: the paper's claim, and whether it held.
     """
 
     errors: dict[tuple[str, str], np.ndarray]
@@ -154,7 +154,7 @@ class Result:
 
 
 def rates_of(method: str, size: Size) -> tuple[float, ...]:
-    """Return the learning rates that a method is run at."""
+    """Return the learning rates of a method's grid."""
     return size.adam_rates if method.startswith("Adam") else size.sgd_rates
 
 
@@ -168,15 +168,15 @@ def best_settings(errors: np.ndarray, count: int = BEST) -> tuple[np.ndarray, np
 def coupling(errors: np.ndarray) -> float:
     """Return how many decades rate or decay shifts for a decade of the other, at the best settings.
 
-    It is their covariance over the larger of their variances: -1 where only the product of rate and
-    decay matters, 0 where each can be chosen by itself.
+    It is their covariance over the larger of their variances: -1 if only the product of rate and
+    decay matters, 0 if each can be chosen by itself.
     """
     covariance = np.cov(*best_settings(errors))
     return float(covariance[0, 1] / covariance.diagonal().max())
 
 
 def judge(errors: dict[tuple[str, str], np.ndarray], size: Size) -> Result:
-    """Compare the best settings, and where they lie."""
+    """Compare the best errors, and how rate and decay are coupled at the best settings."""
 
     def at_best(found: np.ndarray) -> np.ndarray:
         rates, decays = best_settings(found, 1)
@@ -219,7 +219,7 @@ def judge(errors: dict[tuple[str, str], np.ndarray], size: Size) -> Result:
             f"{size.epochs} epochs of {IMAGES // BATCH} steps, {shape[0]} learning rates "
             f"by {shape[1]} decays. Test error in per cent; circles mark the {BEST} best "
             "settings. Their coupling is how many decades rate or decay shifts for a decade of the "
-            "other: -1 where only the product matters, 0 where each can be chosen by itself."
+            "other: -1 if only the product matters, 0 if each can be chosen by itself."
         ),
         claim="With decoupled decay Adam generalises better than with L2, and the best learning "
         "rate and the best decay can be chosen separately.",

@@ -1,19 +1,19 @@
-"""Low precision: one small transformer in seven precisions, what each costs in bytes and in loss.
+"""Low precision: one small transformer in seven precisions, and the bytes and the loss of each.
 
     python examples/papers/low_precision.py
     python examples/papers/low_precision.py --quick
 
-Zamirai et al., "Revisiting BFloat16 Training" (2020), trace the loss of training in 16 bits to
-weights that are rounded to nearest, and remedy it by rounding them stochastically, or by keeping
-what they lack. Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022), keep the
+Zamirai et al., "Revisiting BFloat16 Training" (2020), find that training in 16 bits is worse since
+weights are rounded to nearest, and remedy this by rounding them stochastically, or by keeping the
+missing bits. Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022), keep the
 moments in a byte each. Here a character model learns the source of Python's standard library. All
-runs of a seed start from the same weights, which bfloat16 holds exactly, and see the same batches
-and learning rates. The forward pass widens whatever the parameters are to float32, so that the runs
-differ in nothing but how parameters and optimizer state are kept between the steps:
+runs of a seed start from the same weights, which bfloat16 holds exactly, and get the same batches
+and learning rates. The forward pass widens the parameters to float32, so that the runs differ only
+in how parameters and optimizer state are kept between the steps:
 
     f32                         float32, the reference
     bf16, optax.adamw           bfloat16 parameters and moments, rounded to nearest
-    bf16, master_weights        bfloat16 parameters, an int16 each for what they lack, f32 moments
+    bf16, master_weights        bfloat16 parameters, an int16 each of missing bits, f32 moments
     bf16, stochastic rounding   bfloat16 parameters, rounded up or down at random, f32 moments
     f32, packed16               float32 parameters, both moments in 4 bytes
     f32, packed8                float32 parameters, both moments in 2 bytes
@@ -62,7 +62,7 @@ class Size:
 
 FULL = Size(seeds=5, steps=500, layers=2, batch=16)
 QUICK = Size(seeds=2, steps=12, layers=1, batch=4)
-MARKS = 25  # how often the held-out loss is taken
+MARKS = 25  # how often the held-out loss is measured
 NO_DIFFERENCE = 0.01  # of float32's loss: smaller differences count as none
 
 # ----------------------------------------------------------------------------------- the seven runs
@@ -116,7 +116,7 @@ class Data:
 
     Attributes:
         batches: one for each step, of shape (steps, batch, CONTEXT + 1).
-        held_out: from the last tenth of the text, of which no batch has anything.
+        held_out: from the last tenth of the text, which no batch overlaps.
     """
 
     batches: np.ndarray
@@ -193,7 +193,7 @@ gradient = jax.jit(jax.grad(loss))
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What came out of one variant and one seed.
+    """The results of one variant and one seed.
 
     Attributes:
         params: the parameters after the last step.
@@ -207,7 +207,7 @@ class Run:
 
     @property
     def bytes_per_parameter(self) -> tuple[float, float]:
-        """What the parameters take, and what the optimizer's state does."""
+        """The bytes of the parameters, and those of the optimizer's state."""
         count = sum(x.size for x in jax.tree.leaves(self.params))
         params, state = (
             sum(x.nbytes for x in jax.tree.leaves(t)) for t in (self.params, self.state)
@@ -221,7 +221,7 @@ def schedule(size: Size) -> optax.Schedule:
 
 
 def marks(size: Size) -> list[int]:
-    """Return the steps after which the held-out loss is taken, counted from 1."""
+    """Return the steps after which the held-out loss is measured, counted from 1."""
     return sorted({*np.linspace(0, size.steps, MARKS + 1).astype(int).tolist()} - {0})
 
 
@@ -246,16 +246,16 @@ def train(variant: Variant, size: Size, tell: Callable[[], Any]) -> list[Run]:
     return runs
 
 
-# ---------------------------------------------------------------------------------- what came out
+# ------------------------------------------------------------------------------------- the results
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came out.
+    """The runs, and what they say of the papers' claim.
 
     Attributes:
         runs: of each variant, one for each seed.
-        finding: what the papers claim, and what was seen.
+        finding: the papers' claim, and whether it held.
     """
 
     runs: dict[str, list[Run]]
@@ -291,11 +291,11 @@ def judge(runs: dict[str, list[Run]], size: Size) -> Result:
         ),
         claim=(
             "With weights in bfloat16, rounding to nearest makes training worse, while rounding "
-            "stochastically or keeping what the weights lack trains as well as 32 bits (Zamirai "
-            "et al.), and so do moments of 8 bits (Dettmers et al.)."
+            "stochastically or keeping the missing bits trains as well as 32 bits (Zamirai et "
+            "al.), and so do moments of 8 bits (Dettmers et al.)."
         ),
         parts=tuple((f"{said}: {gap(name):+.1%}", held) for said, name, held in parts),
-        columns=("run", "parameters", "bytes a parameter", "held-out loss", "less that of f32"),
+        columns=("run", "parameters", "bytes a parameter", "held-out loss", "minus f32's"),
         rows=tuple(
             (
                 name,

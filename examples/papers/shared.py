@@ -1,10 +1,10 @@
-"""What the papers' figures share: the digits, a grid trained in one compiled call, the report.
+"""The parts that the papers' figures share: the digits, a grid in one compiled call, the report.
 
     measured = train(task, make, grid(learning_rate=(0.1, 1.0)), seeds=3, epochs=5, ...)
 
 `train` maps one run over the seeds and over all points of a grid of hyperparameters: that is
-possible because a hyperparameter of adamx may be any array, a tracer too. A `Finding` says what
-the paper claims and what was seen here; it is printed, and written into its section of a page.
+possible because a hyperparameter of adamx may be any array, a tracer too. A `Finding` holds the
+paper's claim and whether it held here; it is printed, and written into its section of a page.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Digits:
 
     @classmethod
     def load(cls, size: int, random_labels: float = 0.0) -> Digits:
-        """Take `size` of them for training; a share of these gets labels at random."""
+        """Take `size` images for training; a share of these gets random labels."""
         images, labels = load_digits(return_X_y=True)
         images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
         parts = cls(
@@ -71,9 +71,9 @@ class Task:
 
     Attributes:
         first: draws the first parameters.
-        batches: draws what the steps of an epoch see: a tree of arrays, the steps their first axis.
+        batches: draws the batches of an epoch: a tree of arrays, whose first axis is the step.
         loss: of parameters and one batch.
-        measure: makes a number of parameters; taken after each epoch.
+        measure: computes a number from the parameters, after each epoch.
     """
 
     first: Callable[[np.random.Generator], Any]
@@ -85,7 +85,7 @@ class Task:
 def shuffled(rng: np.random.Generator, examples: int, batch: int) -> np.ndarray:
     """Return the numbers of an epoch's examples, of shape (steps, batch), in a new order.
 
-    What does not fill a batch is left out.
+    The examples that do not fill a batch are left out.
     """
     return rng.permutation(examples)[: examples - examples % batch].reshape(-1, batch)
 
@@ -120,7 +120,7 @@ def train(
         name: of the bar.
 
     Returns:
-        What `task.measure` made, with three axes in front: (epochs, points, seeds).
+        The numbers of `task.measure`: (epochs, points, seeds).
     """
 
     def start(point: dict[str, jax.Array], params: Any) -> tuple[Any, Any]:
@@ -173,18 +173,18 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape, np.float32)
 
 
-# ------------------------------------------------------------------------------ telling about it
+# -------------------------------------------------------------------------------------- the report
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What a paper claims, and what was seen here.
+    """A paper's claim, and whether it held here.
 
     Attributes:
         title: the paper and the figure.
         setting: what is trained here, and how often.
         claim: of the paper, in one sentence.
-        parts: statements that the claim amounts to, with numbers, and whether each held.
+        parts: the claim as statements with numbers, and whether each held.
         columns: of the table.
         rows: of the table.
     """
@@ -209,12 +209,12 @@ def with_spread(values: np.ndarray, digits: int) -> str:
 
 
 def clearly_below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Say where values are lower than others with every seed, the last axis."""
+    """Return where values are lower than others with every seed; the last axis is the seed."""
     return (values < others).all(axis=-1)
 
 
 def command_line(name: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options that all of the papers' figures have."""
+    """Return the options, which all of the papers' figures share."""
     parser = argparse.ArgumentParser(description=description)
     output = Path(f"{name}.png")
     parser.add_argument(
@@ -228,7 +228,7 @@ def command_line(name: str, description: str, argv: Sequence[str] | None) -> arg
         "--markdown",
         metavar="FILE",
         type=Path,
-        help=f"a page whose section between <!-- {name} --> and <!-- /{name} --> to write anew",
+        help=f"a page; its section between <!-- {name} --> and <!-- /{name} --> is replaced",
     )
     parser.add_argument("--quick", action="store_true", help="a small grid, in seconds")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
@@ -245,13 +245,13 @@ def command_line(name: str, description: str, argv: Sequence[str] | None) -> arg
 
 
 def progress_bars(options: argparse.Namespace) -> Progress:
-    """Return a place for a bar for each method."""
+    """Return the display with a bar for each method."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeRemainingColumn(), disable=options.no_progress)
 
 
 def report(name: str, finding: Finding, options: argparse.Namespace) -> None:
-    """Print what was found; write it into the page, if there is one."""
+    """Print the finding; write it into the page, if there is one."""
     table = Table(title=finding.title, title_justify="left")
     for column in finding.columns:
         table.add_column(column)
@@ -270,7 +270,7 @@ def report(name: str, finding: Finding, options: argparse.Namespace) -> None:
 
 
 def section(name: str) -> re.Pattern[str]:
-    """Return what finds the section of a page that belongs to a script."""
+    """Return a pattern that finds the section of a page that belongs to a script."""
     return re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
 
 

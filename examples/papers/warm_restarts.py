@@ -1,16 +1,16 @@
-"""AdamWR: AdamW with warm restarts, and the anytime curve: the test error if one stopped now.
+"""AdamWR: AdamW with warm restarts, and the anytime curve: the test error if training stopped now.
 
     python examples/papers/warm_restarts.py
     python examples/papers/warm_restarts.py --quick
 
 The rate falls along a cosine and jumps back up; each period is twice as long as the one before. The
-decay of a period is normalised by its length: lambda = norm * sqrt(batch / (examples * epochs)).
-Whoever stops takes the weights of the end of the last period, when the rate was zero. Against it
-stand AdamW with one cosine over the whole time, which has to know beforehand when it ends, and
-AdamW at a constant rate; of these one takes the weights as they are.
+decay of a period is normalised by its length: lambda = norm * sqrt(batch / (examples * epochs)). If
+training stops, AdamWR takes the weights at the end of the last period, when the rate was zero. It is
+compared with AdamW with one cosine over the whole time, which has to know the end beforehand, and
+with AdamW at a constant rate; these take the weights at the stop.
 
-For each method learning rate and norm are those, of a grid, with the lowest last error. A whole
-grid and its seeds are one compiled call. A fifth of the training labels are drawn at random.
+Each method has the learning rate and the norm of a grid with the lowest last error. A whole grid
+and its seeds are one compiled call. A fifth of the training labels are drawn at random.
 
 Source: Loshchilov & Hutter (2019), section 4.4 and Appendix B.1, https://arxiv.org/abs/1711.05101
 """
@@ -108,7 +108,7 @@ COLORS = ("#D55E00", "#0072B2", "#6B6B6B")
 
 
 def classifier() -> shared.Task:
-    """Return the task; what is measured is the test error in per cent."""
+    """Return the task; it measures the test error in per cent."""
     digits = shared.Digits.load(IMAGES, WRONG)
     images, labels = jnp.asarray(digits.images), jnp.asarray(digits.labels)
     test_images = jnp.asarray(digits.test_images)
@@ -130,17 +130,17 @@ def classifier() -> shared.Task:
     return shared.Task(first, lambda rng: shared.shuffled(rng, IMAGES, BATCH), loss, error)
 
 
-# ---------------------------------------------------------------------------------- what came out
+# ------------------------------------------------------------------------------------- the results
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came out.
+    """The errors, and what they say of the paper's claim.
 
     Attributes:
         errors: of each method after each epoch, in per cent, of shape (epochs, points, seeds).
-        anytime: of each method at its best point, if one stopped then: (epochs, seeds).
-        finding: what the paper claims, and what was seen.
+        anytime: of each method at its best point, if training stopped then: (epochs, seeds).
+        finding: the paper's claim, and whether it held.
     """
 
     errors: dict[str, np.ndarray]
@@ -149,7 +149,7 @@ class Result:
 
 
 def at_ends(errors: np.ndarray, size: Size) -> np.ndarray:
-    """Return the errors of the weights of the last period's end; the present ones before that."""
+    """Return the errors at the end of the last period; before the first end, the current ones."""
     last = [max((end for end in size.ends if end <= now), default=now) for now in each(size)]
     return errors[np.array(last) - 1]
 
@@ -176,7 +176,7 @@ def judge(errors: dict[str, np.ndarray], size: Size) -> Result:
     def sooner(other: str) -> tuple[str, bool]:
         gap = f"{means[restarts].mean():.1f} % against {means[other].mean():.1f} %"
         held = bool(shared.clearly_below(means[restarts], means[other]))
-        return f"averaged over all epochs its error is lower than that of {other}: {gap}", held
+        return f"averaged over all epochs its error is lower than with {other}: {gap}", held
 
     finding = shared.Finding(
         title="AdamW with warm restarts: the anytime curve",
@@ -187,17 +187,18 @@ def judge(errors: dict[str, np.ndarray], size: Size) -> Result:
             f"periods of {', '.join(map(str, size.periods))} epochs. Each method "
             "at the setting with the lowest last error; errors in per cent of the test images."
         ),
-        claim="Restarts make AdamW better whenever one stops, and cost nothing at the end.",
+        claim="With restarts AdamW is better whenever training is stopped, and not worse at the "
+        "end.",
         parts=(
             sooner(cosine),
             sooner(constant),
             (
-                f"after most epochs one is clearly better off than with {cosine}: after "
-                f"{100 * better:.0f} % of them, and clearly worse off after {100 * worse:.0f} %",
+                f"after most epochs its error is clearly lower than with {cosine}: after "
+                f"{100 * better:.0f} % of them, and clearly higher after {100 * worse:.0f} %",
                 bool(better > 0.5),
             ),
             (
-                f"its last error is not clearly above that of {cosine}: "
+                f"its last error is not clearly higher than with {cosine}: "
                 f"{last[restarts].mean():.1f} % against {last[cosine].mean():.1f} %",
                 not shared.clearly_below(last[cosine], last[restarts]),
             ),
