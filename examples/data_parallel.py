@@ -5,12 +5,12 @@
     python examples/data_parallel.py --checkpoints digits
 
 One command starts the processes on this machine's CPU and joins them by `jax.distributed` on the
-loopback address. The optimizer knows nothing of it: parameters and state are replicated, the batch
-is split, and the compiler adds the sum of the gradients over the processes.
+loopback address. The optimizer needs no change: parameters and state are replicated, the batch is
+split, and the compiler inserts the sum of the gradients over the processes.
 
-The starter watches over the processes. One that dies, or stays silent for `--timeout` seconds,
-ends the run: the others are ended too, a message says which one was lost, and the exit status is 1.
-The same command then goes on from the last checkpoint, to the same parameters bit for bit.
+The starter watches over the processes. If one dies, or stays silent for `--timeout` seconds, the
+starter ends the others too, says which one was lost, and exits with status 1. The same command then
+goes on from the last checkpoint, to the same parameters bit for bit.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from sklearn.datasets import load_digits
 import adamx
 
 TESTING = 360  # images that are not trained on: the first ones
-NOTICED = 3  # exit status of a process that saw another one go
+NOTICED = 3  # exit status of a process that noticed the end of another one
 
 Params = dict[str, jax.Array]
 
@@ -90,7 +90,7 @@ def accuracy(params: Params) -> float:
 
 
 def rows(count: int, step: int, options: argparse.Namespace) -> np.ndarray:
-    """Return this process's rows of a step's batch, which depends on seed and step alone."""
+    """Return this process's rows of a step's batch; the batch depends on seed and step alone."""
     batch = np.random.default_rng([options.seed, step]).choice(
         count, options.batch_size, replace=False
     )
@@ -98,7 +98,7 @@ def rows(count: int, step: int, options: argparse.Namespace) -> np.ndarray:
 
 
 def train(options: argparse.Namespace, tell: Callable[[Any], None]) -> Params:
-    """Train on all devices of all processes, from the newest checkpoint on where there is one.
+    """Train on all devices of all processes, from the newest checkpoint if there is one.
 
     Args:
         options: the command line.
@@ -152,12 +152,12 @@ def work(
         number: which one, from 0.
         processes: how many there are.
         devices: how many CPU devices each has.
-        address: host and port where process 0 is to be found.
+        address: host and port of process 0.
         options: the command line.
-        told: the end of a pipe, into which go (step, loss) after each step, and last the
-            parameters.
+        told: the end of a pipe; the process sends (step, loss) after each step, and the
+            parameters at the end.
     """
-    # a process does not outlive the one that started it
+    # end together with the process that started this one
     starter: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (starter.join(), os._exit(1)), daemon=True).start()
     jax.config.update("jax_platforms", "cpu")
@@ -177,37 +177,37 @@ def work(
         jax.distributed.shutdown()
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, ValueError) and "Gloo" not in str(error):
-            raise  # it is not about the connections
+            raise  # the error does not come from the connections
         print(f"process {number}: {error}", file=sys.stderr, flush=True)
-        os._exit(NOTICED)  # an orderly end would wait for the process that is gone
+        os._exit(NOTICED)  # an orderly end would wait for the lost process
 
 
 # ------------------------------------------------------------------------------------ the starter
 
 
 class Lost(Exception):
-    """A process is gone before the work was done; says which one, and how it ended."""
+    """A process ended before the work was done; says which one, and how it ended."""
 
 
 def run(
     processes: int, devices: int, options: argparse.Namespace, progress: Progress
 ) -> list[Params]:
-    """Start the processes and watch over them; none is left when this returns or raises.
+    """Start the processes and watch over them; all have ended when this returns or raises.
 
     Args:
         processes: how many.
         devices: how many CPU devices each has.
         options: the command line.
-        progress: where to show what process 0 tells.
+        progress: shows the step and the loss of process 0.
 
     Returns:
-        The parameters that each process ended with.
+        The parameters at the end of each process.
 
     Raises:
         Lost: if a process dies or falls silent.
     """
     context = multiprocessing.get_context("spawn")
-    with socket.create_server(("127.0.0.1", 0)) as server:  # a port that is free
+    with socket.create_server(("127.0.0.1", 0)) as server:  # a free port
         address = "127.0.0.1:{1}".format(*server.getsockname())
     children: list[BaseProcess] = []
     pipes: list[Connection] = []
@@ -217,7 +217,7 @@ def run(
             arguments = number, processes, devices, address, options, told
             child = context.Process(target=work, args=arguments, name=f"process {number}")
             child.start()
-            told.close()  # the child has the only one now: where it ends, the pipe does
+            told.close()  # only the child has this end now: the pipe ends with the child
             children.append(child)
             pipes.append(pipe)
         pids = ", ".join(f"{child.name} is {child.pid}" for child in children)
@@ -237,7 +237,7 @@ def listen(
     options: argparse.Namespace,
     progress: Progress,
 ) -> list[Params]:
-    """Take in what the children tell until all have ended; see `run`."""
+    """Read from the children's pipes until all have ended; see `run`."""
     bar = progress.add_task("training", total=options.steps)
     said: dict[Connection, Any] = dict.fromkeys(pipes)
     left = set(pipes)
@@ -261,8 +261,8 @@ def listen(
 def who_was_lost(children: list[BaseProcess], options: argparse.Namespace) -> str:
     """Return a sentence on the process whose end made the others end.
 
-    Those that noticed end with a status of their own or, where the heartbeats stop, are aborted by
-    JAX. If there are no others, then it is one that is still there and silent.
+    A process that notices the end of another exits with NOTICED, or is aborted by JAX if the
+    heartbeats stop. If all that ended did so, the lost process is one that still runs, silently.
     """
     for child in children:
         child.join(1)
@@ -273,7 +273,7 @@ def who_was_lost(children: list[BaseProcess], options: argparse.Namespace) -> st
 
 
 def how_it_ended(child: BaseProcess, options: argparse.Namespace) -> str:
-    """Return what became of a process."""
+    """Return a sentence on how a process ended."""
     if child.exitcode is None:
         return f"{child.name} (pid {child.pid}) gave no sign of life for {options.timeout} s"
     if child.exitcode < 0:
@@ -329,8 +329,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--checkpoints",
         metavar="FOLDER",
         type=Path,
-        help="where they are kept; a run goes on from the newest one there (default: a temporary "
-        "folder, which stays if a process is lost)",
+        help="the folder of the checkpoints; a run goes on from the newest one (default: a "
+        "temporary folder, which stays if a process is lost)",
     )
     parser.add_argument(
         "--check",
@@ -390,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def checksum(params: Params) -> str:
-    """Return digits that are the same for the same bits only."""
+    """Return digits that are equal only for equal bits."""
     whole = b"".join(np.asarray(x).tobytes() for x in params.values())
     return hashlib.sha256(whole).hexdigest()[:16]
 

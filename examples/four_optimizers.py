@@ -2,15 +2,15 @@
 
     python examples/four_optimizers.py --output four_optimizers.png
 
-Momentum, RMSprop, Adam and AdamW walk down the same valley, each beside the same composition
-without the concept that it adds. The compositions are written out from their pieces; each with its
-concept equals what `adamx.momentum`, `adamx.rmsprop`, `adamx.adam` and `adamx.adamw` return.
+Momentum, RMSprop, Adam and AdamW walk down the same valley, each together with the same composition
+without the concept that it adds. The compositions are written out from their pieces; those with the
+concept equal the results of `adamx.momentum`, `adamx.rmsprop`, `adamx.adam` and `adamx.adamw`.
 
     f(w) = 1/2 (w - minimum)^T diag(1, 50) (w - minimum)
 
-The gradients are exact, but for AdamW's panel. There they are noisy, as those of mini-batches are:
-each step sees a valley whose minimum is shifted at random. Without noise the second moment forgets
-the slope in the long run, and whatever the decay, Adam's steps end in the minimum.
+The gradients are exact, except in AdamW's panel. There they are noisy, as mini-batches make them:
+each step shifts the minimum of the valley at random. Without noise the second moment forgets the
+slope in the long run, and Adam's steps end in the minimum for any decay.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ ADAMW = chain(ADAM_SCALING, add_decayed_weights(DECAY), scale_by_learning_rate(R
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """The numbers that the picture states; of two, the first is without the concept.
+    """The numbers in the picture; in a pair, the first is without the concept.
 
     Attributes:
         crossings: how often gradient descent and Momentum cross the valley floor.
@@ -137,7 +137,7 @@ STYLE = {
 
 
 def prepare(axes: Axes, title: str, formula: str, caption: str) -> None:
-    """Draw the valley and write what the panel is about."""
+    """Draw the valley and write the panel's title, formula and caption."""
     x, y = np.meshgrid(np.linspace(-1.45, 4.05, 240), np.linspace(-0.3, 3, 150))
     height = np.tensordot(CURVATURES, (np.stack([x, y]) - MINIMUM[:, None, None]) ** 2, 1) / 2
     levels = np.geomspace(0.1, 50, 9)
@@ -152,7 +152,7 @@ def prepare(axes: Axes, title: str, formula: str, caption: str) -> None:
 
 
 def draw(axes: Axes, way: np.ndarray, color: str, **style: object) -> None:
-    """Draw a way, a dot a step."""
+    """Draw a way with a dot for each step."""
     axes.plot(*way.T, **({"color": color, "lw": 1.6, "marker": "o", "ms": 3} | style))
 
 
@@ -170,7 +170,7 @@ def draw_pair(axes: Axes, ways: Sequence[np.ndarray], color: str) -> None:
 
 
 def say(axes: Axes, text: str, place: tuple[float, float], color: str, **style: object) -> None:
-    """Write beside a curve."""
+    """Write next to a curve."""
     axes.text(*place, text, color=color, **({"fontweight": "bold", "va": "center"} | style))
 
 
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> Facts:
         argv: the command line; None means the program's own.
 
     Returns:
-        The numbers that the picture states.
+        The numbers in the picture.
     """
     parser = argparse.ArgumentParser(
         description="Draw Momentum, RMSprop, Adam and AdamW in one valley, each with and without "

@@ -4,15 +4,15 @@
     python examples/quickstart.py --optimizer lion --epochs 10
     python examples/quickstart.py --log run.csv
 
-The two runs start from the same weights and see the same batches, so that whatever parts them is
-the optimizer's arithmetic: rounding and, in Adam and its kin, the bias correction 1 - b2^t, which
-Optax computes in float32, up to 1.3e-5 off. Where Optax does not have a method, or has another
-form of it, the script says so, and the two runs are those of two methods.
+The two runs start from the same weights and get the same batches, so that they differ only by the
+optimizer's arithmetic: by rounding and, in Adam and its kin, by the bias correction 1 - b2^t, which
+Optax computes in float32, up to 1.3e-5 off. If Optax does not have a method, or has another form of
+it, the script says so, and compares two methods.
 
 The script prints the optimizer as a composition of its concepts, a table of both runs with the
-largest difference that any parameter has had so far, and what `adamx.compare` finds on the first
-gradients. It draws the curves and ends with both accuracies. With `--log`, `adamx.monitor` measures
-what the adamx optimizer does, and every tenth step is written to a CSV file or for TensorBoard.
+largest difference of a parameter so far, and the result of `adamx.compare` on the first gradients.
+It draws the curves and ends with both accuracies. With `--log`, `adamx.monitor` measures the adamx
+optimizer, and the script writes every tenth step to a CSV file or for TensorBoard.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Classifier(nnx.Module):
         """Draw the weights.
 
         Args:
-            rngs: where they come from, and later the units that dropout leaves out.
+            rngs: the source of the weights, and later of the units that dropout leaves out.
         """
         self.hidden = nnx.Linear(64, 256, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
@@ -95,7 +95,7 @@ def largest_difference(model: Classifier, other: Classifier) -> jax.Array:
     return jax.tree.reduce(jnp.maximum, gaps)
 
 
-# ----------------------------------------------------------------- each optimizer beside its peer
+# ----------------------------------------------------------------- each optimizer with its peer
 
 
 Evaluated = Callable[[Any, Any], Any]
@@ -103,15 +103,15 @@ Evaluated = Callable[[Any, Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """An optimizer of adamx and the same one of Optax, or one that can stand beside it.
+    """An optimizer of adamx and the same one of Optax, or a similar one.
 
     Attributes:
-        learning_rate: what to use unless the command line says otherwise.
+        learning_rate: the default of the command line.
         ours: makes the adamx transformation from the learning rate.
-        peer: makes the Optax one.
-        unlike: which other method the peer is; empty if it is the same one.
-        evaluated: make of state and parameters those to evaluate with, ours and the peer's; None
-            where these are the parameters.
+        peer: makes the Optax transformation.
+        unlike: the peer's method if it is another one; empty if it is the same.
+        evaluated: two functions of state and parameters, for ours and the peer, that return the
+            parameters to evaluate with; None if these are the parameters themselves.
     """
 
     learning_rate: float
@@ -122,7 +122,7 @@ class Pair:
 
 
 def optax_momentum(learning_rate: float, decay: float = 0.9) -> optax.GradientTransformation:
-    """Return a step along the average of the gradients, which Optax has only in pieces."""
+    """Return a step along the average of the gradients, which Optax has only as pieces."""
     average = optax.ema(decay, debias=False)
     return optax.chain(average, optax.scale_by_learning_rate(learning_rate))
 
@@ -130,7 +130,7 @@ def optax_momentum(learning_rate: float, decay: float = 0.9) -> optax.GradientTr
 def optax_sgdw(
     learning_rate: float, momentum: float = 0.9, weight_decay: float = 1e-4
 ) -> optax.GradientTransformation:
-    """Return momentum with decoupled decay, which Optax has only in pieces."""
+    """Return momentum with decoupled decay, which Optax has only as pieces."""
     pieces = optax.trace(momentum), optax.add_decayed_weights(weight_decay)
     return optax.chain(*pieces, optax.scale_by_learning_rate(learning_rate))
 
@@ -138,14 +138,14 @@ def optax_sgdw(
 def optax_adamw_independent(
     learning_rate: float, weight_decay: float = 1e-4, **options: float
 ) -> optax.GradientTransformation:
-    """Return AdamW whose weight decay makes up for the learning rate that multiplies it."""
+    """Return AdamW with its weight decay divided by the learning rate that multiplies it."""
     return optax.adamw(learning_rate, weight_decay=weight_decay / learning_rate, **options)
 
 
 partial, contrib = functools.partial, optax.contrib
 free = adamx.schedule_free_eval_params, contrib.schedule_free_eval_params
 
-# Two defaults differ: adamx adds eps to the root, as the papers do, and Optax under it.
+# Two defaults differ: adamx adds eps to the root, as the papers do; Optax adds it under the root.
 PAIRS = {
     "adamw": Pair(3e-3, adamx.adamw, optax.adamw),
     "adam": Pair(3e-3, adamx.adam, optax.adam),
@@ -204,17 +204,17 @@ def load() -> Digits:
 
 
 def arrays_of(tree: Any) -> Any:
-    """Return a tree with arrays in the place of Flax's variables."""
+    """Return a tree with arrays instead of Flax's variables."""
     return jax.tree.map(lambda x: x[...], tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 class Run:
-    """One model on its way, with what was seen of it.
+    """One model in training, with its losses and accuracies.
 
     Attributes:
         model: the classifier.
         optimizer: holds the transformation's state, and updates the model.
-        evaluated: makes the parameters to evaluate with, if they are not those of training.
+        evaluated: returns the parameters to evaluate with, if they are not those of training.
         losses: the mean training loss of each epoch.
         accuracies: the test accuracy after each epoch.
     """
@@ -246,14 +246,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came out.
+    """Both runs and their comparison.
 
     Attributes:
         adamx: the run with adamx.
         optax: the run with Optax.
         differences: the largest difference of any parameter after each step.
         steps_per_epoch: how many steps an epoch has.
-        comparison: what `adamx.compare` found on the first 50 gradients.
+        comparison: the result of `adamx.compare` on the first 50 gradients.
         exit_status: 1 if the default settings missed the accuracy they promise, else 0.
     """
 
@@ -275,7 +275,7 @@ class Result:
 
 
 def batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield the indices of one epoch's batches, in a new order; what does not fill one is left."""
+    """Yield the indices of one epoch's full batches, in a new order."""
     yield from rng.permutation(count)[: count - count % size].reshape(-1, size)
 
 
@@ -286,7 +286,7 @@ Write = Callable[[dict[str, float]], None]
 
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[Write]:
-    """Yield what writes a row: into a CSV file, or into a folder for TensorBoard."""
+    """Yield a function that writes a row into a CSV file, or into a folder for TensorBoard."""
     if path.suffix == ".csv":
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=())
@@ -319,7 +319,7 @@ def train(
     progress: Progress,
     write: Write | None = None,
 ) -> Result:
-    """Train one model with each of the pair, on the same batches; write what ours does."""
+    """Train one model with each of the pair, on the same batches; log the statistics of ours."""
     ours, peer = pair.ours(options.learning_rate), pair.peer(options.learning_rate)
     evaluated = pair.evaluated or (None, None)
     steps = len(data.train_labels) // options.batch_size
@@ -353,11 +353,11 @@ def train(
     return Result(*runs, [float(gap) for gap in differences], steps, comparison)
 
 
-# ------------------------------------------------------------------------------ telling about it
+# -------------------------------------------------------------------------------------- the report
 
 
 def selected(epochs: int) -> list[int]:
-    """Return the epochs worth a row: the first few, some on the way, the last."""
+    """Return the epochs to print: the first few, some in between, and the last."""
     return sorted(
         {1, 2, 3, 5, *range(10, epochs, max(5, round(epochs / 40) * 5)), epochs}
         & set(range(1, epochs + 1))
@@ -400,7 +400,7 @@ STYLE = {
 
 
 def draw(result: Result, images: np.ndarray, title: str, path: Path) -> None:
-    """Draw some digits, the curves of both runs, and how far their parameters are apart."""
+    """Draw some digits, the curves of both runs, and the difference of their parameters."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(13, 4), layout="constrained")
         digits, loss, share, difference = figure.subplots(1, 4, width_ratios=(0.62, 1, 1, 1))
@@ -596,7 +596,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     print(
         "\nadamx.compare on the first gradients of the run: the largest relative difference of any"
     )
-    print("element, which is large where an element is next to zero.\n")
+    print("element, which is large if an element is close to zero.\n")
     print(result.comparison, end="\n\n")
     draw(result, data.test_images, title, options.output)
     print(f"Curves: {options.output}")

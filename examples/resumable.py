@@ -1,4 +1,4 @@
-"""Train a digit classifier that can be killed at any moment and goes on where it was.
+"""Train a digit classifier that can be killed at any moment and goes on from its last checkpoint.
 
     python examples/resumable.py
     python examples/resumable.py --steps 4000 --every 100 --directory run
@@ -7,13 +7,13 @@ The first run starts from nothing. Stop it with Ctrl-C, kill it or pull the plug
 command again: it goes on from the newest complete checkpoint, and ends with the parameters and the
 state of a run that was never stopped, bit for bit. For that
 
-- the parameters and the optimizer's state are saved together, in one checkpoint, which Orbax writes
-  under another name and renames when it is complete;
-- everything else follows from the number of the step: which images are in a batch, and the random
-  bits with which adamx rounds the moments, here kept in 4 bytes a parameter instead of 8.
+- the script saves the parameters and the optimizer's state together, in one checkpoint, which Orbax
+  writes under another name and renames when it is complete;
+- everything else is computed from the number of the step: the images of a batch, and the random
+  bits with which adamx rounds the moments, kept in 4 bytes a parameter instead of 8.
 
-Orbax writes in the background while the training goes on; the arrays that `save` was given may be
-donated to the next step at once.
+Orbax writes in the background while the training goes on; the arrays that were passed to `save` may
+be donated to the next step at once.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def load() -> Sequence[Any]:
 
 
 def batch(number: int, count: int) -> np.ndarray:
-    """Return the indices of the images of a step: it depends on nothing but the step's number."""
+    """Return the indices of a step's images, which depend on the step's number alone."""
     epoch, place = divmod(number, count // BATCH)
     return np.random.default_rng(epoch).permutation(count)[place * BATCH : (place + 1) * BATCH]
 
@@ -94,12 +94,12 @@ def batch(number: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came out.
+    """The result of a training.
 
     Attributes:
         params: the parameters at the end.
         state: the optimizer's state at the end.
-        resumed_from: the number of steps that the checkpoint had behind it; None without one.
+        resumed_from: the number of steps before the checkpoint; None without a checkpoint.
         accuracy: the share of the test images that are recognised.
     """
 
@@ -116,7 +116,7 @@ def train(steps: int, every: int, directory: Path, report: Report) -> Result:
         steps: how many steps the whole training has, those of earlier runs included.
         every: after how many steps to save; the last one is saved in any case.
         directory: where the checkpoints are; the two newest ones are kept.
-        report: told what happens, and after how many steps: "loaded", "step" or "saving".
+        report: called with what happens ("loaded", "step" or "saving") and the steps so far.
     """
     images, test_images, labels, test_labels = load()
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
         argv: the command line; None means the program's own.
 
     Returns:
-        The parameters and the state at the end, and from which step on they were trained.
+        The parameters and the state at the end, and the step from which this run went on.
     """
     parser = make_parser()
     options = parser.parse_args(argv)

@@ -2,8 +2,8 @@
 
     python examples/tutorial_pictures.py --output docs/images
 
-Each function is one picture, drawn from what the adamx pieces emit. Those of the compositions walk
-down a valley, 20 times as steep across as along:
+Each function draws one picture, from the updates that the adamx pieces emit. The compositions walk
+down a valley that is 20 times as steep across as along:
 
     f(w) = 1/2 (w - minimum)^T diag(1, 20) (w - minimum)
 """
@@ -37,11 +37,11 @@ STYLE = {
     "mathtext.fontset": "cm",
 }
 
-# ------------------------------------------------------------------------------ what is drawn
+# ------------------------------------------------------------------------------ runs and valley
 
 
 def emitted(tx: optax.GradientTransformation, gradients: np.ndarray) -> np.ndarray:
-    """Return what a transformation emits for one gradient after the other, stacked."""
+    """Return the updates that a transformation emits for one gradient after the other, stacked."""
 
     def step(state: object, gradient: jax.Array) -> tuple:
         updates, state = tx.update(gradient, state, start)
@@ -68,7 +68,7 @@ T = np.arange(1, 101)
 
 
 def noisy(steps: int = 100) -> np.ndarray:
-    """Return the gradients 1 + noise of as many mini-batches."""
+    """Return the gradients 1 + noise of so many mini-batches."""
     return 1 + 0.6 * np.random.default_rng(0).normal(size=steps)
 
 
@@ -106,7 +106,7 @@ def valley(axes: Axes, title: str, *ways: tuple[str, str, np.ndarray]) -> None:
 
 
 def ema(axes: Axes) -> None:
-    """Averages of noisy gradients: the longer the memory, the smoother and the later."""
+    """Averages of noisy gradients: the longer the memory, the smoother and the slower."""
     axes.plot(T, noisy(), ".", color=GREY, label="$g_t$")
     for beta, color in ((0.5, VERMILLION), (0.9, BLUE), (0.98, GREEN)):
         axes.plot(T, emitted(adamx.ema(beta), noisy()), color=color, label=rf"$m_t,\ \beta={beta}$")
@@ -116,7 +116,7 @@ def ema(axes: Axes) -> None:
 
 
 def ema_of_squares(axes: Axes) -> None:
-    """The average of the squares of the same gradients, and what it goes to."""
+    """The average of the squares of the same gradients, and its limit."""
     axes.plot(T, noisy() ** 2, ".", color=GREY, label="$g_t^2$")
     for beta, color in ((0.9, BLUE), (0.98, GREEN)):
         average = emitted(adamx.ema_of_squares(beta), noisy())
@@ -140,7 +140,7 @@ def bias_correction(axes: Axes) -> None:
 
 
 def rms_scaling(axes: Axes) -> None:
-    """Gradients of three sizes, and what the scaling makes of them."""
+    """Gradients of three sizes, and the updates that the scaling makes of them."""
     sizes, colors = (1e-3, 1.0, 1e3), (BLUE, GREEN, VERMILLION)
     gradients = np.stack([size * noisy(60) for size in sizes], axis=1)
     second_moment = adamx.chain(adamx.ema_of_squares(0.9), adamx.bias_correction(0.9))
@@ -149,7 +149,7 @@ def rms_scaling(axes: Axes) -> None:
         axes.semilogy(
             T[:60], np.abs(gradients[:, i]), ".", color=color, label=f"$|g_t|$, size {size:g}"
         )
-        # the three lie one over the other: the thicker below
+        # the three coincide: the thickest is at the bottom
         axes.semilogy(T[:60], np.abs(scaled[:, i]), color=color, lw=8 - 3 * i, label="$|u_t|$")
     axes.set(title=r"$u_t = g_t\,/\,(\sqrt{\hat v_t} + \varepsilon)$", xlabel="t", xlim=(0, 89))
     axes.legend(loc="center right")
@@ -183,7 +183,7 @@ def mixed_precision(axes: Axes) -> None:
         ("bfloat16 with masters", BLUE, ".", jnp.ones(1, jnp.bfloat16), adamx.master_weights(tx)),
     ):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", adamx.PrecisionWarning)  # it says what is drawn
+            warnings.simplefilter("ignore", adamx.PrecisionWarning)  # the picture shows its point
             way = weights(run, start, jnp.ones((steps, 1), start.dtype))
         axes.plot(way[:, 0], style, color=color, label=label)
     axes.set(title=r"$w_t = w_{t-1} - 10^{-3}$", xlabel="t")
@@ -194,7 +194,7 @@ def mixed_precision(axes: Axes) -> None:
 
 
 def momentum(axes: Axes) -> None:
-    """Momentum beside gradient descent of the same rate."""
+    """Momentum and gradient descent with the same rate."""
     rate = 0.09
     title = r"Momentum: $w_{t+1} = w_t - \alpha\, m_t$"
     ways = descend(adamx.sgd(rate), 40), descend(adamx.momentum(rate, 0.8), 40)
@@ -202,14 +202,14 @@ def momentum(axes: Axes) -> None:
 
 
 def rmsprop(axes: Axes) -> None:
-    """RMSprop beside gradient descent."""
+    """RMSprop and gradient descent."""
     title = r"RMSprop: $w_t = w_{t-1} - \alpha\, g_t\,/\,(\sqrt{v_t} + \varepsilon)$"
     ways = descend(adamx.sgd(0.045), 40), descend(adamx.rmsprop(0.06), 40)
     valley(axes, title, ("gradient descent", GREY, ways[0]), ("RMSprop", VERMILLION, ways[1]))
 
 
 def adam(axes: Axes) -> None:
-    """Adam beside the same without bias correction."""
+    """Adam with and without bias correction."""
     title = r"Adam: $w_t = w_{t-1} - \alpha\, \hat m_t\,/\,(\sqrt{\hat v_t} + \varepsilon)$"
     uncorrected = adamx.chain(
         adamx.rms_scaling(adamx.ema(0.9), second_moment=adamx.ema_of_squares(0.999)),
@@ -220,7 +220,7 @@ def adam(axes: Axes) -> None:
 
 
 def adamw(axes: Axes) -> None:
-    """AdamW with a large decay beside Adam: a pull towards zero."""
+    """AdamW with a large decay, and Adam: the decay pulls towards zero."""
     title = r"AdamW: $w_t = (1-\alpha\lambda)\,w_{t-1} - \alpha\, \hat m_t\,/\,(\ldots)$"
     ways = descend(adamx.adam(0.08), 80), descend(adamx.adamw(0.08, weight_decay=0.2), 80)
     valley(axes, title, ("Adam", GREY, ways[0]), (r"AdamW, $\lambda = 0.2$", BLUE, ways[1]))
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         metavar="FOLDER",
         type=Path,
         default=".",
-        help="where tutorial_NAME.png are written (default: the current folder)",
+        help="for the files tutorial_NAME.png (default: the current folder)",
     )
     options = parser.parse_args(argv)
     if not options.output.is_dir():

@@ -5,9 +5,9 @@
 
 The rate falls along a cosine and jumps back up; each period is twice as long as the one before. The
 decay of a period is normalised by its length: lambda = norm * sqrt(batch / (examples * epochs)). If
-training stops, AdamWR takes the weights at the end of the last period, when the rate was zero. It is
-compared with AdamW with one cosine over the whole time, which has to know the end beforehand, and
-with AdamW at a constant rate; these take the weights at the stop.
+training stops, AdamWR takes the weights at the end of the last period, when the rate was zero. It
+is compared with AdamW with one cosine over the whole time, which has to know the end beforehand,
+and with AdamW at a constant rate; these take the weights at the stop.
 
 Each method has the learning rate and the norm of a grid with the lowest last error. A whole grid
 and its seeds are one compiled call. A fifth of the training labels are drawn at random.
