@@ -116,3 +116,23 @@ def test_nothing_waits_for_the_device_and_nothing_is_moved_to_it():
         for g in grads[6:]:
             a = step(*a, g)
     assert np.isfinite(a[0]["w"]).all()
+
+
+def test_each_call_runs_the_cheapest_program_that_does_what_is_due():
+    tx = adamx.monitor(adamx.accumulate(adamx.sgd(0.5), 2), every=3, groups=("*",))
+    step: Any = adamx.make_step(tx)
+    params, state = start(), tx.init(start())
+    ran = []
+
+    def counting(i, program):
+        def run(*args, **kwargs):
+            ran.append(i)
+            return program(*args, **kwargs)
+
+        return run
+
+    step._programs = [counting(i, program) for i, program in enumerate(step._programs)]
+    for t in range(12):
+        params, state = step(params, state, gradients(t))
+    # 0 measures, 1 steps without measuring, 2 adds alone
+    assert ran == [2, 1, 0, 1, 2, 0] * 2
