@@ -146,6 +146,7 @@ def test_a_step_in_the_wrong_order_is_seen_to_copy() -> None:
 # --- The report ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "section",
     (side_by_side.in_place_step, side_by_side.memory_of_storages, around.around),
@@ -190,6 +191,7 @@ def family() -> Any:
     return importlib.import_module("family")
 
 
+@pytest.mark.slow
 def test_the_family_is_measured_and_what_stands_above_the_mark_stays(
     family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from table import MASTERS, TRANSFORMATIONS
+from table import TRANSFORMATIONS
 
 import adamx
 from adamx import adapt_state
@@ -73,9 +73,9 @@ def assert_same(a, b):
 # --------------------------------------------------------------------------- saved, restored, on
 
 CASES: dict[str, tuple[Any, Any, str]] = {
-    name: (make, BFLOAT16 if name in MASTERS else FLOAT32, "nearest")
-    for name, make in TRANSFORMATIONS.items()
-    if "learning_rate" in make().state_names() or "foreign" in name
+    name: (case.make, BFLOAT16 if case.masters else FLOAT32, "nearest")
+    for name, case in TRANSFORMATIONS.items()
+    if "learning_rate" in case.make().state_names() or case.foreign
 }
 CASES["stochastic"] = (lambda: adamx.adamw(0.01), BFLOAT16, "stochastic")
 CASES["stochastic_packed8"] = (
@@ -113,17 +113,20 @@ def test_every_optimizer_is_among_the_cases():
     assert not missing
 
 
-@pytest.fixture
-def quick_compiler():
-    """Both runs are of one program, optimised or not, and compiling takes most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def in_the_table_and_no_example_of_a_kind(name):
+    return name in TRANSFORMATIONS and not TRANSFORMATIONS[name].kind
 
 
-@pytest.mark.usefixtures("quick_compiler")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("quick_compiler")  # both runs are of one program, optimised or not
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=pytest.mark.slow if in_the_table_and_no_example_of_a_kind(name) else ()
+        )
+        for name in CASES
+    ],
+)
 def test_a_restored_run_goes_on_bit_for_bit(name, saved, checkpointer):
     make, params, rounding = CASES[name]
     tx = make()

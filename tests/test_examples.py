@@ -63,7 +63,7 @@ def is_a_picture(path: Path) -> bool:
 # --- quickstart ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["adamw", "rmsprop"])
+@pytest.fixture(scope="module", params=["adamw", pytest.param("rmsprop", marks=pytest.mark.slow)])
 def run(
     request: pytest.FixtureRequest, quickstart: ModuleType, tmp_path_factory: Any
 ) -> tuple[str, Any, Path]:
@@ -210,6 +210,7 @@ def test_quickstart_promises_an_accuracy_for_its_default_settings_only(
     assert quickstart.main([*argv, "--epochs", "4"]).exit_status == 0
 
 
+@pytest.mark.slow
 def test_quickstart_logs_what_its_optimizer_does(run, quickstart, tmp_path, capsys):
     name, plain, _ = run
     path = tmp_path / "run.csv"
@@ -403,6 +404,7 @@ def resumable() -> ModuleType:
     return load("resumable")
 
 
+@pytest.mark.slow
 def test_resumable_goes_on_with_the_same_command_bit_for_bit(resumable, tmp_path, capsys):
     def run(directory: str, steps: int) -> Any:
         argv = ["--steps", str(steps), "--every", "20", "--directory", str(tmp_path / directory)]
