@@ -8,6 +8,9 @@ import jax
 import pytest
 from table import TRANSFORMATIONS
 
+# what they assert is explained as in a test
+pytest.register_assert_rewrite("agreement", "agreement_family", "helpers", "recordings", "scripts")
+
 # the script that recorded the trajectories; it needs PyTorch, the tests need only what it wrote
 collect_ignore = ["data/record_torch.py"]
 

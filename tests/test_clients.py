@@ -99,6 +99,7 @@ def test_every_block_has_a_test():
         assert f'"{heading}"' in tests, heading
 
 
+@pytest.mark.slow
 def test_rounding_moves_a_weight_by_no_more_than_one_unit_a_step():
     ns = run(BLOCKS["Many seeds at once"], plain())
     starts = jax.tree.map(lambda a, b: np.concatenate([a[None], b]), ns["start"], ns["starts"])

@@ -82,14 +82,14 @@ def collectives(hlo):
 
 
 def pairs():
-    """Return all pairs of an optimizer and a layout: one line of each is fast, the rest is slow."""
+    """Yield all pairs: fast are all layouts of the first optimizer, and one of each other."""
     for i, optimizer in enumerate(OPTIMIZERS):
         for j, layout in enumerate(LAYOUTS):
             fast = i == 0 or (i + j) % len(LAYOUTS) == 0
             yield pytest.param(optimizer, layout, marks=() if fast else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("optimizer", "layout"), pairs())
+@pytest.mark.parametrize(("optimizer", "layout"), [*pairs()])
 def test_every_layout_ends_at_the_parameters_of_one_device(optimizer, layout):
     # an update is elementwise, stochastic rounding a hash of values: the same bits anywhere, where
     # a device holds several elements (of one alone, JAX 0.12 contracts a product and a sum

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_examples import is_a_picture, load
+from scripts import is_a_picture, load
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = sorted(path.name for path in (DOCS / "tutorial").glob("*.md"))
