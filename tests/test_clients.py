@@ -321,6 +321,7 @@ def test_a_scan():
     np.testing.assert_allclose(ns["rates"], wanted, rtol=4 * 2.0**-23)
 
 
+@pytest.mark.slow
 def test_many_seeds_are_the_runs_of_each():
     ns = client("Many seeds at once")
     runs = [loop(ns["tx"], row(ns["starts"], i), ns["xs"], ns["ys"])[0] for i in range(3)]
