@@ -160,7 +160,6 @@ TRANSFORMATIONS: dict[str, Case] = {
         lambda: adamx.master_weights(
             adamx.chain(optax.clip(1.0), adamx.adam(0.1, **_EXACT, moments="packed8")), "float32"
         ),
-        kind="masters in float32 of stages of Optax",
         narrow=True,
         packed=True,
         masters=True,
@@ -172,7 +171,6 @@ TRANSFORMATIONS: dict[str, Case] = {
     "difference": Case(adamx.difference),
     "extrapolation": Case(
         lambda: adamx.combine(jnp.add, adamx.difference(), adamx.extrapolation(0.5)),
-        kind="a concept that reads another's slot",
     ),
     "seeded_ema_of_squares": Case(lambda: adamx.seeded_ema_of_squares(0.9), squares=True),
     "delayed_rms_scaling": Case(
@@ -242,12 +240,9 @@ TRANSFORMATIONS: dict[str, Case] = {
     "mean_of_params": Case(lambda: adamx.chain(adamx.momentum(0.1), adamx.mean_of_params())),
     "ema_of_params": Case(
         lambda: adamx.chain(adamx.adamw(0.1), adamx.ema_of_params(0.9)),
-        kind="an average of the parameters",
     ),
     "adamw_independent": Case(lambda: adamx.adamw_independent(0.1, multiplier=_schedule)),
-    "adam_scheduled_decays": Case(
-        lambda: adamx.adam(0.1, b1=_rising, b2=_rising), kind="decays that are schedules"
-    ),
+    "adam_scheduled_decays": Case(lambda: adamx.adam(0.1, b1=_rising, b2=_rising)),
     "adam_nesterov_scheduled": Case(lambda: adamx.adam(0.1, b1=_rising, nesterov=True)),
     "ema_of_params_scheduled": Case(
         lambda: adamx.chain(adamx.sgd(0.1), adamx.ema_of_params(_rising))

@@ -18,6 +18,8 @@ import adamx
 from adamx.core.paths import matches, paths_of
 from adamx.transforms.bias_correction import one_minus_power
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")  # both sides are compiled alike
+
 ULP = 2.0**-23
 
 

@@ -133,16 +133,16 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+FAST = [("remainder", name) for name in ("sgd_momentum", "rmsprop", "adamw", "adamw_packed8")]
+FAST += [("float32", "adamw")]
+
+
 @pytest.mark.parametrize(
     ("keep", "name"),
     [
-        *(("remainder", name) for name in OPTIMIZERS),
-        ("float32", "adamw"),
-        *(
-            pytest.param("float32", name, marks=pytest.mark.slow)
-            for name in OPTIMIZERS
-            if name != "adamw"
-        ),
+        pytest.param(keep, name, marks=() if (keep, name) in FAST else pytest.mark.slow)
+        for keep in ("remainder", "float32")
+        for name in OPTIMIZERS
     ],
 )
 def test_masters_follow_the_float32_trajectory_bit_for_bit(name, keep):
