@@ -499,6 +499,7 @@ def test_a_step_of_equinox_is_read():
     check_ok(adamx.audit(eqx.filter_jit(step, donate="all-except-first"), x, mlp, state))
 
 
+@pytest.mark.slow
 def test_a_step_of_nnx_is_read():
     nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
