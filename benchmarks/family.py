@@ -35,7 +35,7 @@ from adamx.inspect.program import read_program
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "examples"), str(ROOT / "tests")]
 quickstart, old_members, young_members = map(
-    importlib.import_module, ("quickstart", "test_agreement", "test_family")
+    importlib.import_module, ("quickstart", "agreement", "agreement_family")
 )
 
 NAMES = sorted(quickstart.PAIRS)

@@ -9,6 +9,7 @@ import adamx
 DECAY, POSITIVE, RATE, FINITE = "decay", "non-negative", "rate", "finite"
 OPEN_DECAY, SCHEDULED_DECAY, SCHEDULED = "open decay", "scheduled decay", "scheduled"
 SHARE, SCHEDULED_FRACTION = "share", "scheduled fraction"
+ABOVE_0 = "above 0"
 
 # every function of adamx that takes hyperparameters, with the range of each
 HYPERPARAMETERS: dict[str, dict[str, str]] = {
@@ -171,6 +172,7 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
     },
     "trust_ratio": {"trust_coefficient": POSITIVE, "eps": POSITIVE},
     "update_clipping": {"decay": SCHEDULED_DECAY, "eps": POSITIVE},
+    "packed8": {"bound": ABOVE_0},
 }
 DERIVED = {("adabelief", "eps_root")}  # what is kept is computed from it
 OPTIONAL = {("rmsprop", "momentum"), ("sgd", "momentum")}
@@ -186,6 +188,8 @@ def build(function, **hyperparameters):
         required = {"second_moment": adamx.ema_of_squares(0.9)}
     if function == "rectified":
         required |= {"scaling": build("rms_scaling")}
+    if function == "packed8":
+        required = {"inner": adamx.scale_by_adam(), "bound": 1.0}
     if function == "cautious":
         required = {"inner": adamx.ema(0.9)}
     if function == "extrapolation":  # it reads what a difference keeps

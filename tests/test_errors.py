@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from hyperparameters import (
+    ABOVE_0,
     DECAY,
     DERIVED,
     FINITE,
@@ -45,6 +46,7 @@ TEXT = {
     OPEN_DECAY: "in (0, 1)",
     SCHEDULED_DECAY: "in [0, 1)",
     SCHEDULED: "finite",
+    ABOVE_0: "finite and > 0",
 }
 # 10^400 is no double
 NOT_FINITE: list[Any] = [math.nan, math.inf, -math.inf, np.float32(math.nan), 10**400]
@@ -58,6 +60,7 @@ OUTSIDE: dict[str, list[Any]] = {
     OPEN_DECAY: [0, 0.0, 1.0, -1, 1.5],
     SCHEDULED_DECAY: [1.0, 1, True, -1, -1e-9, 1.5, np.float32(1.0), np.float64(-0.5)],
     SCHEDULED: [],
+    ABOVE_0: [0, -1, -0.0],
 }
 # 1 - 2^-53 is the largest double below 1
 INSIDE: dict[str, list[Any]] = {
@@ -70,6 +73,7 @@ INSIDE: dict[str, list[Any]] = {
     OPEN_DECAY: [5e-324, 1 - 2**-53, lambda _: 0.1],
     SCHEDULED_DECAY: [0, 1 - 2**-53, lambda _: 0.1],
     SCHEDULED: [-1e30, lambda _: 0.1],
+    ABOVE_0: [5e-324, 1e30],
 }
 # without names in them, so that the message can be compared
 WRONG_KIND: list[Any] = ["0.9", b"0.9", [0.9], (0.9,), {"decay": 0.9}, 0.9 + 0j, slice(None)]
@@ -98,7 +102,30 @@ def test_the_table_has_every_hyperparameter_of_every_public_function():
             numbers = {a.name for a in arguments if str(a.annotation).startswith("Scalar")}
             numbers |= set(ranges_of(function))
             takes |= {name: numbers} if numbers else {}
+    for name in OF_NUMBERS:
+        assert takes.pop(name) == set(OF_NUMBERS[name])
     assert takes == {function: set(table) for function, table in HYPERPARAMETERS.items()}
+
+
+OF_NUMBERS: dict[str, dict[str, tuple[float, Any]]] = {
+    "normalized_weight_decay": {
+        "norm": (0.5, -1),
+        "batch_size": (1, 0.5),
+        "examples": (1, 0),
+        "epochs": (1, 0),
+    },
+    "ratio_bound": {"b1": (0.5, 1), "b2": (0.75, -1)},
+}
+"""Functions that return a number: for each argument one in its range, and one out of it."""
+
+
+@pytest.mark.parametrize("function", OF_NUMBERS)
+def test_a_function_that_returns_a_number_has_ranges_too(function):
+    fine = {argument: inside for argument, (inside, _) in OF_NUMBERS[function].items()}
+    assert getattr(adamx, function)(**fine) > 0
+    for argument, (_, outside) in OF_NUMBERS[function].items():
+        with pytest.raises(ValueError, match=f"^{function}: {argument} must be .* got {outside}$"):
+            getattr(adamx, function)(**fine | {argument: outside})
 
 
 @every

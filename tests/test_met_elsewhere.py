@@ -68,7 +68,7 @@ def narrowed(state):
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_a_state_that_was_cast_is_refused_with_slot_and_dtypes(name):
-    tx = TRANSFORMATIONS[name]()
+    tx = TRANSFORMATIONS[name].make()
     state = tx.init(start())
     scalars = [name for name in ("learning_rate", "grad_norm") if name in state]
     for names in (tx.tree_names(), scalars):

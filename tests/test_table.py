@@ -8,7 +8,7 @@ from helpers import draw
 from table import TRANSFORMATIONS, every
 
 import adamx
-from adamx.core import lifting
+from adamx.core.concept import any_of, parts
 
 promoted = pytest.mark.usefixtures("promotion_of_foreign_stages")
 
@@ -16,7 +16,7 @@ PARAMS = draw({"w": jnp.zeros((4, 3)), "b": jnp.zeros(())})
 
 
 def has(tx, *kinds):
-    return lifting.any_of(tx, lambda part: isinstance(part, kinds))
+    return any_of(tx, lambda part: isinstance(part, kinds))
 
 
 def is_a_stage_of_optax(part):
@@ -30,7 +30,7 @@ def test_the_line_says_what_the_transformation_is_made_of(name):
     assert case.narrow == has(tx, adamx.Storage)
     assert case.packed == has(tx, adamx.packed16, adamx.packed8)
     assert case.masters == has(tx, adamx.master_weights)
-    assert case.foreign == lifting.any_of(tx, is_a_stage_of_optax)
+    assert case.foreign == any_of(tx, is_a_stage_of_optax)
 
 
 def first_element(tx, grads, state):
@@ -58,7 +58,7 @@ def test_the_line_says_whether_an_update_depends_on_a_whole_leaf_or_tree(name):
 def test_each_kind_has_one_example_and_what_acts_around_others_has_one():
     lines = [case for case in TRANSFORMATIONS.values() if case.kind]
     assert len(lines) == len({case.kind for case in lines})
-    kinds = {type(part) for case in lines for part in lifting.parts(case.make())}
+    kinds = {type(part) for case in lines for part in parts(case.make())}
     assert kinds >= {
         adamx.accumulate,
         adamx.bfloat16,
