@@ -57,9 +57,20 @@ def gradients(t: int, bad: bool = False) -> Any:
     return jax.tree.map(lambda g: g * jnp.nan, grads) if bad else grads
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("bad", [(), (2, 7)], ids=["finite", "two not finite"])
-@pytest.mark.parametrize("name", AROUND)
+FAST = {("alone", ()), ("monitor, skip_nonfinite, masters", (2, 7))}  # both with float32
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "dtype"),
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{'bad' if case[1] else 'finite'}-{case[2]}",
+            marks=() if case[:2] in FAST and case[2] == "float32" else pytest.mark.slow,
+        )
+        for case in itertools.product(AROUND, [(), (2, 7)], ["float32", "bfloat16"])
+    ],
+)
 def test_make_step_ends_where_one_program_for_all_calls_ends(name, bad, dtype):
     """Bit for bit: which program a call runs is no part of the result."""
     tx = AROUND[name]()
