@@ -34,8 +34,8 @@ from adamx.inspect.program import read_program
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "examples"), str(ROOT / "tests")]
-quickstart, old_members, young_members = map(
-    importlib.import_module, ("quickstart", "test_agreement", "test_family")
+quickstart, old_members, young_members, recordings = map(
+    importlib.import_module, ("quickstart", "agreement", "agreement_family", "recordings")
 )
 
 NAMES = sorted(quickstart.PAIRS)
@@ -160,12 +160,12 @@ CASES = {
 
 def torch_apart(case: str) -> float:
     """Return how far 60 float64 steps are from PyTorch's: as a part of each weight's distance."""
-    recording = old_members.RECORDING
-    leaves = old_members.LEAVES
+    recording = recordings.RECORDING
+    leaves = recordings.LEAVES
     start = {leaf: recording[f"initial/{leaf}"] for leaf in leaves}
     gradients = {leaf: recording[f"gradients/{leaf}"] for leaf in leaves}
     with jax.enable_x64(True):
-        if case in young_members.IN_FAMILY:
+        if case in recordings.IN_FAMILY:
             tx = young_members.as_in_torch(case)[0]
         else:
             tx = old_members.as_in_torch(case)
@@ -201,7 +201,7 @@ def agreement(name: str, settings: Settings) -> Row:
         cells[1] = f"{optax_apart(name, options, settings.steps):.3g}" if options else "-"
     if cases := CASES.get(name):
         runs = ", ".join(f"{case} {torch_apart(case):.0e}" for case in cases)
-        cells[2] = f"{old_members.TORCH[cases[0]]['class']}: {runs}"
+        cells[2] = f"{recordings.TORCH[cases[0]]['class']}: {runs}"
     return [name, *cells]
 
 

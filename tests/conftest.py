@@ -6,6 +6,10 @@ than what users run: what passes here passes there. Warnings are errors (see pyp
 
 import jax
 import pytest
+from table import TRANSFORMATIONS
+
+# what they assert is explained as in a test
+pytest.register_assert_rewrite("agreement", "agreement_family", "helpers", "recordings", "scripts")
 
 # the script that recorded the trajectories; it needs PyTorch, the tests need only what it wrote
 collect_ignore = ["data/record_torch.py"]
@@ -20,3 +24,27 @@ def x64():
     """Run the test with float64 enabled."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def standard_promotion():
+    """Promote dtypes as JAX does by default: Optax multiplies int32 by float."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def promotion_of_foreign_stages(request):
+    """Promote dtypes for a line of table.py that has stages of Optax; adamx needs none of it."""
+    foreign = TRANSFORMATIONS[request.getfixturevalue("name")].foreign
+    with jax.numpy_dtype_promotion("standard" if foreign else "strict"):
+        yield
+
+
+@pytest.fixture
+def quick_compiler():
+    """Compile without optimising, which takes less time, where the numbers do not depend on it."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

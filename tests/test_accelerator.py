@@ -35,6 +35,7 @@ def rows(quick):
     return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
 
 
+@pytest.mark.slow
 def test_the_page_says_when_with_what_and_on_which_device_it_was_measured(quick):
     tables, page = quick
     assert all(table.markdown() in page for table in tables)
@@ -54,6 +55,7 @@ MOVED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MOVED)
 def test_what_a_step_has_to_move_is_counted_in_its_arrays(name, rows):
     assert MOVED[name] <= float(rows[name]["bytes/param"]) < MOVED[name] + 0.01
@@ -63,6 +65,7 @@ def test_what_a_step_has_to_move_is_counted_in_its_arrays(name, rows):
     assert rows[name]["finite"] == "yes"
 
 
+@pytest.mark.slow
 def test_the_bandwidth_is_these_bytes_by_the_time(rows):
     for row in rows.values():
         seconds, rate = float(row["ms"]) / 1e3, float(row["GB/s"]) * 1e9

@@ -34,7 +34,10 @@ def means(grads, every):
     ]
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "every",
+    [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("how", ["two programs", "one program", "eager"])
 def test_micro_batches_make_the_step_of_the_large_batch(every, how):
     """SGD with momentum: linear, so that the mean's error is what is left.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import logging
@@ -146,6 +147,7 @@ def test_a_step_in_the_wrong_order_is_seen_to_copy() -> None:
 # --- The report ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "section",
     (side_by_side.in_place_step, side_by_side.memory_of_storages, around.around),
@@ -190,6 +192,7 @@ def family() -> Any:
     return importlib.import_module("family")
 
 
+@pytest.mark.slow
 def test_the_family_is_measured_and_what_stands_above_the_mark_stays(
     family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,63 +298,56 @@ MOVED = {
 }
 
 
-@pytest.fixture(scope="module")
-def around_steps() -> dict[tuple[str, int], Any]:
-    """What goes around AdamW's step at a million elements, in one array and in three, read."""
-    found = {}
+@functools.cache
+def around_steps(leaves: int) -> dict[str, Any]:
+    """What goes around AdamW's step at a million elements, in one array or in three, read."""
+    one = side_by_side.single(MILLION)
+    like = one if leaves == 1 else [side_by_side.single(MILLION + i) for i in range(leaves)]
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        for like in (
-            side_by_side.single(MILLION),
-            [side_by_side.single(MILLION + i) for i in range(3)],
-        ):
-            for name, (compiled, _, _) in around.compiled_steps(like).items():
-                found[name, len(jax.tree.leaves(like))] = read_program(compiled, like)
-    return found
+        return {
+            name: read_program(compiled, like)
+            for name, (compiled, _, _) in around.compiled_steps(like).items()
+        }
 
 
-@pytest.mark.parametrize("leaves", [1, 3])
+arrays = pytest.mark.parametrize("leaves", [1, pytest.param(3, marks=pytest.mark.slow)])
+
+
+@arrays
 @pytest.mark.parametrize("name", MOVED)
-def test_what_goes_around_the_step_copies_nothing(
-    name: str, leaves: int, around_steps: dict[tuple[str, int], Any]
-) -> None:
-    assert around_steps[name, leaves].copies == 0
+def test_what_goes_around_the_step_copies_nothing(name: str, leaves: int) -> None:
+    assert around_steps(leaves)[name].copies == 0
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU's step is one kernel")
-@pytest.mark.parametrize("leaves", [1, 3])
+@arrays
 @pytest.mark.parametrize("name", MOVED)
-def test_what_goes_around_the_step_moves_what_it_must(
-    name: str, leaves: int, around_steps: dict[tuple[str, int], Any]
-) -> None:
+def test_what_goes_around_the_step_moves_what_it_must(name: str, leaves: int) -> None:
     """0.01 for scalars. XLA's count, with the branches, is at least as large."""
-    program = around_steps[name, leaves]
+    program = around_steps(leaves)[name]
     assert MOVED[name] <= program.always <= MOVED[name] + 0.01
     assert program.always <= program.bytes_per_param + 0.01
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU's step is one kernel")
-@pytest.mark.parametrize("leaves", [1, 3])
-def test_a_measuring_step_reads_the_arrays_again(
-    leaves: int, around_steps: dict[tuple[str, int], Any]
-) -> None:
+@arrays
+def test_a_measuring_step_reads_the_arrays_again(leaves: int) -> None:
     """Its branch is taken, so that XLA's count is that of the step.
 
     Outside the branch are 84 bytes a parameter: mu and nu are 12 each as ever, and what a branch
     may read has to be in memory: a copy of w (8), the root (8), the quotient (12) and u (16), which
     are 16 bytes of it; then w (16). The sums in the branch read and write 56 more.
     """
-    program = around_steps["monitor: measuring step", leaves]
+    program = around_steps(leaves)["monitor: measuring step"]
     assert 12 + 12 + 8 + 8 + 12 + 16 + 16 <= program.always <= 84.01
     assert 84 + 56 <= program.bytes_per_param <= 140.01
     assert 16 <= program.temp_bytes / (leaves * MILLION) <= 16.01
     assert program.copies == leaves
 
 
-def test_the_two_counts_of_bytes_agree_where_there_is_no_branch(
-    around_steps: dict[tuple[str, int], Any],
-) -> None:
+def test_the_two_counts_of_bytes_agree_where_there_is_no_branch() -> None:
     for name in ("adamw alone", "ema_of_params", "accumulate: final step", "optax.adamw"):
-        program = around_steps[name, 3]
+        program = around_steps(1)[name]
         assert program.always == pytest.approx(program.bytes_per_param, abs=0.01)
 
 

@@ -57,9 +57,20 @@ def gradients(t: int, bad: bool = False) -> Any:
     return jax.tree.map(lambda g: g * jnp.nan, grads) if bad else grads
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("bad", [(), (2, 7)], ids=["finite", "two not finite"])
-@pytest.mark.parametrize("name", AROUND)
+FAST = {("alone", ()), ("monitor, skip_nonfinite, masters", (2, 7))}  # both with float32
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "dtype"),
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{'bad' if case[1] else 'finite'}-{case[2]}",
+            marks=() if case[:2] in FAST and case[2] == "float32" else pytest.mark.slow,
+        )
+        for case in itertools.product(AROUND, [(), (2, 7)], ["float32", "bfloat16"])
+    ],
+)
 def test_make_step_ends_where_one_program_for_all_calls_ends(name, bad, dtype):
     """Bit for bit: which program a call runs is no part of the result."""
     tx = AROUND[name]()
@@ -116,3 +127,23 @@ def test_nothing_waits_for_the_device_and_nothing_is_moved_to_it():
         for g in grads[6:]:
             a = step(*a, g)
     assert np.isfinite(a[0]["w"]).all()
+
+
+def test_each_call_runs_the_cheapest_program_that_does_what_is_due():
+    tx = adamx.monitor(adamx.accumulate(adamx.sgd(0.5), 2), every=3, groups=("*",))
+    step: Any = adamx.make_step(tx)
+    params, state = start(), tx.init(start())
+    ran = []
+
+    def counting(i, program):
+        def run(*args, **kwargs):
+            ran.append(i)
+            return program(*args, **kwargs)
+
+        return run
+
+    step._programs = [counting(i, program) for i, program in enumerate(step._programs)]
+    for t in range(12):
+        params, state = step(params, state, gradients(t))
+    # 0 measures, 1 steps without measuring, 2 adds alone
+    assert ran == [2, 1, 0, 1, 2, 0] * 2

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from table import MASTERS, TRANSFORMATIONS
+from table import TRANSFORMATIONS
 
 import adamx
 from adamx import adapt_state
@@ -73,9 +73,9 @@ def assert_same(a, b):
 # --------------------------------------------------------------------------- saved, restored, on
 
 CASES: dict[str, tuple[Any, Any, str]] = {
-    name: (make, BFLOAT16 if name in MASTERS else FLOAT32, "nearest")
-    for name, make in TRANSFORMATIONS.items()
-    if "learning_rate" in make().state_names() or "foreign" in name
+    name: (case.make, BFLOAT16 if case.masters else FLOAT32, "nearest")
+    for name, case in TRANSFORMATIONS.items()
+    if "learning_rate" in case.make().state_names() or case.foreign
 }
 CASES["stochastic"] = (lambda: adamx.adamw(0.01), BFLOAT16, "stochastic")
 CASES["stochastic_packed8"] = (
@@ -100,6 +100,7 @@ CASES["all_at_once"] = (
 
 
 def test_every_optimizer_is_among_the_cases():
+    assert KEPT <= CASES.keys()
     optimizers = {
         name
         for name in adamx.__all__
@@ -113,17 +114,16 @@ def test_every_optimizer_is_among_the_cases():
     assert not missing
 
 
-@pytest.fixture
-def quick_compiler():
-    """Both runs are of one program, optimised or not, and compiling takes most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+# one of each way to keep something
+KEPT = {"adamw", "adamw_packed8", "master_weights", "chain_foreign", "schedule_free", "monitor"}
+KEPT |= {"skip_nonfinite", "accumulate", "stochastic_packed8", "all_at_once"}
 
 
-@pytest.mark.usefixtures("quick_compiler")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("quick_compiler")  # both runs are of one program, optimised or not
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in KEPT else pytest.mark.slow) for name in CASES],
+)
 def test_a_restored_run_goes_on_bit_for_bit(name, saved, checkpointer):
     make, params, rounding = CASES[name]
     tx = make()
@@ -266,8 +266,15 @@ def runs():
     return steps
 
 
-@pytest.mark.parametrize("to", STORAGES)
-@pytest.mark.parametrize("of", STORAGES)
+def all_storages():
+    """Yield all pairs: fast are the changes along the circle, and those to the same storage."""
+    for i, of in enumerate(STORAGES):
+        for j, to in enumerate(STORAGES):
+            fast = (j - i) % len(STORAGES) < 2
+            yield pytest.param(of, to, marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("of", "to"), [*all_storages()])
 def test_the_moments_are_carried_over_to_any_storage(of, to, runs):
     params, state = runs[of]
     old, new = adam(of), adam(to)

@@ -99,6 +99,7 @@ def test_every_block_has_a_test():
         assert f'"{heading}"' in tests, heading
 
 
+@pytest.mark.slow
 def test_rounding_moves_a_weight_by_no_more_than_one_unit_a_step():
     ns = run(BLOCKS["Many seeds at once"], plain())
     starts = jax.tree.map(lambda a, b: np.concatenate([a[None], b]), ns["start"], ns["starts"])
@@ -130,6 +131,7 @@ def test_flax_nnx():
     same(ns["state"], plain()["state"])
 
 
+@pytest.mark.slow
 def test_flax_nnx_goes_on_from_split_and_merge_and_from_a_checkpoint(tmp_path):
     ns = run(BLOCKS["Flax NNX"], plain())
     tx, step, x, y = (ns[name] for name in ("tx", "nnx_step", "x", "y"))
@@ -156,6 +158,7 @@ def test_flax_nnx_goes_on_from_split_and_merge_and_from_a_checkpoint(tmp_path):
         same(*(nnx.to_pure_dict(nnx.state(m)) for m in (model, ns["model"])))
 
 
+@pytest.mark.slow
 def test_flax_nnx_has_the_paths_of_the_model():
     """Its init sees variables, its update their arrays."""
     ns = client("Flax NNX")
@@ -226,6 +229,7 @@ def test_flax_linen_is_made_and_stepped_inside_jit_in_place():
     same(state.opt_state, plain()["state"])
 
 
+@pytest.mark.slow
 def test_flax_linen_in_its_own_containers():
     """Frozen dicts, and boxes around arrays that carry the names of mesh axes."""
     kernel = nn.with_partitioning(nn.initializers.ones, (None, "model"))
@@ -285,6 +289,7 @@ def test_haiku():
     near(named, plain()["params"])
 
 
+@pytest.mark.slow
 def test_haiku_has_paths_of_two_levels():
     network = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([4, 2, 1])(x)))
     x = plain()["xs"][0]
@@ -320,6 +325,7 @@ def test_a_scan():
     np.testing.assert_allclose(ns["rates"], wanted, rtol=4 * 2.0**-23)
 
 
+@pytest.mark.slow
 def test_many_seeds_are_the_runs_of_each():
     ns = client("Many seeds at once")
     runs = [loop(ns["tx"], row(ns["starts"], i), ns["xs"], ns["ys"])[0] for i in range(3)]
@@ -328,6 +334,7 @@ def test_many_seeds_are_the_runs_of_each():
     assert far(runs[0], runs[1])
 
 
+@pytest.mark.slow
 def test_a_grid_is_the_runs_of_each():
     ns = client("A grid of hyperparameters in one call")
     runs = {}
@@ -342,6 +349,7 @@ def test_a_grid_is_the_runs_of_each():
 # --------------------------------------------------------------------------------- Optax's wrappers
 
 
+@pytest.mark.slow
 def test_inject_hyperparams_is_the_run_with_decays_of_float32():
     ns = client("inject_hyperparams")
     b1, b2 = float(np.float32(0.9)), float(np.float32(0.999))
@@ -370,6 +378,7 @@ def test_inject_hyperparams_leaves_static_decays_as_they_are():
     near(params, plain()["params"])
 
 
+@pytest.mark.slow
 def test_multi_steps_is_the_step_of_the_large_batch():
     ns = client("MultiSteps")
     large = [x.reshape(5, 64, -1) for x in (ns["xs"], ns["ys"])]
@@ -405,6 +414,7 @@ def grouped(transformations, start, xs, ys):
     return start
 
 
+@pytest.mark.slow
 def test_masked_moves_the_chosen_weights_alone():
     ns = client("masked")
     near(ns["params"], grouped({"kernel": ns["tx"]}, ns["start"], ns["xs"], ns["ys"]))
@@ -424,6 +434,7 @@ def test_partition_is_each_groups_own_run():
     assert optax.multi_transform is optax.partition
 
 
+@pytest.mark.slow
 def test_lookahead_written_out():
     """Every fifth step the slow weights go half the way to the fast, which start again there."""
     ns = client("lookahead")
@@ -437,6 +448,7 @@ def test_lookahead_written_out():
     near(ns["params"].fast, fast)
 
 
+@pytest.mark.slow
 def test_schedule_free_written_out():
     """z steps, x is its average, y between: six roundings a step where x is recovered from y."""
     ns = client("schedule_free")

@@ -24,7 +24,14 @@ def blocks(page, kind):
     return [text for found, text in BLOCK.findall(page.read_text()) if found == kind]
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page.parent == ROOT / "docs" else ())
+        for page in RUN
+    ],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_every_python_block_of_a_page_runs(page):
     # as users run: the blocks use Optax, Flax and Equinox, which do not run under strict promotion
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -13,182 +13,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hyperparameters import (
+    ABOVE_0,
+    DECAY,
+    DERIVED,
+    FINITE,
+    HYPERPARAMETERS,
+    OPEN_DECAY,
+    OPTIONAL,
+    POSITIVE,
+    RATE,
+    SCHEDULED,
+    SCHEDULED_DECAY,
+    SCHEDULED_FRACTION,
+    SCHEDULES,
+    SHARE,
+    build,
+)
 
 import adamx
 from adamx.core.checks import ranges_of
 
 # ------------------------------------------------------------- hyperparameters, at construction
-
-DECAY, POSITIVE, RATE, FINITE = "decay", "non-negative", "rate", "finite"
-OPEN_DECAY, SCHEDULED_DECAY, SCHEDULED = "open decay", "scheduled decay", "scheduled"
-SHARE, SCHEDULED_FRACTION = "share", "scheduled fraction"
-
-# every function of adamx that takes hyperparameters, with the range of each
-HYPERPARAMETERS: dict[str, dict[str, str]] = {
-    "adagrad": {"learning_rate": RATE, "initial_accumulator_value": POSITIVE, "eps": POSITIVE},
-    "adam": {
-        "learning_rate": RATE,
-        "b1": SCHEDULED_DECAY,
-        "b2": SCHEDULED_DECAY,
-        "eps": POSITIVE,
-        "eps_root": POSITIVE,
-    },
-    "adamw": {
-        "learning_rate": RATE,
-        "b1": SCHEDULED_DECAY,
-        "b2": SCHEDULED_DECAY,
-        "eps": POSITIVE,
-        "eps_root": POSITIVE,
-        "weight_decay": RATE,
-    },
-    "add_decayed_weights": {"weight_decay": RATE},
-    "bias_correction": {"decay": SCHEDULED_DECAY},
-    "ema": {"decay": SCHEDULED_DECAY, "initial": FINITE},
-    "ema_of_squares": {"decay": SCHEDULED_DECAY, "initial": POSITIVE},
-    "momentum": {"learning_rate": RATE, "decay": SCHEDULED_DECAY},
-    "nesterov_ema": {"decay": SCHEDULED_DECAY},
-    "rms_scaling": {"eps": POSITIVE, "eps_root": POSITIVE},
-    "rmsprop": {
-        "learning_rate": RATE,
-        "decay": SCHEDULED_DECAY,
-        "eps": POSITIVE,
-        "initial_scale": POSITIVE,
-        "momentum": SCHEDULED_FRACTION,
-    },
-    "scale": {"step_size": SCHEDULED},
-    "scale_by_adam": {
-        "b1": SCHEDULED_DECAY,
-        "b2": SCHEDULED_DECAY,
-        "eps": POSITIVE,
-        "eps_root": POSITIVE,
-    },
-    "scale_by_learning_rate": {"learning_rate": RATE},
-    "scale_by_rms": {"decay": SCHEDULED_DECAY, "eps": POSITIVE, "initial_scale": POSITIVE},
-    "sgd": {"learning_rate": RATE, "momentum": SCHEDULED_FRACTION},
-    "sum_of_squares": {"initial": POSITIVE},
-    "trace": {"decay": SCHEDULED_FRACTION},
-    "adamw_independent": {
-        "learning_rate": POSITIVE,
-        "b1": SCHEDULED_DECAY,
-        "b2": SCHEDULED_DECAY,
-        "eps": POSITIVE,
-        "weight_decay": RATE,
-        "multiplier": RATE,
-    },
-    "clip_by_global_norm": {"max_norm": RATE},
-    "ema_of_params": {"decay": SCHEDULED_DECAY},
-    # lion, adan, ademamix, adopt, sgdw, cautious
-    "add_cautious_decayed_weights": {"weight_decay": RATE},
-    "adan": {
-        "learning_rate": RATE,
-        "b1": SCHEDULED_DECAY,
-        "b2": SCHEDULED_DECAY,
-        "b3": SCHEDULED_DECAY,
-        "eps": POSITIVE,
-        "eps_root": POSITIVE,
-        "weight_decay": RATE,
-        "look_ahead": SCHEDULED,
-    },
-    "ademamix": {
-        "learning_rate": RATE,
-        "b1": SCHEDULED_DECAY,
-        "b2": SCHEDULED_DECAY,
-        "b3": SCHEDULED_DECAY,
-        "alpha": SCHEDULED,
-        "eps": POSITIVE,
-        "eps_root": POSITIVE,
-        "weight_decay": RATE,
-    },
-    "adopt": {"learning_rate": RATE, "b1": SCHEDULED_DECAY, "b2": SCHEDULED_DECAY, "eps": POSITIVE},
-    "cautious": {"xi": POSITIVE},
-    "cautious_adamw": {
-        "learning_rate": RATE,
-        "b1": SCHEDULED_DECAY,
-        "b2": SCHEDULED_DECAY,
-        "eps": POSITIVE,
-        "eps_root": POSITIVE,
-        "weight_decay": RATE,
-    },
-    "cautious_lion": {
-        "learning_rate": RATE,
-        "b1": SCHEDULED_DECAY,
-        "b2": OPEN_DECAY,
-        "weight_decay": RATE,
-    },
-    "delayed_rms_scaling": {"eps": POSITIVE},
-    "extrapolation": {"factor": SCHEDULED},
-    "growing_clip": {"power": POSITIVE},
-    "interpolated_ema": {"blend": SCHEDULED_DECAY, "decay": OPEN_DECAY},
-    "lion": {"learning_rate": RATE, "b1": SCHEDULED_DECAY, "b2": OPEN_DECAY, "weight_decay": RATE},
-    "seeded_ema_of_squares": {"decay": SCHEDULED_DECAY},
-    "sgdw": {"learning_rate": RATE, "momentum": SCHEDULED_FRACTION, "weight_decay": RATE},
-    # other denominators and second moments
-    "adabelief": {"b1": SCHEDULED_DECAY, "b2": DECAY}
-    | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE},
-    "adamax": {
-        "learning_rate": RATE,
-        "b1": SCHEDULED_DECAY,
-        "b2": SCHEDULED_DECAY,
-        "eps": POSITIVE,
-    },
-    "adamaxw": dict.fromkeys(("b1", "b2"), SCHEDULED_DECAY)
-    | {"learning_rate": RATE, "eps": POSITIVE, "weight_decay": RATE},
-    "additive_average_of_squares": {"decay": SCHEDULED_DECAY, "initial": POSITIVE},
-    "amsgrad": dict.fromkeys(("b1", "b2"), SCHEDULED_DECAY)
-    | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE},
-    "decaying_max": {"decay": SCHEDULED_DECAY, "eps": POSITIVE},
-    "nadam": dict.fromkeys(("b1", "b2"), SCHEDULED_DECAY)
-    | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE},
-    "nadamw": dict.fromkeys(("b1", "b2"), SCHEDULED_DECAY)
-    | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE, "weight_decay": RATE},
-    "radam": {"b1": SCHEDULED_DECAY, "b2": DECAY}
-    | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE, "threshold": POSITIVE},
-    "rectified": {"decay": DECAY, "threshold": POSITIVE},
-    "scheduled_nesterov_ema": {"decay": DECAY, "momentum_decay": POSITIVE},
-    "yogi": {"learning_rate": RATE, "b1": SCHEDULED_DECAY, "b2": SCHEDULED_DECAY, "eps": POSITIVE},
-    # clips, ratios and blocks
-    "adam_mini": {
-        "learning_rate": RATE,
-        "b1": SCHEDULED_DECAY,
-        "b2": SCHEDULED_DECAY,
-        "eps": POSITIVE,
-        "weight_decay": RATE,
-    },
-    "adaptive_clip": {"clipping": POSITIVE, "eps": POSITIVE},
-    "clip_by_rms": {"threshold": POSITIVE},
-    "clip_by_value": {"max_delta": POSITIVE},
-    "ema_of_mean_squares": {"decay": SCHEDULED_DECAY},
-    "lamb": {
-        "learning_rate": RATE,
-        "b1": SCHEDULED_DECAY,
-        "b2": SCHEDULED_DECAY,
-        "eps": POSITIVE,
-        "eps_root": POSITIVE,
-        "weight_decay": RATE,
-    },
-    "schedule_free": {"learning_rate": RATE, "b1": SHARE, "weight_lr_power": POSITIVE},
-    "schedule_free_adamw": {
-        "learning_rate": RATE,
-        "b1": SHARE,
-        "b2": SCHEDULED_DECAY,
-        "eps": POSITIVE,
-        "weight_decay": RATE,
-        "weight_lr_power": POSITIVE,
-    },
-    "stable_adamw": {
-        "learning_rate": RATE,
-        "b1": SCHEDULED_DECAY,
-        "b2": SCHEDULED_DECAY,
-        "eps": POSITIVE,
-        "weight_decay": RATE,
-    },
-    "trust_ratio": {"trust_coefficient": POSITIVE, "eps": POSITIVE},
-    "update_clipping": {"decay": SCHEDULED_DECAY, "eps": POSITIVE},
-}
-DERIVED = {("adabelief", "eps_root")}  # what is kept is computed from it
-OPTIONAL = {("rmsprop", "momentum"), ("sgd", "momentum")}
-OPTIONAL |= {("adan", "look_ahead"), ("sgdw", "momentum")}
-SCHEDULES = {RATE, SCHEDULED_DECAY, SCHEDULED, SCHEDULED_FRACTION, OPEN_DECAY}
 
 TEXT = {
     DECAY: "in [0, 1)",
@@ -200,6 +46,7 @@ TEXT = {
     OPEN_DECAY: "in (0, 1)",
     SCHEDULED_DECAY: "in [0, 1)",
     SCHEDULED: "finite",
+    ABOVE_0: "finite and > 0",
 }
 # 10^400 is no double
 NOT_FINITE: list[Any] = [math.nan, math.inf, -math.inf, np.float32(math.nan), 10**400]
@@ -213,6 +60,7 @@ OUTSIDE: dict[str, list[Any]] = {
     OPEN_DECAY: [0, 0.0, 1.0, -1, 1.5],
     SCHEDULED_DECAY: [1.0, 1, True, -1, -1e-9, 1.5, np.float32(1.0), np.float64(-0.5)],
     SCHEDULED: [],
+    ABOVE_0: [0, -1, -0.0],
 }
 # 1 - 2^-53 is the largest double below 1
 INSIDE: dict[str, list[Any]] = {
@@ -225,32 +73,24 @@ INSIDE: dict[str, list[Any]] = {
     OPEN_DECAY: [5e-324, 1 - 2**-53, lambda _: 0.1],
     SCHEDULED_DECAY: [0, 1 - 2**-53, lambda _: 0.1],
     SCHEDULED: [-1e30, lambda _: 0.1],
+    ABOVE_0: [5e-324, 1e30],
 }
 # without names in them, so that the message can be compared
 WRONG_KIND: list[Any] = ["0.9", b"0.9", [0.9], (0.9,), {"decay": 0.9}, 0.9 + 0j, slice(None)]
 
-every = pytest.mark.parametrize(
-    ("function", "argument"), [(f, a) for f, table in HYPERPARAMETERS.items() for a in table]
+ARGUMENTS = [(function, argument) for function, of in HYPERPARAMETERS.items() for argument in of]
+EXAMPLES = {HYPERPARAMETERS[f][a]: (f, a) for f, a in reversed(ARGUMENTS) if (f, a) not in OPTIONAL}
+"""One argument of each range."""
+
+every = pytest.mark.parametrize(("function", "argument"), ARGUMENTS)
+of_each_range = pytest.mark.parametrize(("function", "argument"), EXAMPLES.values())
+of_each_range_and_slowly_all = pytest.mark.parametrize(
+    ("function", "argument"),
+    [
+        pytest.param(*of, marks=() if of in EXAMPLES.values() else pytest.mark.slow)
+        for of in ARGUMENTS
+    ],
 )
-
-
-REQUIRED = ("learning_rate", "decay", "blend", "max_norm", "clipping", "threshold", "max_delta")
-
-
-def build(function, **hyperparameters):
-    required: dict[str, Any] = {name: 0.5 for name in REQUIRED if name in HYPERPARAMETERS[function]}
-    if function in ("rms_scaling", "delayed_rms_scaling"):
-        required = {"second_moment": adamx.ema_of_squares(0.9)}
-    if function == "rectified":
-        required |= {"scaling": build("rms_scaling")}
-    if function == "cautious":
-        required = {"inner": adamx.ema(0.9)}
-    if function == "extrapolation":  # it reads what a difference keeps
-        here = adamx.extrapolation(**hyperparameters)
-        return adamx.combine(jnp.add, adamx.difference(), here)
-    if function in ("update_clipping", "schedule_free"):
-        required["inner"] = adamx.scale_by_rms()
-    return getattr(adamx, function)(**(required | hyperparameters))
 
 
 def test_the_table_has_every_hyperparameter_of_every_public_function():
@@ -262,25 +102,76 @@ def test_the_table_has_every_hyperparameter_of_every_public_function():
             numbers = {a.name for a in arguments if str(a.annotation).startswith("Scalar")}
             numbers |= set(ranges_of(function))
             takes |= {name: numbers} if numbers else {}
+    for name in OF_NUMBERS:
+        assert takes.pop(name) == set(OF_NUMBERS[name])
     assert takes == {function: set(table) for function, table in HYPERPARAMETERS.items()}
 
 
+OF_NUMBERS: dict[str, dict[str, tuple[float, Any]]] = {
+    "normalized_weight_decay": {
+        "norm": (0.5, -1),
+        "batch_size": (1, 0.5),
+        "examples": (1, 0),
+        "epochs": (1, 0),
+    },
+    "ratio_bound": {"b1": (0.5, 1), "b2": (0.75, -1)},
+}
+"""Functions that return a number: for each argument one in its range, and one out of it."""
+
+
+@pytest.mark.parametrize("function", OF_NUMBERS)
+def test_a_function_that_returns_a_number_has_ranges_too(function):
+    fine = {argument: inside for argument, (inside, _) in OF_NUMBERS[function].items()}
+    assert getattr(adamx, function)(**fine) > 0
+    for argument, (_, outside) in OF_NUMBERS[function].items():
+        with pytest.raises(ValueError, match=f"^{function}: {argument} must be .* got {outside}$"):
+            getattr(adamx, function)(**fine | {argument: outside})
+
+
 @every
+def test_each_argument_has_its_range(function, argument):
+    range_ = HYPERPARAMETERS[function][argument]
+    optional = (function, argument) in OPTIONAL
+    for value in [*OUTSIDE[range_][:1], math.nan, *([] if optional else [None])]:
+        with pytest.raises(ValueError) as error:
+            build(function, **{argument: value})
+        expected = f"{function}: {argument} must be {TEXT[range_]}, got {value!r}"
+        assert str(error.value) == expected
+    with pytest.raises(TypeError) as error:
+        build(function, **{argument: "0.9"})
+    expected = f"{function}: {argument} must be {kinds_of(range_)} {TEXT[range_]}, got '0.9'"
+    assert str(error.value) == expected
+    if range_ not in SCHEDULES:
+        with pytest.raises(TypeError, match=f"^{function}: {argument} must be a number or a "):
+            build(function, **{argument: lambda _: 0.5})
+    for value in INSIDE[range_] + ([None] if optional else []):
+        assert isinstance(build(function, **{argument: value}), adamx.Transformation)
+    # looking at the values of these would stop the device, or the trace
+    array = jnp.float32(2.0)
+    (kept, *_) = jax.tree.leaves(build(function, **{argument: array}))
+    assert kept is array or (function, argument) in DERIVED
+    jax.eval_shape(lambda traced: build(function, **{argument: traced}), math.nan)
+
+
+def kinds_of(range_):
+    """Return what an error says of the kinds of values that may be."""
+    return "a number or a scalar array" + (" or a schedule" if range_ in SCHEDULES else "")
+
+
+@of_each_range
 def test_a_number_out_of_range_is_refused_by_the_function_called(function, argument):
     range_ = HYPERPARAMETERS[function][argument]
-    bad = NOT_FINITE + OUTSIDE[range_] + ([] if (function, argument) in OPTIONAL else [None])
-    for value in bad:
+    for value in [*NOT_FINITE, *OUTSIDE[range_], None]:
         with pytest.raises(ValueError) as error:
             build(function, **{argument: value})
         expected = f"{function}: {argument} must be {TEXT[range_]}, got {value!r}"
         assert str(error.value) == expected
 
 
-@every
+@of_each_range
 def test_what_is_no_number_is_refused_by_the_function_called(function, argument):
     range_ = HYPERPARAMETERS[function][argument]
-    kinds = "a number or a scalar array" + (" or a schedule" if range_ in SCHEDULES else "")
-    start = f"{function}: {argument} must be {kinds}"
+    start = f"{function}: {argument} must be {kinds_of(range_)}"
     for value in WRONG_KIND:
         with pytest.raises(TypeError) as error:
             build(function, **{argument: value})
@@ -289,13 +180,6 @@ def test_what_is_no_number_is_refused_by_the_function_called(function, argument)
         with pytest.raises(TypeError) as error:
             build(function, **{argument: array})
         assert str(error.value) == f"{start}, got an array of {array.dtype}"
-
-
-@every
-def test_only_some_may_be_schedules(function, argument):
-    if HYPERPARAMETERS[function][argument] not in SCHEDULES:
-        with pytest.raises(TypeError, match=f"^{function}: {argument} must be a number or a "):
-            build(function, **{argument: lambda _: 0.5})
 
 
 # decays that may not be scheduled, and a word of why
@@ -322,7 +206,7 @@ def test_a_decay_that_may_not_be_scheduled_says_why():
             build(function, **{argument: lambda _: 0.5})
 
 
-@every
+@of_each_range
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_16_bit_array_is_refused_with_its_likely_cause(function, argument, dtype):
     text = re.escape(TEXT[HYPERPARAMETERS[function][argument]])
@@ -334,19 +218,7 @@ def test_a_16_bit_array_is_refused_with_its_likely_cause(function, argument, dty
         assert "hyperparam_dtype=jnp.float32" in str(error.value)
 
 
-@every
-def test_numbers_in_the_range_arrays_and_traced_values_pass(function, argument):
-    inside = INSIDE[HYPERPARAMETERS[function][argument]]
-    for value in inside + ([None] if (function, argument) in OPTIONAL else []):
-        assert isinstance(build(function, **{argument: value}), adamx.Transformation)
-    # looking at the values of these would stop the device, or the trace
-    array = jnp.float32(2.0)
-    (kept, *_) = jax.tree.leaves(build(function, **{argument: array}))
-    assert kept is array or (function, argument) in DERIVED
-    jax.eval_shape(lambda traced: build(function, **{argument: traced}), math.nan)
-
-
-@every
+@of_each_range
 def test_a_numpy_scalar_array_is_checked_as_the_number_it_becomes(function, argument):
     range_ = HYPERPARAMETERS[function][argument]
     for value in [math.nan, math.inf, *OUTSIDE[range_]]:
@@ -355,7 +227,7 @@ def test_a_numpy_scalar_array_is_checked_as_the_number_it_becomes(function, argu
         assert str(error.value).startswith(f"{function}: {argument} must be {TEXT[range_]}, got ")
 
 
-@every
+@of_each_range_and_slowly_all
 def test_a_numpy_array_is_an_array(function, argument):
     # float64 is NumPy's default, and not JAX's
     tx, params = build(function, **{argument: np.array(0.5)}), jnp.ones(2)

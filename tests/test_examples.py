@@ -6,11 +6,9 @@ import copy
 import csv
 import dataclasses
 import functools
-import importlib.util
 import inspect
 import math
 import struct
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,22 +17,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from matplotlib import image
+from scripts import is_a_picture, load
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
 
 import adamx
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def load(name: str) -> ModuleType:
-    """Import an example by its path: the folder is no package."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,16 +40,10 @@ def four_optimizers() -> ModuleType:
     return load("four_optimizers")
 
 
-def is_a_picture(path: Path) -> bool:
-    """Say whether the file is an image of some size on which something is drawn."""
-    pixels = image.imread(path)
-    return min(pixels.shape[:2]) > 300 and pixels[..., :3].std() > 0.05
-
-
 # --- quickstart ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["adamw", "rmsprop"])
+@pytest.fixture(scope="module", params=["adamw", pytest.param("rmsprop", marks=pytest.mark.slow)])
 def run(
     request: pytest.FixtureRequest, quickstart: ModuleType, tmp_path_factory: Any
 ) -> tuple[str, Any, Path]:
@@ -129,7 +109,16 @@ def test_quickstart_has_every_optimizer(quickstart):
         assert pair.ours(0.1) == getattr(adamx, name)(0.1, **changed.get(name, {}))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+few = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("adamw", "adam_mini") else pytest.mark.slow)
+        for name in OPTIMIZERS
+    ],
+)
+
+
+@few
 def test_quickstart_pairs_agree_unless_it_says_otherwise(quickstart, name):
     """On gradients of mixed sizes and signs."""
     pair = quickstart.PAIRS[name]
@@ -142,7 +131,7 @@ def test_quickstart_pairs_agree_unless_it_says_otherwise(quickstart, name):
     assert (found.params[-1].relative < 1e-4) == (not pair.unlike)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@few
 def test_quickstart_can_train_with_every_optimizer(quickstart, name):
     """Traced only: compiling would take seconds."""
     pair, images, labels = quickstart.PAIRS[name], np.zeros((2, 64)), np.zeros(2, int)
@@ -210,6 +199,7 @@ def test_quickstart_promises_an_accuracy_for_its_default_settings_only(
     assert quickstart.main([*argv, "--epochs", "4"]).exit_status == 0
 
 
+@pytest.mark.slow
 def test_quickstart_logs_what_its_optimizer_does(run, quickstart, tmp_path, capsys):
     name, plain, _ = run
     path = tmp_path / "run.csv"
@@ -403,6 +393,7 @@ def resumable() -> ModuleType:
     return load("resumable")
 
 
+@pytest.mark.slow
 def test_resumable_goes_on_with_the_same_command_bit_for_bit(resumable, tmp_path, capsys):
     def run(directory: str, steps: int) -> Any:
         argv = ["--steps", str(steps), "--every", "20", "--directory", str(tmp_path / directory)]

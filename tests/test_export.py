@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from table import TRANSFORMATIONS
+from table import TRANSFORMATIONS, of_each_kind
 
 import adamx
 
+pytestmark = pytest.mark.usefixtures("promotion_of_foreign_stages")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 # The state of an Optax stage is a named tuple, which JAX asks its users to register by name before
@@ -16,17 +17,9 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 UNREGISTERED = {"chain_foreign"}
 
 
-@pytest.fixture(autouse=True)
-def promotion_of_foreign_stages(request):
-    """Optax itself does not run under strict promotion; adamx does."""
-    foreign = any(name in request.node.name for name in ("foreign", "master_weights_float32"))
-    with jax.numpy_dtype_promotion("standard" if foreign else "strict"):
-        yield
-
-
 def example(name):
     """Return the jitted step of a transformation, and its arguments."""
-    tx, rng = TRANSFORMATIONS[name](), np.random.default_rng(0)
+    tx, rng = TRANSFORMATIONS[name].make(), np.random.default_rng(0)
     params, grads = (
         {
             "w": jnp.asarray(rng.standard_normal((3, 4), np.float32)),
@@ -43,7 +36,7 @@ def example(name):
     return step, (params, tx.init(params), grads)
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@of_each_kind
 def test_the_step_is_lowered_for_every_platform_and_can_be_written_down(name):
     step, arguments = example(name)
     exported = export.export(step, platforms=PLATFORMS)(*arguments)
@@ -57,7 +50,14 @@ def test_the_step_is_lowered_for_every_platform_and_can_be_written_down(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["sgd_momentum", "adamw", "lion", "clip_then_adamw", "adamw_packed8", "master_weights"]
+    "name",
+    [
+        "adamw_packed8",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("sgd_momentum", "adamw", "lion", "clip_then_adamw", "master_weights")
+        ),
+    ],
 )
 def test_the_step_that_was_written_down_for_all_platforms_gives_the_same_bits_here(name):
     step, arguments = example(name)

@@ -4,7 +4,8 @@ A transformation is a line of table.py, an optimizer with hyperparameters from t
 ranges, or a random composition. It takes three steps of gradients made from a few numbers, the
 worst of their dtype among them: NaN, infinity, zeros of both signs, the smallest and the largest.
 
-    python -m pytest tests/test_fuzz.py                      some hundred examples, always the same
+    python -m pytest tests/test_fuzz.py                      some examples, always the same
+    python -m pytest tests/test_fuzz.py -m slow              some hundred, always the same
     ADAMX_FUZZ=2000 python -m pytest tests/test_fuzz.py      2000 for each test, others each time
 
 Compiling takes nearly all of the time, so that one compiled step serves several gradients.
@@ -22,27 +23,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from helpers import assert_close, spec
+from hyperparameters import HYPERPARAMETERS, build
 from hypothesis import strategies as st
 from table import TRANSFORMATIONS
-from test_contracts import assert_close, quick_compiler, spec  # noqa: F401 (a fixture)
-from test_errors import HYPERPARAMETERS, build
 
 import adamx
 from adamx.core.concept import any_of
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 EXAMPLES = int(os.environ.get("ADAMX_FUZZ", "0"))
 
 
-def examples(number):
-    """Return the settings of a test: as many examples as given here, or in the environment."""
-    return hypothesis.settings(
-        deadline=None,
-        derandomize=not EXAMPLES,
-        max_examples=EXAMPLES or number,
-        database=None,
-        suppress_health_check=[*hypothesis.HealthCheck],  # pyright: ignore
-        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
-    )
+SHARE = 5  # of the examples, one in so many is fast
+
+
+def fuzzed(number, *strategies):
+    """Make a test of so many examples, and a fast one of a share of them, from one of arguments."""
+
+    def decorate(law):
+        @pytest.mark.parametrize(
+            "examples", [EXAMPLES or number // SHARE, pytest.param(number, marks=pytest.mark.slow)]
+        )
+        def test(examples):
+            settings = hypothesis.settings(
+                deadline=None,
+                max_examples=examples,
+                database=None,
+                suppress_health_check=[*hypothesis.HealthCheck],  # pyright: ignore
+                phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+            )
+            run = settings(hypothesis.given(*strategies)(law))
+            if not EXAMPLES:
+                run = hypothesis.seed(1)(run)  # always the same
+            run()
+
+        test.__name__ = law.__name__
+        return test
+
+    return decorate
 
 
 # ------------------------------------------------------------------------------------- parameters
@@ -288,7 +308,7 @@ def made(draw, strategy):
         return None
 
 
-LINES = st.sampled_from(sorted(TRANSFORMATIONS)).map(lambda name: TRANSFORMATIONS[name]())
+LINES = st.sampled_from(sorted(TRANSFORMATIONS)).map(lambda name: TRANSFORMATIONS[name].make())
 ANY = st.one_of(made(LINES), made(optimizers()), made(compositions()))
 palettes = st.lists(st.sampled_from(BAD), min_size=1, max_size=3)
 
@@ -322,10 +342,7 @@ def check_updates(updates, params):
     jax.tree.map(check, updates, params)
 
 
-@examples(60)
-@hypothesis.given(
-    ANY, trees(leaves(DTYPES)), st.lists(palettes, min_size=3, max_size=3), st.booleans()
-)
+@fuzzed(60, ANY, trees(leaves(DTYPES)), st.lists(palettes, min_size=3, max_size=3), st.booleans())
 def test_shapes_and_dtypes_stay_whatever_the_numbers(tx, params, fills, x64):
     if tx is None:
         return
@@ -381,8 +398,8 @@ def in_range(true, tree):
     return all(jax.tree.leaves(jax.tree.map(holds, true, tree)))
 
 
-@examples(50)
-@hypothesis.given(
+@fuzzed(
+    50,
     st.one_of(made(LINES), made(optimizers(ends=True)), made(compositions())),
     trees(leaves([*NARROW, "complex64"])),
     st.lists(st.lists(st.sampled_from(FINITE), min_size=1, max_size=3), min_size=3, max_size=3),
@@ -413,8 +430,8 @@ def test_finite_in_finite_out(tx, params, fills):
         assert finite(g), (g, t)
 
 
-@examples(20)
-@hypothesis.given(
+@fuzzed(
+    20,
     st.one_of(made(LINES), made(optimizers())),
     trees(leaves(NARROW)),
     st.lists(st.sampled_from(NORMAL), min_size=1, max_size=3),
@@ -442,8 +459,8 @@ def test_equal_micro_gradients_make_the_step(tx, params, palette, every):
             assert_close(got, wanted)
 
 
-@examples(25)
-@hypothesis.given(
+@fuzzed(
+    25,
     st.one_of(made(LINES), made(optimizers()), made(compositions())),
     trees(leaves(DTYPES)),
     palettes,
@@ -520,8 +537,8 @@ def with_a_mistake(tree, where, wrong):
     return treedef.unflatten(flat)
 
 
-@examples(150)
-@hypothesis.given(
+@fuzzed(
+    150,
     made(st.one_of(LINES, optimizers(), compositions())),
     trees(leaves([*NARROW, "complex64"])),
     st.integers(0, 2),

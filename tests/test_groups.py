@@ -18,6 +18,8 @@ import adamx
 from adamx.core.paths import matches, paths_of
 from adamx.transforms.bias_correction import one_minus_power
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")  # both sides are compiled alike
+
 ULP = 2.0**-23
 
 
@@ -375,9 +377,13 @@ DECAYING = {"embed": False, "layers": [{"kernel": True, "bias": False}] * 2}
         lambda _: DECAYING,
     ],
 )
-def test_a_mask_by_pattern_is_the_mask_as_a_tree(mask):
-    same(train(adamx.adamw(0.1, weight_decay=0.5, mask=mask))[0], train(
-        adamx.adamw(0.1, weight_decay=0.5, mask=DECAYING))[0])  # fmt: skip
+def test_a_mask_by_pattern_is_the_mask_as_a_tree(mask, masked_by_a_tree):
+    same(train(adamx.adamw(0.1, weight_decay=0.5, mask=mask))[0], masked_by_a_tree)
+
+
+@pytest.fixture(scope="module")
+def masked_by_a_tree():
+    return train(adamx.adamw(0.1, weight_decay=0.5, mask=DECAYING))[0]
 
 
 def test_an_empty_list_of_patterns_is_refused():

@@ -13,15 +13,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import agreement
+import agreement_family as family
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_agreement as agreement
-import test_family as family
-from test_agreement import LEAVES, RATE, RECORDING, TORCH, of_one_sign
-from test_reference import IN_FAMILY
+from agreement import RATE, of_one_sign
+from recordings import IN_FAMILY, LEAVES, RECORDING, TORCH
 
 import adamx
 
@@ -41,13 +41,6 @@ PAIRS = {
 }
 ONE_WAY = {"family_adabelief", "family_schedule_free_adamw"}
 """An Optax transformation does not tell what the way back needs."""
-
-
-@pytest.fixture
-def standard_promotion():
-    """Optax multiplies int32 by float, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 runs_optax = pytest.mark.usefixtures("standard_promotion")

@@ -52,6 +52,7 @@ BYTES = {
 }
 
 
+@pytest.mark.slow
 def test_bytes_per_parameter_are_those_of_the_formats(made):
     result, _, page = made
     assert list(result.runs) == list(BYTES)
@@ -64,6 +65,7 @@ def test_bytes_per_parameter_are_those_of_the_formats(made):
         assert f"\n| {name} | {dtype} | {params + state}.0 | " in page
 
 
+@pytest.mark.slow
 def test_every_run_learns(made):
     result, path, page = made
     assert page.startswith("before\n<!-- low_precision -->\n## ") and "outdated" not in page
@@ -118,6 +120,7 @@ def test_the_readme_says_of_losses_what_the_page_says():
     assert small in readme
 
 
+@pytest.mark.slow
 def test_master_weights_follow_the_float32_trajectory_bit_for_bit(made):
     """Against AdamW on float32 weights, whose gradients are taken at the weights in bfloat16."""
     run = made[0].runs["bf16, master_weights"][0]

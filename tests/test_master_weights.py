@@ -133,8 +133,18 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("keep", ["remainder", "float32"])
+FAST = [("remainder", name) for name in ("sgd_momentum", "rmsprop", "adamw", "adamw_packed8")]
+FAST += [("float32", "adamw")]
+
+
+@pytest.mark.parametrize(
+    ("keep", "name"),
+    [
+        pytest.param(keep, name, marks=() if (keep, name) in FAST else pytest.mark.slow)
+        for keep in ("remainder", "float32")
+        for name in OPTIMIZERS
+    ],
+)
 def test_masters_follow_the_float32_trajectory_bit_for_bit(name, keep):
     params, grads = problem()
     wanted, plain = train(OPTIMIZERS[name](), wide(params), [wide(g) for g in grads])

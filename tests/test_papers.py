@@ -80,6 +80,7 @@ def measured(result: Any) -> dict[Any, np.ndarray]:
     return next(value for value in vars(result).values() if isinstance(value, dict))
 
 
+@pytest.mark.slow
 def test_a_grid_is_one_compiled_program_and_has_all_its_cells(run):
     module, result, _, _, compiled = run
     methods, shape = CELLS[module.NAME]
@@ -93,6 +94,7 @@ def test_a_grid_is_one_compiled_program_and_has_all_its_cells(run):
         assert len(np.unique(values.reshape(-1, shape[-1])[-1])) == shape[-1], name
 
 
+@pytest.mark.slow
 def test_a_script_draws_its_picture_and_writes_its_section(run):
     module, result, picture, page, _ = run
     pixels = image.imread(picture)

@@ -85,6 +85,7 @@ def saved(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_the_next_one_ends_where_one_process_does(tmp_path):
     folder = tmp_path / "kept"
     with started(folder, "--steps", FOREVER, "--every", "10") as command:
@@ -105,6 +106,7 @@ def test_a_killed_process_ends_the_run_and_the_next_one_ends_where_one_process_d
         assert float(found[0][1]) > 50  # a guess is right in 10 %
 
 
+@pytest.mark.slow
 def test_a_silent_process_is_noticed_by_its_heartbeats_and_does_not_outlive_the_run(tmp_path):
     arguments = "--steps", FOREVER, "--every", "10", "--timeout", str(TIMEOUT)
     with started(tmp_path / "kept", *arguments) as command:
@@ -122,7 +124,11 @@ def test_a_silent_process_is_noticed_by_its_heartbeats_and_does_not_outlive_the_
     ("arguments", "said"),
     [
         (["--processes", "5"], "--batch-size: must be a multiple of --processes, 5, got 96"),
-        (["--steps", "0"], "--steps: must be a whole number > 0, got '0'"),
+        pytest.param(
+            ["--steps", "0"],
+            "--steps: must be a whole number > 0, got '0'",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(arguments, said):

@@ -12,8 +12,8 @@ import pytest
 import reference
 import reference_family
 from numpy.typing import ArrayLike
+from recordings import IN_FAMILY, LEAVES, RECORDING, TORCH, assert_same_walk, problem
 from reference import Trajectory
-from test_reference import CASES, IN_FAMILY, LEAVES, RECORDING, assert_same_walk, problem
 
 # --- By hand -------------------------------------------------------------------------------------
 
@@ -702,10 +702,10 @@ def test_complex_arrays_are_not_two_real_ones() -> None:
 
 def run_case(case: str, w: np.ndarray, g: np.ndarray) -> Trajectory:
     """Runs the reference with PyTorch's hyperparameters of a case."""
-    h: dict[str, Any] = CASES[case]["hyperparameters"]
+    h: dict[str, Any] = TORCH[case]["hyperparameters"]
     b1, b2 = h["betas"]
     options: dict[str, Any] = {"learning_rate": h["lr"], "b1": b1, "b2": b2, "eps": h["eps"]}
-    match CASES[case]["class"]:
+    match TORCH[case]["class"]:
         case "Adam" if h["amsgrad"]:
             return r.amsgrad(w, g, **options, variant="torch")
         case "Adamax":
@@ -728,8 +728,8 @@ def test_torch(case: str, leaf: str) -> None:
     (1 - b2^t)`` is a difference of numbers near 1999, of which PyTorch's rounded power is off by
     ``2^-54 / 6e-3``, 1e-14 of it: 2e-11 in rho_t, as much in (rho_t - 4) = 2 and half in its root.
     """
-    h = CASES[case]["hyperparameters"]
-    inexact = 2e-11 if CASES[case]["class"] == "RAdam" and h["betas"][1] == 0.999 else 0.0
+    h = TORCH[case]["hyperparameters"]
+    inexact = 2e-11 if TORCH[case]["class"] == "RAdam" and h["betas"][1] == 0.999 else 0.0
     run, after = run_case(case, *problem(leaf)), RECORDING[f"{case}/{leaf}"]
     if inexact:
         way = np.cumsum(np.abs(run.updates), axis=0)

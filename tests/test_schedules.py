@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import adamx
+from adamx.core.checks import ranges_of
 
 STEPS, SHAPE = 16, (2, 3)
 T = np.arange(1.0, STEPS + 1)
@@ -347,19 +348,18 @@ def function_of(name: str) -> Any:
     return getattr(adamx, MEMBERS[name].of or name)
 
 
-def takes(function: Any, kind: str) -> list[str]:
-    """The arguments annotated so."""
-    arguments = inspect.signature(function).parameters.values()
-    return [a.name for a in arguments if str(a.annotation).split(" | ")[0] == kind]
+def takes(function: Any, schedule: bool) -> list[str]:
+    """The numbers that may be scheduled, or those that may not."""
+    return [name for name, range_ in ranges_of(function).items() if range_.schedule == schedule]
 
 
 def build(name: str, values: Mapping[str, Any]) -> adamx.Transformation:
     """The member with these values for all that may be scheduled."""
     member, function = MEMBERS[name], function_of(name)
     small = {"eps": EPS, "eps_root": ROOT}
-    options = {argument: small[argument] for argument in takes(function, "Scalar")
+    options = {argument: small[argument] for argument in takes(function, schedule=False)
                if argument in small}  # fmt: skip
-    options |= {argument: values[argument] for argument in takes(function, "ScalarOrSchedule")}
+    options |= {argument: values[argument] for argument in takes(function, schedule=True)}
     return function(**options | dict(member.fixed))
 
 

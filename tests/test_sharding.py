@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from table import TRANSFORMATIONS
+from table import TRANSFORMATIONS, every
 
 import adamx
 
@@ -81,8 +81,15 @@ def collectives(hlo):
     return sorted(shapes)
 
 
-@LAYOUT
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def pairs():
+    """Yield all pairs: fast is one for each optimizer, in which all layouts come."""
+    for i, optimizer in enumerate(OPTIMIZERS):
+        for j, layout in enumerate(LAYOUTS):
+            fast = (i + j) % len(LAYOUTS) == 0
+            yield pytest.param(optimizer, layout, marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("optimizer", "layout"), [*pairs()])
 def test_every_layout_ends_at_the_parameters_of_one_device(optimizer, layout):
     # an update is elementwise, stochastic rounding a hash of values: the same bits anywhere, where
     # a device holds several elements (of one alone, JAX 0.12 contracts a product and a sum
@@ -100,30 +107,29 @@ def test_every_layout_ends_at_the_parameters_of_one_device(optimizer, layout):
     assert jax.tree.map(lambda x: x.sharding, (params, state)) == before
 
 
+@functools.cache
+def communicates(clipped, layout):
+    """Return the collectives of AdamW's step in a layout, behind a clip or without one."""
+    tx = adamx.adamw(1e-2)
+    tx = adamx.chain(adamx.clip_by_global_norm(1.0), tx) if clipped else tx
+    step, params, state = in_layout(tx, layout)
+    return collectives(step.lower(params, state, params).compile().as_text())
+
+
 @LAYOUT
 def test_the_update_communicates_nothing_but_what_the_layout_needs(layout):
-    tx = adamx.adamw(1e-2)
-    step, params, state = in_layout(tx, layout)
-    found = collectives(step.lower(params, state, params).compile().as_text())
     needed = {
         # what the divided slots make of the parameters is gathered once, along the data axis
         "zero1": [("all-gather", "f32[16,32]"), ("all-gather", "f32[32]")],
         "zero1_and_tensor_parallel": [("all-gather", "f32[16,16]"), ("all-gather", "f32[16]")],
     }
-    assert found == needed.get(layout, [])
+    assert communicates(False, layout) == needed.get(layout, [])
 
 
 @LAYOUT
 def test_a_clip_communicates_one_number_beyond_that(layout):
-    adamw = adamx.adamw(1e-2)
-    clipped = adamx.chain(adamx.clip_by_global_norm(1.0), adamw)
-    texts = []
-    for tx in (adamw, clipped):
-        step, params, state = in_layout(tx, layout)
-        texts.append(collectives(step.lower(params, state, params).compile().as_text()))
-    plain, more = texts
-    extra = list(more)
-    for item in plain:
+    extra = list(communicates(True, layout))
+    for item in communicates(False, layout):
         extra.remove(item)
     assert {shape for _, shape in extra} <= {"f32[]"}
     assert bool(extra) == (LAYOUTS[layout][0] != P())  # else each device has the whole gradient
@@ -192,9 +198,9 @@ def test_optax_puts_a_compiled_state_on_one_device():
     assert len(state[0].mu["w"].devices()) == 1  # what the test before the last one is about
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@every
 def test_state_sharding_tells_where_a_state_lies(name):
-    tx = TRANSFORMATIONS[name]()
+    tx = TRANSFORMATIONS[name].make()
     mesh = mesh_of()
     params = {"w": jax.device_put(jnp.ones((4, 3)), NamedSharding(mesh, P("data")))}
     told, shapes = adamx.state_sharding(tx, params), jax.eval_shape(tx.init, params)
@@ -292,7 +298,13 @@ def test_slots_can_lie_in_the_memory_of_the_host():
 
 
 @pytest.mark.usefixtures("x64")
-@LAYOUT
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=() if name.startswith("zero1") else pytest.mark.slow)
+        for name in LAYOUTS
+    ],
+)
 def test_a_data_parallel_training_ends_where_that_of_one_device_does(layout):
     # a linear model on 64 examples, 8 to a device: the sums of the gradient are in another order
     lr, eps, steps = 1e-2, 1e-2, 5

@@ -16,6 +16,8 @@ import pytest
 import adamx
 from adamx import adapt_state
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")  # both sides are compiled alike
+
 W, B = jnp.array([1.0, -2.0, 3.0]), jnp.array([[0.5]])
 PARAMS = {"w": W, "inner": {"b": B}}
 FROZEN = {"w": W, "inner": {"b": None}}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from table import TRANSFORMATIONS
+from table import TRANSFORMATIONS, every
 
 import adamx
 from adamx.formula.expressions import REDUCTIONS, Expr, expr, latex, symbol, where
@@ -127,7 +127,7 @@ STEPS = 8  # rectified begins in the sixth
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", sorted(TRANSFORMATIONS.keys() - WITHOUT))
 def test_a_formula_is_what_the_transformation_computes(name):
-    made = TRANSFORMATIONS[name]()
+    made = TRANSFORMATIONS[name].make()
     tx, params, generator = bare(made), example(), np.random.default_rng(1)
     assert str(formula_of(made, params)) == str(formula_of(tx, params))
     leaves = {}
@@ -261,9 +261,11 @@ def test_a_function_of_combine_is_read_where_it_can_be():
     assert step(jnp.hypot) == "w_{t-1} + hypot(g_t, m_t)"
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@every
 def test_latex_is_balanced(name):
-    text = formula_of(TRANSFORMATIONS[name](), {"w": jnp.zeros((3, 4)), "b": jnp.zeros(3)}).latex
+    text = formula_of(
+        TRANSFORMATIONS[name].make(), {"w": jnp.zeros((3, 4)), "b": jnp.zeros(3)}
+    ).latex
     for opening, closing in ("{}", (r"\left", r"\right"), (r"\begin", r"\end")):
         assert text.replace(r"\leftarrow", "").count(opening) == text.count(closing)
 
@@ -305,10 +307,10 @@ def test_brackets_stand_where_they_are_needed(made, text, in_latex):
 # --------------------------------------------------------------------------------- what it costs
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@every
 def test_slots_and_scalars_are_all_of_the_state(name):
     params = jax.eval_shape(lambda: {"w": jnp.zeros((3, 4)), "b": jnp.zeros(3)})
-    tx = TRANSFORMATIONS[name]()
+    tx = TRANSFORMATIONS[name].make()
     found = adamx.summary(tx, params)
     state_of = jax.eval_shape(tx.init, params)
     state = jax.tree.leaves(state_of)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_examples import is_a_picture, load
+from scripts import is_a_picture, load
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = sorted(path.name for path in (DOCS / "tutorial").glob("*.md"))
@@ -74,6 +74,7 @@ def test_each_equation_is_followed_by_code_that_checks_it(name):
         assert any("assert" in block for block in blocks[:2]), equation[1]
 
 
+@pytest.mark.slow
 def test_the_pictures_of_the_tutorial_are_those_of_the_example(tmp_path):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         paths = load("tutorial_pictures").main(["--output", str(tmp_path)])

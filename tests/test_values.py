@@ -17,6 +17,8 @@ import pytest
 
 import adamx
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")  # both sides are compiled alike
+
 PARAMS = jnp.array([1.0, -2.0])
 
 

@@ -147,7 +147,8 @@ def scalar(state: Mapping[str, Any], name: str) -> Any:
 
 def check_recorded(name: str, value: Any, new: jax.Array) -> None:
     """Raise unless a state's entry is one array like the one that is recorded in its place."""
-    if _kind(value) is not _kind(new) or jnp.shape(value) != new.shape:
+    same_kind = _kind(value) is _kind(new) and jnp.shape(value) == new.shape
+    if not same_kind or (_kind(new) is jnp.floating and not _as_wide(value, new)):
         raise ValueError(
             f"adamx: state[{name!r}] is {describe(value)} where one {describe(new)} belongs: it "
             "was made by another composition; adapt_state(tx, params, state) carries it over"
@@ -178,6 +179,12 @@ def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]
                 f"adamx: leaf {path!r}: state[{name!r}] is {describe(slots[name])} where this "
                 f"gradient needs {start.dtype}: is it the state or the gradient of another model?"
             )
+        if jnp.shape(slots[name]) == start.shape and not _as_wide(slots[name], start):
+            raise TypeError(
+                f"adamx: leaf {path!r}: state[{name!r}] is {jnp.result_type(slots[name])} and this "
+                f"transformation keeps it as {start.dtype}: it was cast, or is the state of "
+                "another composition; adapt_state(tx, params, state) carries it over"
+            )
         if jnp.shape(slots[name]) != start.shape:
             raise ValueError(
                 f"adamx: leaf {path!r}: state[{name!r}] has shape {list(jnp.shape(slots[name]))} "
@@ -189,6 +196,13 @@ def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]
             f"adamx: leaf {path!r} keeps {unknown} in the state, which this transformation does "
             "not: it was made by another composition; adapt_state(tx, params, state) carries it"
         )
+
+
+def _as_wide(x: Any, start: Any) -> bool:
+    """Say whether a slot has its dtype; without parameters, float64 gradients ask for float64."""
+    here, there = jnp.result_type(x), jnp.dtype(start.dtype)
+    wide = jnp.issubdtype(here, jnp.inexact) and min(jnp.finfo(here).bits, jnp.finfo(there).bits)
+    return here == there or wide >= 32
 
 
 def check_foreign(name: str, state: Any, fresh: Any) -> None:

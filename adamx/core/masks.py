@@ -20,7 +20,12 @@ from adamx.core.transformation import Transformation
 
 def copied(mask: Any) -> Any:
     """Return a copy of a mask that is a tree, since the caller may change it."""
-    return mask if callable(mask) else copy.deepcopy(mask)
+    return mask if _is_function(mask) else copy.deepcopy(mask)
+
+
+def _is_function(mask: Any) -> bool:
+    """Say whether a mask has to be called: a module of bools is a tree, though it is callable."""
+    return callable(mask) and jax.tree_util.all_leaves([mask])
 
 
 def settle(concept: Any, tree: Any) -> Transformation:
@@ -36,7 +41,7 @@ def settle(concept: Any, tree: Any) -> Transformation:
         ValueError: if the mask does not fit the tree, or a pattern matches no leaf of it.
     """
     name = type(concept).__name__
-    mask = concept.mask(tree) if callable(concept.mask) else concept.mask
+    mask = concept.mask(tree) if _is_function(concept.mask) else concept.mask
     if mask is None:
         return concept
     paths = paths_of(tree)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from adamx.core import errors, lifting
@@ -71,9 +72,11 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         Warns:
             PrecisionWarning: if the parameters are of 16 bits and the optimizer has no masters.
         """
-        if lifting.is_concrete(self, params) and lifting.on_many_devices(params):
-            return _compiled_init(self, params)  # which puts the scalars on all of them
-        return lifting.init(self, params)
+        many = lifting.is_concrete(self, params) and lifting.on_many_devices(params)
+        # compiled it puts the scalars on all devices
+        state = (_compiled_init if many else lifting.init)(self, params)
+        held = set(map(id, jax.tree.leaves((self, params))))
+        return jax.tree.map(lambda x: jnp.copy(x) if id(x) in held else x, state)
 
     def update(  # pyright: ignore
         self, updates: Any, state: State, params: Any = None, **extra: Any

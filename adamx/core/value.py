@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import pickle
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,7 +98,7 @@ class Value:
     def __reduce__(self) -> Any:
         for name, value in _fields(self).items():
             for held in value if isinstance(value, tuple) else (value,):
-                if callable(held) and not _can_be_pickled(held):
+                if callable(held) and not _can_be_pickled(held) and not _in_a_larger_pickler():
                     function = held.func if isinstance(held, functools.partial) else held
                     raise pickle.PicklingError(
                         f"{type(self).__name__}: {name} holds "
@@ -155,3 +156,12 @@ def _can_be_pickled(function: Any) -> bool:
     except Exception:  # pickle and the function's own __reduce__ may raise anything
         return False
     return True
+
+
+def _in_a_larger_pickler() -> bool:
+    """Say whether a pickler written in Python is at work, which stores more: cloudpickle, dill."""
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        if isinstance(frame.f_locals.get("self"), pickle.Pickler | pickle._Pickler):  # pyright: ignore
+            return True
+    return False

@@ -9,6 +9,8 @@ None where a leaf's group does not keep it, and a recorded scalar is a dict by p
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -193,12 +195,22 @@ def _only(number: int, groups: list[int], values: list[Any]) -> list[Any]:
     return [x if g == number else None for g, x in zip(groups, values, strict=True)]
 
 
+def _called(default: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
+    """Call the default with settings, which also replace positional arguments of a partial."""
+    if isinstance(default, functools.partial) and default.args:
+        names = [*inspect.signature(default.func).parameters][: len(default.args)]
+        if not settings.keys().isdisjoint(names):
+            given = dict(zip(names, default.args, strict=True)) | default.keywords
+            return default.func(**{**given, **settings})
+    return default(**settings)
+
+
 def _made(pattern: Any, group: Any, default: Any) -> Transformation:
     """Return the transformation of one group."""
     paths.check_pattern("by_path", pattern, predicates=True)
     if isinstance(group, Mapping):
         if callable(default):
-            group = default(**group)
+            group = _called(default, group)
         elif group:
             raise TypeError(
                 f"by_path: the group {paths.text(pattern)!r} has settings, {dict(group)!r}, and "

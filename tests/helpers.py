@@ -1,0 +1,44 @@
+"""Trees: filled with numbers, described, compared."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def draw(tree, seed=0):
+    """Fill a tree with normal numbers of its own shapes and dtypes."""
+    leaves, treedef = jax.tree.flatten(tree)
+    generator = np.random.default_rng(seed)
+
+    def numbers(leaf):
+        values = np.round(8 * generator.normal(size=leaf.shape)) / 8  # coarse: see table.py
+        if jnp.iscomplexobj(leaf):
+            values = values + 1j * generator.normal(size=leaf.shape)
+        return jnp.asarray(values.astype(leaf.dtype) if leaf.shape else leaf.dtype.type(values))
+
+    return treedef.unflatten([numbers(leaf) for leaf in leaves])
+
+
+def spec(tree):
+    """Tree, shapes and dtypes; weak types count, since scan would refuse a change of them."""
+    return jax.tree.map(lambda x: (jnp.shape(x), x.dtype, x.weak_type), tree)
+
+
+def assert_close(a, b, ulps=32):
+    """Compare trees leaf by leaf, in ULPs of the leaf's largest element.
+
+    Two compilations of one formula differ where the compiler contracts a * b + c into a single
+    rounding: half a ULP of the largest operand for each of the handful of operations in a formula,
+    over the few steps of these tests. An element that cancels to near zero keeps that error.
+    """
+    assert spec(a) == spec(b)
+
+    def check(x, y):
+        exact = jnp.issubdtype(x.dtype, jnp.integer)
+        eps = 0.0 if exact else float(jnp.finfo(x.dtype).eps)
+        wide = np.complex128 if jnp.iscomplexobj(x) else np.float64
+        x, y = np.asarray(x).astype(wide), np.asarray(y).astype(wide)
+        largest = max(np.abs(x).max(initial=0), np.abs(y).max(initial=0))
+        np.testing.assert_allclose(x, y, rtol=0, atol=ulps * eps * largest)
+
+    jax.tree.map(check, a, b)

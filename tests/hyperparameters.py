@@ -1,0 +1,200 @@
+"""Every number that a public function takes, with the range that it has to be in."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+import adamx
+
+DECAY, POSITIVE, RATE, FINITE = "decay", "non-negative", "rate", "finite"
+OPEN_DECAY, SCHEDULED_DECAY, SCHEDULED = "open decay", "scheduled decay", "scheduled"
+SHARE, SCHEDULED_FRACTION = "share", "scheduled fraction"
+ABOVE_0 = "above 0"
+
+# every function of adamx that takes hyperparameters, with the range of each
+HYPERPARAMETERS: dict[str, dict[str, str]] = {
+    "adagrad": {"learning_rate": RATE, "initial_accumulator_value": POSITIVE, "eps": POSITIVE},
+    "adam": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+    },
+    "adamw": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+        "weight_decay": RATE,
+    },
+    "add_decayed_weights": {"weight_decay": RATE},
+    "bias_correction": {"decay": SCHEDULED_DECAY},
+    "ema": {"decay": SCHEDULED_DECAY, "initial": FINITE},
+    "ema_of_squares": {"decay": SCHEDULED_DECAY, "initial": POSITIVE},
+    "momentum": {"learning_rate": RATE, "decay": SCHEDULED_DECAY},
+    "nesterov_ema": {"decay": SCHEDULED_DECAY},
+    "rms_scaling": {"eps": POSITIVE, "eps_root": POSITIVE},
+    "rmsprop": {
+        "learning_rate": RATE,
+        "decay": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "initial_scale": POSITIVE,
+        "momentum": SCHEDULED_FRACTION,
+    },
+    "scale": {"step_size": SCHEDULED},
+    "scale_by_adam": {
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+    },
+    "scale_by_learning_rate": {"learning_rate": RATE},
+    "scale_by_rms": {"decay": SCHEDULED_DECAY, "eps": POSITIVE, "initial_scale": POSITIVE},
+    "sgd": {"learning_rate": RATE, "momentum": SCHEDULED_FRACTION},
+    "sum_of_squares": {"initial": POSITIVE},
+    "trace": {"decay": SCHEDULED_FRACTION},
+    "adamw_independent": {
+        "learning_rate": POSITIVE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "weight_decay": RATE,
+        "multiplier": RATE,
+    },
+    "clip_by_global_norm": {"max_norm": RATE},
+    "ema_of_params": {"decay": SCHEDULED_DECAY},
+    # lion, adan, ademamix, adopt, sgdw, cautious
+    "add_cautious_decayed_weights": {"weight_decay": RATE},
+    "adan": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "b3": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+        "weight_decay": RATE,
+        "look_ahead": SCHEDULED,
+    },
+    "ademamix": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "b3": SCHEDULED_DECAY,
+        "alpha": SCHEDULED,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+        "weight_decay": RATE,
+    },
+    "adopt": {"learning_rate": RATE, "b1": SCHEDULED_DECAY, "b2": SCHEDULED_DECAY, "eps": POSITIVE},
+    "cautious": {"xi": POSITIVE},
+    "cautious_adamw": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+        "weight_decay": RATE,
+    },
+    "cautious_lion": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": OPEN_DECAY,
+        "weight_decay": RATE,
+    },
+    "delayed_rms_scaling": {"eps": POSITIVE},
+    "extrapolation": {"factor": SCHEDULED},
+    "growing_clip": {"power": POSITIVE},
+    "interpolated_ema": {"blend": SCHEDULED_DECAY, "decay": OPEN_DECAY},
+    "lion": {"learning_rate": RATE, "b1": SCHEDULED_DECAY, "b2": OPEN_DECAY, "weight_decay": RATE},
+    "seeded_ema_of_squares": {"decay": SCHEDULED_DECAY},
+    "sgdw": {"learning_rate": RATE, "momentum": SCHEDULED_FRACTION, "weight_decay": RATE},
+    # other denominators and second moments
+    "adabelief": {"b1": SCHEDULED_DECAY, "b2": DECAY}
+    | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE},
+    "adamax": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+    },
+    "adamaxw": dict.fromkeys(("b1", "b2"), SCHEDULED_DECAY)
+    | {"learning_rate": RATE, "eps": POSITIVE, "weight_decay": RATE},
+    "additive_average_of_squares": {"decay": SCHEDULED_DECAY, "initial": POSITIVE},
+    "amsgrad": dict.fromkeys(("b1", "b2"), SCHEDULED_DECAY)
+    | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE},
+    "decaying_max": {"decay": SCHEDULED_DECAY, "eps": POSITIVE},
+    "nadam": dict.fromkeys(("b1", "b2"), SCHEDULED_DECAY)
+    | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE},
+    "nadamw": dict.fromkeys(("b1", "b2"), SCHEDULED_DECAY)
+    | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE, "weight_decay": RATE},
+    "radam": {"b1": SCHEDULED_DECAY, "b2": DECAY}
+    | {"learning_rate": RATE, "eps": POSITIVE, "eps_root": POSITIVE, "threshold": POSITIVE},
+    "rectified": {"decay": DECAY, "threshold": POSITIVE},
+    "scheduled_nesterov_ema": {"decay": DECAY, "momentum_decay": POSITIVE},
+    "yogi": {"learning_rate": RATE, "b1": SCHEDULED_DECAY, "b2": SCHEDULED_DECAY, "eps": POSITIVE},
+    # clips, ratios and blocks
+    "adam_mini": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "weight_decay": RATE,
+    },
+    "adaptive_clip": {"clipping": POSITIVE, "eps": POSITIVE},
+    "clip_by_rms": {"threshold": POSITIVE},
+    "clip_by_value": {"max_delta": POSITIVE},
+    "ema_of_mean_squares": {"decay": SCHEDULED_DECAY},
+    "lamb": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+        "weight_decay": RATE,
+    },
+    "schedule_free": {"learning_rate": RATE, "b1": SHARE, "weight_lr_power": POSITIVE},
+    "schedule_free_adamw": {
+        "learning_rate": RATE,
+        "b1": SHARE,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "weight_decay": RATE,
+        "weight_lr_power": POSITIVE,
+    },
+    "stable_adamw": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "weight_decay": RATE,
+    },
+    "trust_ratio": {"trust_coefficient": POSITIVE, "eps": POSITIVE},
+    "update_clipping": {"decay": SCHEDULED_DECAY, "eps": POSITIVE},
+    "packed8": {"bound": ABOVE_0},
+}
+DERIVED = {("adabelief", "eps_root")}  # what is kept is computed from it
+OPTIONAL = {("rmsprop", "momentum"), ("sgd", "momentum")}
+OPTIONAL |= {("adan", "look_ahead"), ("sgdw", "momentum")}
+SCHEDULES = {RATE, SCHEDULED_DECAY, SCHEDULED, SCHEDULED_FRACTION, OPEN_DECAY}
+
+REQUIRED = ("learning_rate", "decay", "blend", "max_norm", "clipping", "threshold", "max_delta")
+
+
+def build(function, **hyperparameters):
+    required: dict[str, Any] = {name: 0.5 for name in REQUIRED if name in HYPERPARAMETERS[function]}
+    if function in ("rms_scaling", "delayed_rms_scaling"):
+        required = {"second_moment": adamx.ema_of_squares(0.9)}
+    if function == "rectified":
+        required |= {"scaling": build("rms_scaling")}
+    if function == "packed8":
+        required = {"inner": adamx.scale_by_adam(), "bound": 1.0}
+    if function == "cautious":
+        required = {"inner": adamx.ema(0.9)}
+    if function == "extrapolation":  # it reads what a difference keeps
+        here = adamx.extrapolation(**hyperparameters)
+        return adamx.combine(jnp.add, adamx.difference(), here)
+    if function in ("update_clipping", "schedule_free"):
+        required["inner"] = adamx.scale_by_rms()
+    return getattr(adamx, function)(**(required | hyperparameters))
