@@ -41,7 +41,7 @@ LARGEST_COPY = 2**31  # bytes read; larger ones are not faster
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured, and for how long.
+    """The sizes of the measurements, and how long they last.
 
     Attributes:
         sizes: numbers of parameters.
@@ -166,7 +166,7 @@ def copy_loop(moved: int, seconds: float) -> tuple[Loop, int]:
 
 
 class Synchronised:
-    """What JAX waits for in a loop that runs PyTorch on a GPU."""
+    """The result of a loop that runs PyTorch on a GPU; `jax.block_until_ready` waits for it."""
 
     def block_until_ready(self) -> None:
         """Wait for the device."""

@@ -181,7 +181,7 @@ def page(tables: Sequence[Table], settings: Settings) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in environment().items())
     return "\n".join(
         [
-            "# What goes around the update, measured",
+            "# Around the update, measured",
             "",
             "Written by `python benchmarks/around.py --markdown docs/around-benchmarks.md` "
             f"({settings.rounds} rounds, seed {settings.seed}), not by hand.",

@@ -57,8 +57,8 @@ def trainer(task: Task, method: Method, **options: float) -> Trainer:
     """Return a function that trains every seed in one jitted program, and measures the results.
 
     Args:
-        task: what is trained.
-        method: how it is trained.
+        task: the task.
+        method: the method that trains it.
         **options: Adam's, such as b1.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Every optimizer of the family: what it is, keeps, moves, agrees with and reaches, on one page.
+"""Every optimizer of the family on one page: formula, pieces, memory, traffic, agreement, accuracy.
 
     python benchmarks/family.py [--quick] [--only NAME ...] [--markdown docs/family.md]
 
@@ -66,7 +66,7 @@ QUICK = Settings(side=64, steps=5, epochs=1, seeds=1, trained=3)
 Row = list[str]
 
 
-# -------------------------------------------------------------------------- what is read off them
+# ---------------------------------------------------------------------------- formulas and pieces
 
 
 def indented_blocks(text: str) -> list[str]:
@@ -96,7 +96,7 @@ def section(name: str) -> str:
     return f"### {name}\n\n{blocks}\n"
 
 
-# ------------------------------------------------------------------------------ what it costs
+# ------------------------------------------------------------------------- memory and traffic
 
 
 def cost(name: str, settings: Settings) -> Row:
@@ -117,7 +117,7 @@ def cost(name: str, settings: Settings) -> Row:
     ]
 
 
-# ------------------------------------------------------------------------- what it agrees with
+# ------------------------------------------------------------ agreement with Optax and PyTorch
 
 # decays whose first powers, and so whose first bias corrections, are exact in float32
 EXACT = {"b1": 0.5, "b2": 0.75, "b3": 0.875}
@@ -205,7 +205,7 @@ def agreement(name: str, settings: Settings) -> Row:
     return [name, *cells]
 
 
-# ------------------------------------------------------------------------------ what it reaches
+# ----------------------------------------------------------------------- accuracy on the digits
 
 
 def digits(name: str, settings: Settings) -> Row:
@@ -234,7 +234,7 @@ def digits(name: str, settings: Settings) -> Row:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number and what it counts.
+    """Return a number with its noun, in the plural if needed.
 
     Example:
         >>> counted(1, "seed"), counted(3, "seed")
@@ -259,7 +259,7 @@ def report(settings: Settings, progress: Progress) -> Iterator[Table]:
         return found
 
     yield Table(
-        "What each keeps and moves",
+        "Memory and traffic",
         "Bytes a float32 parameter, of the state and of the reads and writes of the kernels of the "
         f"in-place step, for one matrix of {settings.side} x {settings.side}; `copy` instructions "
         "as large as the matrix. XLA's count includes conditional branches that do not run: LAMB "
@@ -271,7 +271,7 @@ def report(settings: Settings, progress: Progress) -> Iterator[Table]:
         rows("programs", cost),
     )
     yield Table(
-        "What each agrees with",
+        "Agreement with Optax and PyTorch",
         f"Optax: the largest difference of an update in {settings.steps} float32 steps, in 2^-23 "
         "of the step's largest update; at the defaults, with which Optax rounds its corrections "
         "1 - b^t, and with b1 = 0.5, b2 = 0.75, b3 = 0.875, with which the corrections are exact "
@@ -286,7 +286,7 @@ def report(settings: Settings, progress: Progress) -> Iterator[Table]:
         rows("agreement", agreement),
     )
     yield Table(
-        "What each reaches on the digits",
+        "Accuracy on the digits",
         f"`examples/quickstart.py`, {counted(settings.epochs, 'epoch')}: the mean test "
         f"accuracy of {counted(settings.seeds, 'seed')}, and the lowest in brackets, of adamx and "
         "of Optax's method; SGDW with momentum 0.9. Of the 360 images one is 0.3 %. The learning "
@@ -307,7 +307,8 @@ def page(tables: Sequence[Table], settings: Settings, quick: bool, old: str) -> 
     said = ", ".join(f"{k} {facts[k]}" for k in ("date", "adamx", "jax", "optax"))
     command = f"python benchmarks/family.py{' --quick' if quick else ''} --markdown docs/family.md"
     made = f"Below: written by `{command}`, not by hand ({said}, {jax.default_backend()})."
-    opening = "## What each is\n\nThe formula, and the pieces as `print` shows them.\n"
+    shown = "The formula of each optimizer, and its pieces as `print` shows them."
+    opening = f"## Formulas and pieces\n\n{shown}\n"
     sections = [opening, *(section(name) for name in settings.names)]
     return above + "\n".join([MARK, "", made, "", *(t.markdown() for t in tables), *sections])
 

@@ -24,7 +24,7 @@ ADAMX, OPTAX, AGAIN, TORCH = "adamx", "optax", "optax again", "torch"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured, and for how long.
+    """The sizes of the measurements, and how long they last.
 
     Attributes:
         sizes: numbers of elements of the single array in the step.
@@ -78,7 +78,7 @@ class Table:
     """A section of the report.
 
     Attributes:
-        title: what is measured.
+        title: of the section.
         note: how.
         columns: the heads.
         rows: the cells, as text.

@@ -437,7 +437,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Path | None
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small and short, under a minute")
     parser.add_argument("--sizes", nargs="+", type=size, help="sizes of the step, such as 1M 16M")
-    parser.add_argument("--rounds", type=int, help="of the steps; a twelfth for what is slow")
+    parser.add_argument("--rounds", type=int, help="of the steps; slow sections take a twelfth")
     parser.add_argument("--seed", type=int, default=0, help="of the data and of the order")
     parser.add_argument("--markdown", type=Path, help="write the report to this file too")
     options = parser.parse_args(arguments)

@@ -67,7 +67,7 @@ class Digits:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is to be learnt.
+    """A learning problem.
 
     Attributes:
         first: draws the first parameters.
@@ -111,7 +111,7 @@ def train(
     """Train at every point of a grid and from every seed, in one call of one compiled program.
 
     Args:
-        task: what is to be learnt.
+        task: the learning problem.
         make: makes the optimizer from the hyperparameters of one point, which are tracers.
         points: the values of each hyperparameter, arrays of shape (points,).
         seeds: how many. A seed decides on first parameters and batches, alike at all points.
@@ -182,7 +182,7 @@ class Finding:
 
     Attributes:
         title: the paper and the figure.
-        setting: what is trained here, and how often.
+        setting: the training here, and how often it is repeated.
         claim: of the paper, in one sentence.
         parts: the claim as statements with numbers, and whether each held.
         columns: of the table.
