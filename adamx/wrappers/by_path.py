@@ -85,7 +85,7 @@ class by_path(Transformation):
         trees = self.tree_names()
         for tx in self.transformations:
             scalars = [name for name in tx.state_names() if name not in tx.tree_names()]
-            errors.check_disjoint(dict.fromkeys(trees), dict.fromkeys(scalars))
+            errors.check_disjoint(trees, scalars)
 
     def arguments(self) -> Iterator[tuple[str, Any]]:
         pairs = zip(self.patterns, self.transformations, strict=False)

@@ -93,7 +93,7 @@ class master_weights(Wrapper):
 
     def init_tree(self, leaves: Leaves) -> State:
         wide = leaves.with_values([None if p is None else _wide(p) for p in leaves.values])
-        own = {name: leaves.tree(column) for name, column in self.first_slots(leaves).items()}
+        own = self.first_slots(leaves)
         return disjoint(*(segment.init_tree(wide) for segment in self.inner.segments()), own)
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
