@@ -313,7 +313,7 @@ def test_a_state_without_groups_or_with_them_is_of_another_composition():
         ({3: None}, None, TypeError, "by_path: a pattern must be a string such as '*/bias' or a"),
         ({"w": 0.1}, None, TypeError, "by_path: the group 'w' must be a transformation, a dict"),
         ({}, 0.1, TypeError, "by_path: the group 'default' must be a transformation"),
-        ({"w": {"b1": 0.5}}, None, TypeError, "default is no function to be called with them"),
+        ({"w": {"b1": 0.5}}, None, TypeError, "default must be a function that takes them"),
         (
             {"w": {"b1": 0.5}},
             adamx.adam(0.1),
