@@ -222,6 +222,8 @@ def _program(tx: Any, rounding: str, out_shardings: Any, moves: bool = True) -> 
         updates, state = lifting.update(tx, grads, state, params, extra, wide=True)
         return apply_updates(params, updates, rounding=rounding, count=state["count"]), state
 
+    if not moves:
+        step.__name__ = "between_steps"  # the program's name, as `audit` reports it
     return jax.jit(step, donate_argnames=("params", "state"), out_shardings=out_shardings)
 
 

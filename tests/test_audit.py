@@ -434,7 +434,7 @@ def test_accumulation_is_reported_by_the_program_that_would_run():
     assert found.program == "jit_step"
     first = adamx.audit(step, LIKE, state | {"micro_step": jnp.int32(0)}, LIKE)
     check_ok(first)
-    assert first.program == "jit_add"
+    assert first.program == "jit_between_steps"
     # reads the sum and g, writes the sum
     assert first.floor_bytes == pytest.approx(12 * SIZE, abs=SCALARS)
 
@@ -446,7 +446,7 @@ def test_lowered_and_compiled_steps_are_read_as_they_are():
     found = adamx.audit(lowered)
     assert found == adamx.audit(lowered.compile())
     assert "Donate (params, state)" in only_advice(found)
-    with pytest.raises(TypeError, match=r"audit: step is lowered or compiled .* got 3"):
+    with pytest.raises(TypeError, match=r"audit: step is already lowered or compiled .* got 3"):
         adamx.audit(lowered, *arguments)
 
 

@@ -41,7 +41,7 @@ from adamx.storage.storage import Storage
 ConstantDecay = Annotated[
     Scalar,
     dataclasses.replace(
-        DECAY, constant='the bound needs constant decays: moments="packed16" has no bound'
+        DECAY, constant='the bound needs constant decays: moments="packed16" takes schedules'
     ),
 ]
 _STEPS = 223.0  # 1 + x ends with the code 62: 224 = 2^7 * 1.75
