@@ -69,7 +69,13 @@ def state_sharding(
                 f"state_sharding: {jax.tree_util.keystr(path)} has no sharding: params must be "
                 f"arrays, or shapes with shardings, got {describe(param)}"
             )
-        _check_axes(path, where, axes)
+        names = where.mesh.axis_names if isinstance(where, NamedSharding) else ()
+        if missing := [axis for axis in axes if axis not in names]:
+            raise ValueError(
+                "state_sharding: over must name axes of the parameters' mesh: "
+                f"{jax.tree_util.keystr(path)} is on a mesh with axes {list(names)}, "
+                f"which has no {missing[0]!r}"
+            )
         known[path] = param
     everywhere = _on_all_devices([param.sharding for param in known.values()])
 
@@ -83,17 +89,6 @@ def state_sharding(
         return where if memory_kind is None else where.with_memory_kind(memory_kind)
 
     return jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, params))
-
-
-def _check_axes(path: Any, where: Sharding, axes: tuple[str, ...]) -> None:
-    names = where.mesh.axis_names if isinstance(where, NamedSharding) else ()
-    missing = [axis for axis in axes if axis not in names]
-    if missing:
-        raise ValueError(
-            "state_sharding: over must name axes of the parameters' mesh: "
-            f"{jax.tree_util.keystr(path)} is on a mesh with axes {list(names)}, "
-            f"which has no {missing[0]!r}"
-        )
 
 
 def _on_all_devices(shardings: list[Sharding]) -> Sharding | None:

@@ -78,10 +78,8 @@ class Range:
             number = float(value)
         except OverflowError:
             number = math.inf
-        inside = (
-            self.low <= number < self.high if self.open_above else (self.low <= number <= self.high)
-        )
-        if not (inside and math.isfinite(number)):
+        below = number < self.high if self.open_above else number <= self.high
+        if not (self.low <= number and below and math.isfinite(number)):
             raise ValueError(f"{where} {self.text}, got {value!r}")
 
 

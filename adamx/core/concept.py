@@ -72,7 +72,7 @@ class Concept(Value):
         return self.scalars(step)
 
     def record(self, scalars: Any) -> Slots:
-        """Return those of the scalars that the state records, by name."""
+        """Return the scalars that the state records, by name."""
         return {}
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
@@ -191,7 +191,7 @@ def recorded(tx: Concept, scalars: Scalars) -> Slots:
 
 
 def first_recorded(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
-    """Return the recorded scalars' initial values; those that read the tree start at zero."""
+    """Return the recorded scalars' initial values; scalars that read the tree start at zero."""
     own = _first_of_own(tx, leaves)
     return disjoint(own, *(first_recorded(child, leaves) for child in tx.children))
 

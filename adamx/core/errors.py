@@ -183,15 +183,15 @@ def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]
 
 def check_foreign(name: str, state: Any, fresh: Any) -> None:
     """Raise unless a foreign stage's state has the tree and shapes of a fresh one."""
-    kept, wanted = (
+    given, wanted = (
         {p: None if x is None else list(jnp.shape(x)) for p, x in zip(*flatten(t)[:2], strict=True)}
         for t in (state, fresh)
     )
-    for path in {**wanted, **kept}:
-        if kept.get(path) != wanted.get(path):
+    for path in {**wanted, **given}:
+        if given.get(path) != wanted.get(path):
             raise ValueError(
-                f"adamx: leaf {path!r} of state[{name!r}] has shape {kept.get(path, 'none')} where "
-                f"these parameters need {wanted.get(path, 'none')}: is it the state or the "
+                f"adamx: leaf {path!r} of state[{name!r}] has shape {given.get(path, 'none')} "
+                f"where these parameters need {wanted.get(path, 'none')}: is it the state or the "
                 "gradient of another model?"
             )
 

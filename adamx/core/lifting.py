@@ -85,7 +85,7 @@ class Leaves:
         return errors.flatten_like(self.treedef, name, tree, self.values)
 
     def params_tree(self) -> Any:
-        """Return the parameters as a tree, with None where there is no update; None without any."""
+        """Return the parameters that have an update as a tree; None without parameters."""
         return None if self.params is None else self.tree(self.params)
 
     def like(self) -> list[Any]:
@@ -314,7 +314,7 @@ def slots_like(tx: Concept) -> Callable[[jax.Array], dict[str, jax.ShapeDtypeStr
 def leaf_kernel(
     tx: Concept, step: Step, scalars: Scalars
 ) -> Callable[..., tuple[jax.Array, Slots]]:
-    """Return the function of one leaf: widen, accumulate, store, and emit from what was stored.
+    """Return the function of one leaf: widen, accumulate, store, emit from the stored slots.
 
     In a skipped step the kernel writes the old slots back, which needs no extra copy.
     """

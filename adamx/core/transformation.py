@@ -86,7 +86,7 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         Args:
             updates: the gradients: a pytree shaped like the parameters, of any floating dtype;
                 None leaves are skipped and keep their slots.
-            state: what `init` or the last `update` returned.
+            state: the state that `init` or the last `update` returned.
             params: the parameters; None is allowed if no concept reads them.
             **extra: passed on to the stages that take extra arguments.
 

@@ -58,10 +58,8 @@ class Comparison:
 
     def first_beyond(self, *, relative: float = np.inf, ulps: float = np.inf) -> int | None:
         """Return the first step (from 1) whose parameters differ by more than a bound, or None."""
-        for number, difference in enumerate(self.params, start=1):
-            if difference.relative > relative or difference.ulps > ulps:
-                return number
-        return None
+        beyond = [d.relative > relative or d.ulps > ulps for d in self.params]
+        return beyond.index(True) + 1 if any(beyond) else None
 
     def __str__(self) -> str:
         columns = f"{'relative':>9} {'ULP':>10} {'of largest':>10}"

@@ -277,8 +277,7 @@ def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any
         kind = type(node).__name__
         said = f"to_optax: {where} cannot be computed: it "
         if meaning == _SCALAR:
-            said += "needs weight_lr_power, which an Optax transformation does not show"
-            raise ValueError(said)
+            raise ValueError(f"{said}needs weight_lr_power, which no Optax transformation shows")
         if kind == "ScaleByBeliefState" and meaning == "nu":
             raise ValueError(
                 f"{said}holds eps_root (1 - b2^t) / (1 - b2), and an Optax transformation does not "

@@ -29,7 +29,7 @@ def stored(
         decays: b1 and b2 if `inner` has Adam's moments, for "packed8"; None otherwise.
 
     Raises:
-        ValueError: if there is no storage of that name, or it cannot keep these slots.
+        ValueError: if there is no storage of that name, or it cannot store these slots.
         TypeError: if `moments` is neither a name nor a function.
 
     Example:

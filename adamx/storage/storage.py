@@ -110,7 +110,7 @@ class Storage(Transformation):
         return self.inner.emit(u, self.decoded(slots, u.dtype), self._inside(step, u.dtype))
 
     def decoded(self, slots: Slots, compute: DTypeLike | None = None) -> Slots:
-        """Return all of a leaf's slots, with those of the inner concept decoded.
+        """Return all of a leaf's slots, with the inner concept's slots decoded.
 
         Args:
             slots: the leaf's slots, with this storage's slots as they are stored.

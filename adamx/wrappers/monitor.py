@@ -178,13 +178,12 @@ class _count(Wrapper):
 
 
 Rows = list[tuple[jax.Array, ...]]
+Statistic = tuple[tuple[str, ...], Callable[[Rows], jax.Array | None]]
 
 
-def _statistics(
-    tx: Transformation, count: jax.Array
-) -> dict[str, tuple[tuple[str, ...], Callable[[Rows], jax.Array | None]]]:
+def _statistics(tx: Transformation, count: jax.Array) -> dict[str, Statistic]:
     """Return each statistic's inputs and function, which gives None for a group without inputs."""
-    kinds: dict[str, tuple[tuple[str, ...], Callable[[Rows], jax.Array | None]]] = {
+    kinds: dict[str, Statistic] = {
         "grad_norm": (("g",), _norm),
         "update_norm": (("u",), _norm),
         "param_norm": (("w",), _norm),
