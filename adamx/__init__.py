@@ -19,7 +19,7 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     radam         adam, rectified
     yogi          adam with additive_average_of_squares under the root
     lion          interpolated_ema -> sign -> scale_by_learning_rate
-    adan          adam with an ema of the difference in the numerator, an extrapolation below it
+    adan          adam with an ema of the difference in the numerator, extrapolation under the root
     ademamix      adam with a second, slow ema in the numerator
     adopt         g / root(the old average of squares) -> growing_clip -> ema -> ...
     lamb          adamw with trust_ratio before the learning rate

@@ -22,13 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from adamx.core import errors
-from adamx.core.arithmetic import (
-    compute_dtype,
-    is_inexact,
-    placed_like,
-    real_times_complex,
-    widen,
-)
+from adamx.core.arithmetic import compute_dtype, is_inexact, placed_like, real_times_complex, widen
 from adamx.core.concept import (
     Concept,
     Scalars,
@@ -248,12 +242,7 @@ def init(tx: Stage, params: Any) -> State:
 
 
 def update(
-    tx: Stage,
-    updates: Any,
-    state: State,
-    params: Any,
-    extra: Mapping[str, Any],
-    wide: bool = False,
+    tx: Stage, updates: Any, state: State, params: Any, extra: Mapping[str, Any], wide: bool = False
 ) -> tuple[Any, State]:
     """Return (outgoing updates, new state); see `Transformation.update`.
 
