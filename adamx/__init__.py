@@ -1,7 +1,7 @@
 """The Adam family for JAX, rebuilt from its concepts.
 
 Every concept is a pure `init`/`update` gradient transformation, written for one array; `chain`
-puts one behind the other, and a fan-out such as `rms_scaling` lets several read the same gradient.
+applies one after the other, and in a fan-out such as `rms_scaling` several read the same gradient.
 
     method     =  pieces
     sgd           scale_by_learning_rate
@@ -13,25 +13,25 @@ puts one behind the other, and a fan-out such as `rms_scaling` lets several read
                   -> scale_by_learning_rate
     adamw         adam with add_decayed_weights before the learning rate
     adamax        adam over decaying_max in the place of the root
-    nadam         adam with nesterov_ema above
-    amsgrad       adam with running_max last below the root
-    adabelief     adam with deviation first below the root
+    nadam         adam with nesterov_ema in the numerator
+    amsgrad       adam with running_max last under the root
+    adabelief     adam with deviation first under the root
     radam         adam, rectified
-    yogi          adam with additive_average_of_squares below the root
+    yogi          adam with additive_average_of_squares under the root
     lion          interpolated_ema -> sign -> scale_by_learning_rate
-    adan          adam with an ema of the difference above and an extrapolation below
-    ademamix      adam with a second, slow ema above
+    adan          adam with an ema of the difference in the numerator, extrapolation under the root
+    ademamix      adam with a second, slow ema in the numerator
     adopt         g / root(the old average of squares) -> growing_clip -> ema -> ...
     lamb          adamw with trust_ratio before the learning rate
-    adam_mini     adamw with ema_of_mean_squares below the root
+    adam_mini     adamw with ema_of_mean_squares under the root
     stable_adamw  adamw with update_clipping around its scaling
     cautious_...  cautious around adamw's and lion's scaling
     schedule_free around adamw without its ema of g
 
-Around a whole optimizer stand `skip_nonfinite`, `accumulate`, `by_path` and `master_weights`; the
-arrays in its state are kept as a `Storage` has them.
+`skip_nonfinite`, `accumulate`, `monitor` and `master_weights` wrap a whole optimizer, `by_path`
+gives each group of parameters its own, and a `Storage` is the format of the slots in the state.
 
-Everything is an `optax.GradientTransformationExtraArgs`, and `chain` takes any Optax
+Every transformation is an `optax.GradientTransformationExtraArgs`, and `chain` takes any Optax
 transformation as a stage.
 """
 

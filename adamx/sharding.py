@@ -1,10 +1,10 @@
-"""Where the state of an optimizer lies: beside its parameters, or spread further.
+"""The sharding of an optimizer's state: like its parameters, or over more devices.
 
     ZeRO-1:  slots are divided over a mesh axis that the parameters do not use
 
-A slot takes its parameter's sharding by itself, also under `jax.jit(tx.init)`. What is made here
-is for everything that wants to be told: `out_shardings`, `jax.device_put`, checkpoints, and
-layouts in which the slots lie elsewhere. What communicates is JAX's own partitioner.
+A slot gets its parameter's sharding by itself, also under `jax.jit(tx.init)`. `state_sharding` is
+for everything that needs explicit shardings: `out_shardings`, `jax.device_put`, checkpoints, and
+layouts in which the slots are sharded differently. JAX's own partitioner does the communication.
 
 Source of ZeRO-1: Rajbhandari et al. (2020), section 5.1, https://arxiv.org/abs/1910.02054
 """
@@ -31,19 +31,18 @@ def state_sharding(
 ) -> Any:
     """Return the sharding of each array in the state, in a tree like `tx.init(params)`.
 
-    A slot shaped like its parameter has the parameter's sharding. One that is shorter along some
-    axes, or lacks some, has it along the axes that the two share. Counts and other scalars are on
-    all devices.
+    A slot shaped like its parameter has the parameter's sharding. A slot that is shorter along some
+    axes, or lacks some, has it along the shared axes. Counts and other scalars are on all devices.
 
     Args:
         tx: any adamx or Optax transformation.
         params: the parameters, or their shapes with shardings (`jax.ShapeDtypeStruct`).
-        over: names of mesh axes over which the slots are divided as well (ZeRO-1), usually those
-            of the data: the first dimension that can be divided evenly is. A slot with none, or
-            whose parameter uses one of the axes already, stays as its parameter. None means no
-            axis.
-        memory_kind: where the slots lie, such as "pinned_host"; scalars stay. None means where the
-            parameters are.
+        over: names of mesh axes over which the slots are divided as well (ZeRO-1), usually the
+            data axes: the first dimension that divides evenly is sharded. A slot without one, or
+            whose parameter already uses one of the axes, is sharded like its parameter. None means
+            no axis.
+        memory_kind: the memory of the slots, such as "pinned_host", but not of the scalars. None
+            means the parameters' memory.
 
     Raises:
         TypeError: if `tx` is not a transformation.
@@ -68,14 +67,20 @@ def state_sharding(
         if where is None:
             raise ValueError(
                 f"state_sharding: {jax.tree_util.keystr(path)} has no sharding: params must be "
-                f"arrays, or shapes with their shardings, got {describe(param)}"
+                f"arrays, or shapes with shardings, got {describe(param)}"
             )
-        _check_axes(path, where, axes)
+        names = where.mesh.axis_names if isinstance(where, NamedSharding) else ()
+        if missing := [axis for axis in axes if axis not in names]:
+            raise ValueError(
+                "state_sharding: over must name axes of the parameters' mesh: "
+                f"{jax.tree_util.keystr(path)} is on a mesh with axes {list(names)}, "
+                f"which has no {missing[0]!r}"
+            )
         known[path] = param
     everywhere = _on_all_devices([param.sharding for param in known.values()])
 
     def of(path: tuple[Any, ...], leaf: Any) -> Sharding | None:
-        # its parameter is the one whose path this one ends with; the slot's name comes before
+        # the slot's path is its name and then the path of its parameter
         ends = (path[start:] for start in range(1, len(path) + 1))
         param = next((known[end] for end in ends if end in known), None)
         if param is None or leaf.ndim == 0:
@@ -84,17 +89,6 @@ def state_sharding(
         return where if memory_kind is None else where.with_memory_kind(memory_kind)
 
     return jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, params))
-
-
-def _check_axes(path: Any, where: Sharding, axes: tuple[str, ...]) -> None:
-    names = where.mesh.axis_names if isinstance(where, NamedSharding) else ()
-    missing = [axis for axis in axes if axis not in names]
-    if missing:
-        raise ValueError(
-            "state_sharding: over must name axes of the parameters' mesh: "
-            f"{jax.tree_util.keystr(path)} lies on one of {list(names)}, "
-            f"which has no {missing[0]!r}"
-        )
 
 
 def _on_all_devices(shardings: list[Sharding]) -> Sharding | None:
@@ -115,7 +109,7 @@ def _alike(param: Any, shape: tuple[int, ...]) -> Sharding:
 
 
 def _divided(where: Sharding, shape: tuple[int, ...], axes: tuple[str, ...]) -> Sharding:
-    """Return the sharding with the first dimension that allows it divided over more axes."""
+    """Return the sharding with the first possible dimension divided over more axes."""
     if not axes or not isinstance(where, NamedSharding):
         return where
     entries = [_names(entry) for entry in _entries(where, len(shape))]

@@ -1,11 +1,11 @@
 """Carrying a saved state over a change of configuration.
 
-    adapted[path] = saved[path] where it is there, the start value otherwise
+    adapted[path] = saved[path] if there is one, else the start value
 
-The state is a flat dict of named slots, in which stages without memory have no entry: a schedule,
-a mask or a decay changes nothing in it. What does change it (another slot, a frozen leaf, another
-dtype) is matched here by path, so that the containers a checkpoint gives back do not matter. Where
-the storage changes, it is what the formula sees of the slots that is carried over:
+The state is a flat dict of named slots, in which stages without memory have no entry: another
+schedule, mask or decay does not change its structure. After other changes (another slot, a frozen
+leaf, another dtype) the entries are matched by path, whatever containers a checkpoint returns. If
+the storage changes, the slots are carried over as the formula sees them:
 
     stored = encode_new(decode_old(saved))
 """
@@ -30,7 +30,7 @@ from adamx.storage.moments import decoded, decoded_slots, encoded
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """What `adapt_state` did; prints as a sentence or two.
+    """The changes that `adapt_state` made; prints as a sentence or two.
 
     Attributes:
         filled: paths in the state that were not saved and got their start values.
@@ -55,30 +55,30 @@ def _some(paths: tuple[str, ...]) -> str:
 def adapt_state(
     tx: Transformation, params: Any, saved: Any, *, saved_by: Transformation | None = None
 ) -> tuple[State, Adaptation]:
-    """Return the state that `tx` needs, with everything that `saved` has of it.
+    """Return the state that `tx` needs, with all entries that it shares with `saved`.
 
-    Leaves are matched by path ("mu/dense/kernel") and cast to the dtype that `tx` keeps them in.
-    The count and the recorded scalars come along, so that a schedule goes on where it was.
+    Leaves are matched by path ("mu/dense/kernel") and cast to the dtype that `tx` uses for them.
+    The count and the recorded scalars are carried over too, so schedules continue.
 
-    Where the two keep their slots in different storages, `saved_by` says how to read the saved
-    ones: they are decoded, carried over and encoded anew, rounded once, without bias. Leaves that
-    `tx` would decode to the same numbers stay as they are, bit for bit.
+    If the two use different storages, `saved_by` says how to read the saved slots: they are
+    decoded, carried over and encoded anew, rounded once, without bias. Leaves that `tx` would
+    decode to the same numbers stay as they are, bit for bit.
 
     Args:
         tx: the transformation to go on with.
         params: the parameters, as for `tx.init`.
         saved: a state of another composition, or the same in the containers of a checkpoint.
-        saved_by: the transformation that made `saved`; needed where a storage changes: another
+        saved_by: the transformation that made `saved`; needed if a storage changes: another
             `moments=`, or other decays with "packed8", whose words depend on them. None otherwise.
 
     Returns:
-        The state, and what was filled in and dropped; with `saved_by`, by the names in the formula,
+        The state, and the filled and dropped paths; with `saved_by`, by the names in the formula,
         such as `mu`.
 
     Raises:
-        TypeError: if `saved` has no `count`, so that it is no state of adamx.
-        ValueError: if a saved leaf has another shape than the parameter's slot, or is complex
-            where that is real, as those of another model would; if a storage changes and `saved_by`
+        TypeError: if `saved` has no `count`, so it is not a state of adamx.
+        ValueError: if a saved leaf differs in shape from the parameter's slot, or is complex and
+            the slot is real (the state of another model); if a storage changes and `saved_by`
             is not given, or did not make `saved`; if `keep` of `master_weights` changes; or if two
             leaves have one path.
 
@@ -102,7 +102,7 @@ def adapt_state(
     before, misfit = _matched(saved_by.init(params), saved)
     if misfit.filled or misfit.dropped:
         raise ValueError(
-            "adapt_state: saved_by must be the transformation that made saved, and these paths do "
+            "adapt_state: saved_by must be the transformation that made saved, but these paths do "
             f"not fit it: {_some(misfit.filled + misfit.dropped)}"
         )
     start = tx.init(params)
@@ -121,11 +121,11 @@ def adapt_state(
 
 
 def _stored(concept: Any, path: str, first: Slots, words: Slots, seen: Slots) -> Slots:
-    """Return one leaf's slots: the saved words if they say the same here, else new ones.
+    """Return one leaf's slots: the saved words if they decode to the same, else new ones.
 
     Args:
         concept: the variant of the transformation for this leaf.
-        path: the leaf's.
+        path: the leaf's path.
         first: the start values of its slots.
         words: the saved slots as they were stored, by path in the state.
         seen: the slots as the formula sees them, by path in the state.
@@ -151,7 +151,7 @@ def _seen(state: State, tx: Transformation, params: Any) -> State:
 
 
 def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
-    """Return a state with the saved leaves in the place of its own, matched by path, and cast."""
+    """Return a state with its leaves replaced by the saved ones, matched by path and cast."""
     old = leaves_by_path(saved)
     if "count" not in old:
         raise TypeError(
@@ -195,24 +195,24 @@ def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
 
 
 def _place(name: str) -> tuple[str, bool]:
-    """Return whose slot it is, the parameter's path, and whether it is that of a master."""
+    """Return the path of a slot's parameter, and whether the slot belongs to a master."""
     entry, _, path = name.partition("/")
     return path, entry in ("remainder", "master")
 
 
 def _is_word(x: Any) -> bool:
-    """Say whether only what made it can read it; counters are int32, all else is floating."""
+    """Say whether this is an encoded slot; counters are int32, all other entries floating."""
     dtype = jnp.asarray(x).dtype
     return not jnp.issubdtype(dtype, jnp.inexact) and dtype != jnp.int32
 
 
 def _kept_otherwise(name: str, first: Any, other: str, value: Any) -> ValueError:
-    what = f"adapt_state: {name!r} is kept as {first.dtype}, and {other!r} was saved as "
-    what += f"{jnp.asarray(value).dtype}: "
+    said = f"adapt_state: {name!r} is stored as {first.dtype}, and {other!r} was saved as "
+    said += f"{jnp.asarray(value).dtype}: "
     if _place(name)[1]:
-        return ValueError(what + "keep= of master_weights cannot change in the middle of a run")
+        return ValueError(said + "keep= of master_weights cannot change in the middle of a run")
     return ValueError(
-        what + "the storage is another one: say which transformation made what was saved, "
+        said + "the storage has changed: name the transformation that made the saved state, "
         "adapt_state(tx, params, saved, saved_by=old_tx)"
     )
 

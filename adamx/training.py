@@ -1,4 +1,4 @@
-"""The two lines around an optimizer: add the updates, and do it in place.
+"""The last two lines of a training step: add the updates, and do it in place.
 
 w_t = w_{t-1} + u_t, rounded to the parameter's dtype: to nearest, or up or down at random
 """
@@ -30,13 +30,13 @@ def apply_updates(
 
     Args:
         params: the parameters.
-        updates: what `update` returned; where it is None the parameter stays as it is.
-        rounding: of parameters of 16 bits: "nearest", as `optax.apply_updates`, which loses
-            every update below half their spacing; or "stochastic", up or down such that the mean
-            is right. Other parameters are rounded to nearest.
-        count: the number of the step, `state["count"]`, an int32 scalar, from which the random bits
-            are made, together with the place of the element and its value: a run repeats bit for
-            bit, in any sharding under jit. Needed for "stochastic", None for "nearest".
+        updates: the updates that `update` returned; where one is None the parameter stays.
+        rounding: the rounding of 16-bit parameters: "nearest", as in `optax.apply_updates`, which
+            loses every update below half their spacing; or "stochastic", up or down such that the
+            mean is right. Other parameters are rounded to nearest.
+        count: the step number, `state["count"]`, an int32 scalar. The random bits depend on it and
+            on each element's place and value, so a run repeats bit for bit, in any sharding under
+            jit. Needed for "stochastic", None for "nearest".
 
     Raises:
         ValueError: if `rounding` is neither, if it is "stochastic" without a count, or if the trees
@@ -56,8 +56,7 @@ def apply_updates(
         raise ValueError(f"apply_updates: rounding must be one of {ROUNDINGS}, got {rounding!r}")
     if rounding == "stochastic" and count is None:
         raise ValueError(
-            'apply_updates: rounding="stochastic" needs the number of the step: '
-            'count=state["count"]'
+            'apply_updates: rounding="stochastic" needs the step number: count=state["count"]'
         )
     leaves = lifting.take_apart(updates, None)
     column = leaves.column("params", params)
@@ -101,31 +100,30 @@ def make_step(
 ) -> StepFunction:
     """Return the jitted step `(params, state, grads) -> (params, state)`, which works in place.
 
-    Params and state are donated: their buffers hold the results, so that a step needs no memory
-    beyond them, and the arrays that were passed are gone. The order matters: JAX pairs donated
-    arguments with outputs first come, first served, by shape and dtype; with the gradients in
-    front, or the state before the params, every array would be copied, without a warning.
-    Arguments that do not fit raise before anything is donated. A parameter whose gradient is None
-    stays as it is.
+    Params and state are donated: their buffers hold the results, so a step needs no further memory,
+    and the arrays that were passed are deleted. The order matters: JAX pairs donated arguments with
+    outputs first come, first served, by shape and dtype; with the gradients first, or the state
+    before the params, every array would be copied, without a warning. Arguments that do not fit
+    raise before anything is donated. A parameter whose gradient is None stays as it is.
 
     Args:
         tx: any adamx or Optax transformation.
-        rounding: of parameters of 16 bits: "nearest", or "stochastic", for adamx transformations:
-            the update is added in float32 and the sum rounded such that its mean is right (see
-            `apply_updates`).
-        out_shardings: of (params, state), as for `jax.jit`; needed if the slots are sharded
-            otherwise than their parameters (`state_sharding`). None leaves it to the compiler,
-            which keeps both where they are if they are sharded alike.
+        rounding: the rounding of 16-bit parameters: "nearest", or "stochastic", for adamx
+            transformations: the update is added in float32 and the sum rounded such that its mean
+            is right (see `apply_updates`).
+        out_shardings: the shardings of (params, state), as for `jax.jit`; needed if the slots are
+            not sharded like their parameters (`state_sharding`). None leaves it to the compiler,
+            which keeps both shardings if slots and parameters are sharded alike.
 
     Returns:
-        The jitted function. Keyword arguments go on to `tx.update`. Its `init` is `tx.init`, but
-        with stochastic rounding it does not warn of 16-bit parameters. For a transformation with
-        cheaper calls between full steps, such as `accumulate` and `monitor`, it is several
-        programs, chosen by a number in the state. `lower` shows the program that the call would run
-        or, for an abstract state, that of a full step.
+        The jitted function. Keyword arguments are passed to `tx.update`. Its `init` is `tx.init`,
+        but with stochastic rounding it does not warn of 16-bit parameters. For a transformation
+        with cheaper calls between full steps, such as `accumulate` and `monitor`, it chooses among
+        several programs by a number in the state. `lower` returns the program that the call would
+        run or, for an abstract state, the program of a full step.
 
     Raises:
-        TypeError: if `tx` is not a transformation, or not one of adamx where that is needed.
+        TypeError: if `tx` is not a transformation, or must be one of adamx and is not.
         ValueError: if `rounding` is neither.
 
     Example:
@@ -143,7 +141,8 @@ def make_step(
         raise ValueError(f"make_step: rounding must be one of {ROUNDINGS}, got {rounding!r}")
     if rounding == "stochastic" and not isinstance(tx, Transformation):
         raise TypeError(
-            f'make_step: rounding="stochastic" counts the steps with the state of adamx, got {tx!r}'
+            'make_step: rounding="stochastic" needs the step count in the state of an adamx '
+            f"transformation, got {tx!r}"
         )
     return _Step(tx, rounding, out_shardings)
 
@@ -151,8 +150,8 @@ def make_step(
 class _Step:
     """The step: one program for full steps, and others for the calls between them.
 
-    Which it is depends on numbers in the state. Those of the state that was last returned are known
-    here, so that the device is asked only at the start, and never waited for.
+    Counters in the state decide which one runs. Those of the last returned state are remembered as
+    Python numbers, so the device is read only at the start, and never waited for.
     """
 
     def __init__(self, tx: Any, rounding: str, out_shardings: Any) -> None:
@@ -186,19 +185,23 @@ class _Step:
         chosen = self._choose(self._numbers(state))
         return self._programs[chosen].lower(params, state, grads, **extra)
 
+    def trace(self, params: Any, state: Any, grads: Any, **extra: Any) -> Any:
+        """Trace a full step without lowering it, like a jitted function."""
+        return self._programs[0].trace(params, state, grads, **extra)
+
     def _cache_size(self) -> int:
-        """Return how many programs have been compiled, as a jitted function has it."""
+        """Return how many programs have been compiled, like a jitted function."""
         return sum(program._cache_size() for program in self._programs)
 
     def _choose(self, numbers: list[int | None]) -> int:
-        """Return which program to run: the first that does all that is due."""
+        """Return the index of the program to run: the first that does everything that is due."""
         for i, (found, number) in enumerate(zip(self._between, numbers, strict=True)):
             if number is None or number + 1 >= found.every:
-                return i  # it knows what to do at any number
+                return i  # program i is right for any number
         return len(self._between)
 
     def _numbers(self, state: Any) -> list[int | None]:
-        """Return the counters; None where a trace or vmap hides one."""
+        """Return the counters; None for one that a trace or vmap hides."""
         if self._between:
             errors.check_state(state)
         numbers: list[int | None] = []
@@ -212,59 +215,51 @@ class _Step:
         return numbers
 
 
-def _program(tx: Any, rounding: str, out_shardings: Any) -> Any:
-    """Return the jitted step, in place."""
+def _program(tx: Any, rounding: str, out_shardings: Any, moves: bool = True) -> Any:
+    """Return the jitted step, in place; one that moves nothing gets None for the parameters."""
     update = optax.with_extra_args_support(tx).update
 
     def step(params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
-        if rounding == "nearest":
+        if rounding == "nearest" or not moves:
             updates, state = update(grads, state, params, **extra)
-            return apply_updates(params, updates), state
+            return apply_updates(params, updates) if moves else None, state
         updates, state = lifting.update(tx, grads, state, params, extra, wide=True)
         return apply_updates(params, updates, rounding=rounding, count=state["count"]), state
 
+    if not moves:
+        step.__name__ = "between_steps"  # the program's name, as `audit` reports it
     return jax.jit(step, donate_argnames=("params", "state"), out_shardings=out_shardings)
 
 
 class _PartOfState:
-    """A program between full steps: it is given only what it changes.
+    """A program between full steps: it gets only the arrays that it changes.
 
-    The other entries of the state, hundreds of scalars perhaps, are handed on without it; so are
-    the parameters if it does not move them.
+    The other entries of the state, perhaps hundreds of scalars, bypass it; so do the parameters if
+    it does not move them.
     """
 
     def __init__(self, between: Between, rounding: str, out_shardings: Any) -> None:
         self._names = {"count", *between.tx.state_names()}
         self._moves = between.moves
-        self._program: Any
         if out_shardings is not None:
             params, state = out_shardings
-            out_shardings = (params, self._part(state)) if self._moves else self._part(state)
-        if self._moves:
-            self._program = _program(between.tx, rounding, out_shardings)
-        else:
-
-            def between_steps(state: Any, grads: Any, extra: Any) -> Any:
-                return lifting.update(between.tx, grads, state, None, extra)[1]
-
-            self._program = jax.jit(between_steps, donate_argnums=0, out_shardings=out_shardings)
+            out_shardings = (params if self._moves else None, self._part(state))
+        self._program = _program(between.tx, rounding, out_shardings, self._moves)
 
     def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
-        if self._moves:
-            params, new = self._program(params, self._part(state), grads, **extra)
-        else:
-            new = self._program(self._part(state), grads, extra)
-        return params, {name: new.get(name, x) for name, x in state.items()}
+        given = params if self._moves else None
+        moved, new = self._program(given, self._part(state), grads, **extra)
+        state = {name: new.get(name, x) for name, x in state.items()}
+        return (moved if self._moves else params), state
 
     def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
-        if self._moves:
-            return self._program.lower(params, self._part(state), grads, **extra)
-        return self._program.lower(self._part(state), grads, extra)
+        given = params if self._moves else None
+        return self._program.lower(given, self._part(state), grads, **extra)
 
     def _cache_size(self) -> int:
         return self._program._cache_size()
 
     def _part(self, state: Any) -> Any:
         if not isinstance(state, dict):
-            return state  # one sharding for all of it
+            return state  # one sharding for the whole state
         return {name: x for name, x in state.items() if name in self._names}

@@ -93,7 +93,7 @@ def compiled_steps(like: Any) -> dict[str, Step]:
         fresh = tx.init(params)
         return ({name: fresh[name] for name in ("count", "accumulated", "micro_step")},)
 
-    found[MICRO] = adding, kept, lambda kept, grads: (adding(kept, grads, {}),)
+    found[MICRO] = adding, kept, lambda kept, grads: (adding(None, kept, grads)[1],)
     last = adamx.accumulate(adamx.adamw(1e-3), 1)  # the same program; every step is final
     closing = compile_step(last, like)
     found[FINAL] = closing, lambda params: (params, last.init(params)), closing

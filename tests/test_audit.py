@@ -446,7 +446,7 @@ def test_lowered_and_compiled_steps_are_read_as_they_are():
     found = adamx.audit(lowered)
     assert found == adamx.audit(lowered.compile())
     assert "Donate (params, state)" in only_advice(found)
-    with pytest.raises(TypeError, match=r"audit: step is lowered or compiled .* got 3"):
+    with pytest.raises(TypeError, match=r"audit: step is already lowered or compiled .* got 3"):
         adamx.audit(lowered, *arguments)
 
 

@@ -231,7 +231,7 @@ def test_the_callers_parameters_are_left_as_they_were():
         (
             lambda step: W * step,
             None,
-            "compare: steps must be given where gradients is a function, got None",
+            "compare: steps must be given if gradients is a function, got None",
         ),
     ],
 )

@@ -716,7 +716,7 @@ def test_a_leaf_that_has_slots_which_its_variant_does_not_keep_is_named():
     narrow.update(params, narrow.init(params))
     with pytest.raises(ValueError, match=r"leaf 'b' keeps \['mu'\] in the state.*adapt_state"):
         narrow.update(params, wide.init(params))
-    with pytest.raises(ValueError, match=r"leaf 'b' has an update, and state\['mu'\] is None"):
+    with pytest.raises(ValueError, match=r"leaf 'b' has an update, but state\['mu'\] is None"):
         wide.update(params, narrow.init(params))
 
 
@@ -775,7 +775,7 @@ def test_a_count_that_is_none_is_named(name, count):
 
 @pytest.mark.parametrize("rate", [None, "0.1", jnp.ones(1), {"all": jnp.ones(())}])
 def test_a_recorded_scalar_that_is_none_is_named(rate):
-    with pytest.raises(ValueError, match=r"state\['learning_rate'\] is .* where one float32\[\]"):
+    with pytest.raises(ValueError, match=r"state\['learning_rate'\] is .*, expected float32\[\]"):
         jax.eval_shape(lambda: TX.update(GRADS, STATE | {"learning_rate": rate}, PARAMS))
 
 

@@ -365,7 +365,7 @@ REFUSED = {
     ),
     "SM3": (
         lambda: adamx.from_optax(o.scale_by_sm3().init(TREE), ADAM, TREE),
-        "state is ScaleBySM3State, which is no state of Optax that adamx has",
+        "state is ScaleBySM3State, which is not an Optax state that adamx can",
     ),
     "read as dicts": (
         lambda: adamx.from_optax([adam_state()[0]._asdict()], ADAM, TREE),
@@ -381,7 +381,7 @@ REFUSED = {
     ),
     "Optax stage with memory": (
         lambda: adamx.from_optax(adam_state(), adamx.chain(adamx.adam(0.1), o.ema(0.5)), TREE),
-        r"state stands under 'ema': .* state \| \{'ema': \.\.\.\}",
+        r"state is stored under 'ema': .* state \| \{'ema': \.\.\.\}",
     ),
     "maximum of the raw nu": (
         lambda: adamx.from_optax(
@@ -677,7 +677,7 @@ REFUSED_OF_TORCH = {
     ),
     "no state yet": (
         lambda: torch_state(state={}),
-        "tx keeps 'mu' of 'a', and the state_dict has nothing of the kind",
+        "tx keeps 'mu' of 'a', and the state_dict has no slots",
     ),
     "complex v": (
         lambda: torch_state(
@@ -687,7 +687,7 @@ REFUSED_OF_TORCH = {
     ),
     "NAdam": (
         lambda: torch_state(adamx.nadam(0.1), fields={"mu_product": np.float32(0.1)}),
-        "rise from half of betas.* those of adamx.nadam are constant",
+        "rise from half of betas.* adamx.nadam has constant momenta",
     ),
     "AMSGrad": (
         lambda: torch_state(adamx.amsgrad(0.1), **AMSGRAD),
@@ -695,7 +695,7 @@ REFUSED_OF_TORCH = {
     ),
     "unknown field": (
         lambda: torch_state(fields={"acc_delta": np.ones(2)}),
-        "keeps 'acc_delta', of which adamx has nothing",
+        "keeps 'acc_delta', which adamx cannot convert",
     ),
     "left over": (
         lambda: torch_state(adamx.momentum(0.1)),
@@ -711,11 +711,11 @@ REFUSED_OF_TORCH = {
     ),
     "momentum behind the rate": (
         lambda: into_torch(adamx.rmsprop(0.1, momentum=0.9), {"centered": False, "momentum": 0.9}),
-        "stands before the learning rate",
+        "comes before the learning rate",
     ),
     "to: another optimizer": (
         lambda: into_torch(adamx.adam(0.1), {"rho": 0.9}),
-        r"the group with \['params', 'rho'\] is of no optimizer that adamx has",
+        r"the group with \['params', 'rho'\] belongs to no optimizer that adamx can",
     ),
     "to: slot missing": (
         lambda: into_torch(adamx.sgd(0.1, 0.9), {"amsgrad": False}),

@@ -328,7 +328,7 @@ def test_params_are_needed():
             "has to be the last stage",
         ),
         (lambda: master_weights(master_weights(adamx.sgd(0.1))), ValueError, "two stages keep"),
-        (lambda: masters(jnp.ones(2), {"count": 0}), ValueError, "the state keeps none"),
+        (lambda: masters(jnp.ones(2), {"count": 0}), ValueError, "the state has no masters"),
     ],
 )
 def test_what_cannot_be_is_refused_at_construction(build: Any, error, message):

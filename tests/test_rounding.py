@@ -235,5 +235,5 @@ def test_make_step_trains_16_bit_parameters_without_masters():
 def test_make_step_says_what_it_can_round():
     with pytest.raises(ValueError, match="rounding must be one of"):
         adamx.make_step(adamx.sgd(0.1), rounding="up")
-    with pytest.raises(TypeError, match="counts the steps with the state of adamx"):
+    with pytest.raises(TypeError, match="needs the step count in the state of an adamx"):
         adamx.make_step(optax.sgd(0.1), rounding="stochastic")

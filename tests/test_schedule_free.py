@@ -143,7 +143,7 @@ def test_evaluation_leaves_alone_what_is_not_trained_and_knows_its_state():
 
 def test_nothing_follows_it_and_a_clip_of_the_tree_precedes_it():
     tx = adamx.schedule_free_adamw(0.1)
-    with pytest.raises(ValueError, match="schedule_free settles what the parameters become"):
+    with pytest.raises(ValueError, match="schedule_free sets the new parameters"):
         adamx.chain(tx, adamx.scale(0.5))
     clipped = adamx.chain(optax.clip_by_global_norm(1.0), tx)
     y = jnp.ones(2)

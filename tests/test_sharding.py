@@ -355,5 +355,5 @@ def test_what_state_sharding_cannot_use_is_an_error():
         adamx.state_sharding(tx, {"w": np.ones(3)})
     with pytest.raises(ValueError, match="which has no 'rows'"):
         adamx.state_sharding(tx, params, over="rows")
-    with pytest.raises(ValueError, match=r"lies on one of \[\], which has no 'data'"):
+    with pytest.raises(ValueError, match=r"is on a mesh with axes \[\], which has no 'data'"):
         adamx.state_sharding(tx, {"w": jnp.ones(3)}, over="data")

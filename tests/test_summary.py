@@ -419,7 +419,7 @@ def warnings_of(tx, params):
 def test_narrow_parameters_without_masters_are_warned_of():
     narrow = abstract(jnp.bfloat16)
     assert "of the parameters' leaves are bfloat16" in warnings_of(adamx.adam(0.1), narrow)[0]
-    assert "cannot be seen here" in warnings_of(optax.adam(0.1), narrow)[0]
+    assert "may lose small steps" in warnings_of(optax.adam(0.1), narrow)[0]
     assert warnings_of(adamx.master_weights(adamx.adam(0.1)), narrow) == []
     assert warnings_of(adamx.adam(0.1), abstract()) == []
 

@@ -440,8 +440,8 @@ def test_what_holds_a_closure_says_why_it_cannot_be_pickled(tx, where, held):
     message = str(error.value)
     assert message.startswith(f"{where} holds ") and held in message
     assert message.endswith(
-        ", which pickle cannot store: keep the arguments it was made from, and build the "
-        "transformation anew"
+        ", which pickle cannot store: save the arguments instead, and build the "
+        "transformation again"
     )
     assert "0x" not in message
 

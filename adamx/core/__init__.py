@@ -1,1 +1,1 @@
-"""The algebra: what a concept is, how it is lifted to a tree, and how concepts are composed."""
+"""The algebra: concepts for one array, their lifting to a tree, and their composition."""

@@ -1,7 +1,7 @@
 """The arithmetic that several concepts share: which dtype to compute in, and a square root.
 
-Three dtypes, named: *compute* is float32, or wider where a leaf is; *store* is what a slot keeps;
-*emit* is the incoming gradient's. Widening happens here, narrowing at one line of `lifting`.
+Three dtypes have names: *compute* is float32, or wider for a wider leaf; *store* is a slot's;
+*emit* is the incoming gradient's. This module widens, `lifting` narrows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 
 def compute_dtype(*dtypes: DTypeLike) -> np.dtype:
-    """Return the dtype to compute in: float32 or wider, complex where one of the dtypes is.
+    """Return the dtype to compute in: float32 or wider, complex if one of the dtypes is complex.
 
     Example:
         >>> [str(compute_dtype(d)) for d in ("bfloat16", "float16", "float64", "complex64")]
@@ -47,9 +47,9 @@ def is_inexact(x: Any) -> bool:
 
 
 def widen(x: Any, compute: DTypeLike) -> Any:
-    """Cast a floating array to the compute dtype, a real one to its real part; leave the rest.
+    """Cast a complex array to the compute dtype, a real one to its real dtype; leave the rest.
 
-    Python numbers stay what they are, in double precision, until they meet an array.
+    Python numbers keep their double precision until they meet an array.
     """
     if isinstance(x, numbers.Number) or not is_inexact(x):
         return x
@@ -60,7 +60,7 @@ def widen(x: Any, compute: DTypeLike) -> Any:
 def real_times_complex(compute: DTypeLike) -> contextlib.AbstractContextManager[Any]:
     """Let real scalars meet complex arrays where the user has set strict dtype promotion.
 
-    Nothing else can be mixed in a kernel: all of it was widened to one compute dtype.
+    A kernel mixes no other dtypes: all its arrays have been widened to one compute dtype.
     """
     if jnp.issubdtype(compute, jnp.complexfloating):
         return jax.numpy_dtype_promotion("standard")
@@ -73,7 +73,7 @@ def zeros(param: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     Args:
         param: the parameter, of any floating or complex dtype.
         dtype: the slot's dtype; None means the parameter's compute dtype: float32 or wider. A
-            complex parameter's slot is complex64 or wider: there are no narrower ones.
+            complex parameter's slot is complex64 or wider: JAX has no narrower dtype.
 
     Example:
         >>> zeros(jnp.ones(2, jnp.bfloat16))
@@ -85,13 +85,13 @@ def zeros(param: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
 
 
 def placed_like(start: jax.Array, param: jax.Array) -> jax.Array:
-    """Return a start value on the devices of its parameter, also if it is compiled.
+    """Return a start value on the devices of its parameter, also under jit.
 
-    Under `jax.jit(tx.init)` zeros depend on nothing, and would all be made on one device. A slot of
-    another shape is placed along the axes that it shares with its parameter (`shared_axes`).
+    In `jax.jit(tx.init)` zeros depend on nothing, and would all be made on one device. A slot of
+    another shape is sharded along the axes that it shares with its parameter (`shared_axes`).
     """
     if not isinstance(param, Tracer):
-        return start  # outside of jit `zeros_like` has placed it
+        return start  # outside jit `zeros_like` has placed it
     axes = shared_axes(start.shape, param.shape)
     own = tuple(i for i, axis in enumerate(axes) if axis is None)
     # The select inherits the sharding of its condition. The barrier keeps XLA from simplifying it
@@ -106,15 +106,15 @@ def placed_like(start: jax.Array, param: jax.Array) -> jax.Array:
 
 
 def shared_axes(shape: tuple[int, ...], param: tuple[int, ...]) -> tuple[int | None, ...]:
-    """Return for each axis of a slot the axis of its parameter that it is, or None.
+    """Return, for each axis of a slot, the corresponding axis of its parameter, or None.
 
-    With as many axes as the parameter, an axis is the parameter's if both are equally long. With
-    fewer, the slot's shape has to be the parameter's with some axes left out in one way only: a row
-    of a square matrix is as long as a column.
+    If both have the same number of axes, equally long ones correspond. If the slot has fewer, there
+    must be exactly one way to get its shape by leaving out axes of the parameter: in a square
+    matrix a row is as long as a column.
 
     Args:
-        shape: of the slot.
-        param: the shape of the parameter.
+        shape: the slot's shape.
+        param: the parameter's shape.
 
     Example:
         >>> shared_axes((1, 3), (2, 3)), shared_axes((2,), (2, 3)), shared_axes((2,), (2, 2))
@@ -124,26 +124,26 @@ def shared_axes(shape: tuple[int, ...], param: tuple[int, ...]) -> tuple[int | N
         return tuple(
             i if a == b else None for i, (a, b) in enumerate(zip(shape, param, strict=True))
         )
-    kept = [
+    ways = [
         axes
         for axes in itertools.combinations(range(len(param)), len(shape))
         if tuple(param[i] for i in axes) == shape
     ]
-    return kept[0] if len(kept) == 1 else (None,) * len(shape)
+    return ways[0] if len(ways) == 1 else (None,) * len(shape)
 
 
 def average(old: jax.Array, new: jax.Array, decay: Any, weight: Any) -> jax.Array:
     """Return decay * old + weight * new, where weight is 1 - decay: one step of an average.
 
-    In float32 the factors, each rounded, do not sum to one (0.999 and 0.001 are 1.3e-8 over), and
-    over a memory of 1000 steps that makes the average 1.3e-5 too large, for ever. So where the
-    memory is long it is computed as old + (weight * new - weight * old), whose gain is one. (With
-    two products, opposite numbers near the largest one do not overflow.) Where decay < 0.5, the
-    plain form is better: an old value far above the new one leaves nothing behind.
+    In float32 the two rounded factors do not sum to one (0.999 and 0.001 are 1.3e-8 over), and over
+    a memory of 1000 steps that makes the average 1.3e-5 too large, for ever. A long memory is
+    therefore computed as old + (weight * new - weight * old), whose gain is one; with two products,
+    opposite numbers near the largest one do not overflow. For decay < 0.5 the plain form is better:
+    it forgets an old value far above the new one.
 
     Args:
         old: the average so far.
-        new: what comes in, of the same shape and dtype.
+        new: the incoming value, of the same shape and dtype.
         decay: in [0, 1), a float or a scalar array.
         weight: 1 - decay, in the precision in which decay was given.
 
@@ -160,7 +160,7 @@ def average(old: jax.Array, new: jax.Array, decay: Any, weight: Any) -> jax.Arra
 
 
 def squared_magnitude(x: jax.Array) -> jax.Array:
-    """Return |x|^2, real also where x is complex.
+    """Return |x|^2, which is real even if x is complex.
 
     Example:
         >>> squared_magnitude(jnp.array([3 + 4j, 2j]))
@@ -173,10 +173,10 @@ def squared_magnitude(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def root(x: jax.Array) -> jax.Array:
-    """Return sqrt(x), with the derivative 0 at x = 0 where the true one is infinite.
+    """Return sqrt(x), with the derivative 0 instead of infinity at x = 0.
 
-    The chain rule multiplies that infinity by d(g^2)/dg = 0: NaN at g = 0, where the derivative
-    of g / (sqrt(g^2) + eps) is 1 / eps. With 0 the product is right. Forward values are sqrt's.
+    The chain rule multiplies infinity by d(g^2)/dg = 0: NaN at g = 0, where the derivative of
+    g / (sqrt(g^2) + eps) is 1 / eps. With 0 the product is right. The values are sqrt's.
 
     Example:
         >>> print(jax.grad(lambda g: g / (root(g * g) + 0.5))(0.0))
@@ -205,16 +205,16 @@ def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
 
 
 def limit_for_squares(u: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Limit a gradient that came as bfloat16 to |u| <= 2^60, so that its square is a float32.
+    """Limit a bfloat16 gradient to |u| <= 2^60, so that float32 holds its square.
 
-    bfloat16 reaches 3.4e38, whose square no float32 holds: v would be inf and the update 0 for
+    bfloat16 reaches 3.4e38, whose square overflows float32: v would be inf and the update 0 for
     ever. The bits below sqrt(max) leave room for the bias correction of the square. NaN and inf
-    stay. Other dtypes are left alone: float16 cannot
-    overflow, and in float32 the limit would cost 4 % of the step to mend gradients above 1.8e19.
+    stay. Other dtypes are left alone: float16 cannot overflow, and in float32 the limit would cost
+    4 % of the step to mend gradients above 1.8e19.
 
     Args:
         u: the update in compute dtype.
-        dtype: the dtype in which it came.
+        dtype: the gradient's dtype before widening.
 
     Example:
         >>> limit_for_squares(jnp.array([1e30, -2.0, jnp.inf]), jnp.bfloat16)
@@ -228,15 +228,15 @@ def limit_for_squares(u: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def limit_sum(total: jax.Array, u: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Bring a sum of bfloat16 gradients that has overflowed back to the largest number.
+    """Reduce an overflowed sum of bfloat16 gradients to the largest finite number.
 
-    An infinite sum would stay infinite; this one comes down when the gradients do. Where the update
-    itself is infinite, and for other dtypes, the sum is left alone.
+    An infinite sum would stay infinite; this one falls again when the gradients do. The sum is left
+    alone where the update itself is infinite, and for other dtypes.
 
     Args:
         total: the sum in compute dtype.
         u: the update that was added.
-        dtype: the dtype in which it came.
+        dtype: the gradient's dtype before widening.
 
     Example:
         >>> limit_sum(jnp.array([jnp.inf, 2.0]), jnp.array([3e38, 1.0]), jnp.bfloat16)

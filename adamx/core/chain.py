@@ -1,8 +1,8 @@
-"""One stage after the other: `chain(f, g)` feeds what f emits to g.
+"""One stage after the other: in `chain(f, g)` the updates that f emits go into g.
 
-A chain inside another chain is spliced, so that chaining is associative. Inside a concept (a
-branch of a fan-out, say) a chain acts on one array; at the top its stages may also act on the whole
-tree: Optax transformations, and concepts that read all updates.
+A chain inside another chain is spliced in, so chaining is associative. Inside a concept (a branch
+of a fan-out, say) a chain acts on one array. A top-level chain may also have stages that act on the
+whole tree: Optax transformations, and concepts that read all updates.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class chain(Transformation):
 
     Raises:
         TypeError: if a stage is not a transformation.
-        ValueError: if two stages keep the same name in the state, or one that has to be the last
+        ValueError: if two stages use the same name in the state, or a stage that must be the last
             is not.
 
     Example:
@@ -55,21 +55,21 @@ class chain(Transformation):
         for stage in spliced[:-1]:
             if stage.place == "last":
                 raise ValueError(
-                    f"chain: {type(stage).__name__} settles what the parameters become, so that it "
-                    f"has to be the last stage, and {spliced[-1]!r} follows it: put that inside"
+                    f"chain: {type(stage).__name__} sets the new parameters, so it must be the "
+                    f"last stage, but {spliced[-1]!r} follows it: put that inside"
                 )
         for stage in spliced if len(spliced) > 1 else ():
             for part in parts(stage):
                 if part.place == "outermost":
                     raise ValueError(
-                        f"chain: {type(part).__name__} wraps the whole optimizer, so that it can "
-                        f"be no stage of it: write {type(part).__name__}(chain(...), ...)"
+                        f"chain: {type(part).__name__} wraps the whole optimizer, so it cannot "
+                        f"be a stage of it: write {type(part).__name__}(chain(...), ...)"
                     )
         self._set(stages=tuple(spliced))
 
     @classmethod
     def check_argument(cls, name: str, value: Any) -> None:
-        pass  # `as_concept` does
+        pass  # `as_concept` checks it
 
     def arguments(self) -> Iterator[tuple[str, Any]]:
         yield from (("", stage) for stage in self.stages)

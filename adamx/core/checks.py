@@ -1,9 +1,9 @@
 """Clear errors for bad arguments, raised at construction.
 
 A hyperparameter may be a Python or NumPy number, an array or a tracer. Numbers are checked against
-their range; arrays and tracers pass, since looking at them would stop a trace or the device.
+their range. Arrays and tracers pass, since reading them would stop a trace or wait for the device.
 
-A range is a part of the type: `b1: Decay = 0.9`. A concept's fields are checked when it is made, a
+A range is part of the type: `b1: Decay = 0.9`. A concept's fields are checked at construction, a
 factory's arguments by `checked`.
 """
 
@@ -28,7 +28,7 @@ Scalar = float | np.ndarray | jax.Array
 """A hyperparameter: a number, a scalar array, or a tracer."""
 
 ScalarOrSchedule = Scalar | Callable[[Any], Any]
-"""The same, or a function of the step's number, which is 0 in the first step."""
+"""The same, or a function of the step number, which is 0 in the first step."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,9 +36,9 @@ R = TypeVar("R")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The values a hyperparameter may have: an interval, and whether None or a schedule may be.
+    """The values a hyperparameter may have: an interval, and whether None or a schedule is allowed.
 
-    Where the method has no meaning with a schedule, `constant` says why, for the error.
+    If the method makes no sense with a schedule, `constant` says why, for the error.
     """
 
     low: float
@@ -78,10 +78,8 @@ class Range:
             number = float(value)
         except OverflowError:
             number = math.inf
-        inside = (
-            self.low <= number < self.high if self.open_above else (self.low <= number <= self.high)
-        )
-        if not (inside and math.isfinite(number)):
+        below = number < self.high if self.open_above else number <= self.high
+        if not (self.low <= number and below and math.isfinite(number)):
             raise ValueError(f"{where} {self.text}, got {value!r}")
 
 
@@ -114,7 +112,7 @@ def ranges_of(annotated: Any) -> dict[str, Range]:
             if isinstance(annotation, str):
                 try:
                     annotation = eval(annotation, dict(names))
-                except Exception:  # a name for type checkers alone, or of a local scope
+                except Exception:  # a name known to type checkers only, or local to a function
                     continue
             if range_ := _range_in(annotation):
                 found[name] = range_
@@ -133,7 +131,7 @@ def _range_in(annotation: Any) -> Range | None:
 
 
 def as_float(value: Any) -> Any:
-    """Return a hyperparameter with all kinds of numbers made floats.
+    """Return a hyperparameter with numbers of all kinds converted to float.
 
     A float takes the dtype of the array it meets and keeps double precision until then; a NumPy
     number would impose its dtype, an int might overflow int32.
@@ -144,10 +142,7 @@ def as_float(value: Any) -> Any:
 
 
 def checked(factory: Callable[P, R]) -> Callable[P, R]:
-    """Check a factory's arguments against the ranges in its annotations.
-
-    So its errors have the names that its caller wrote.
-    """
+    """Check a factory's arguments in its own name against the ranges in its annotations."""
     signature = inspect.signature(factory)
     ranges = functools.cache(lambda: ranges_of(factory))
 

@@ -1,8 +1,8 @@
-"""Fan-out: every branch reads the same incoming update, a function joins what they emit.
+"""Fan-out: every branch reads the same incoming update, and a function joins their results.
 
     u' = fn(branch_1(u), branch_2(u), ...)
 
-That Adam's two moments read the same gradient is what makes it a composition and no pipeline.
+Adam's two moments read the same gradient, so Adam is such a composition and not a pipeline.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from adamx.formula.symbols import Symbols, applied
 
 
 class combine(Transformation):
-    """Join what several branches make of the same update.
+    """Join the results of several branches that read the same update.
 
     Attributes:
-        fn: takes one array a branch, all of the update's shape in compute dtype, and returns one.
+        fn: takes one array per branch, all of the update's shape in compute dtype, and returns one.
             A function defined at a module's top level, or `operator.add`, keeps the transformation
-            picklable; what JAX makes its own ufuncs of, such as `jnp.add`, does not.
+            picklable; JAX's ufuncs, such as `jnp.add`, do not.
         branches: adamx concepts or chains of them that act on one array.
 
     Raises:
         TypeError: if a branch is not an adamx transformation, or `fn` cannot be called.
-        ValueError: if two branches keep the same slot, or one reads the whole tree.
+        ValueError: if two branches have a slot of the same name, or one reads the whole tree.
 
     Example:
         The gradient minus its average:

@@ -1,10 +1,10 @@
 """A concept: a filter with memory, written for one array.
 
-    accumulate:  slots_t = f(u_t, slots_{t-1})       take the incoming update in
-    emit:        u'_t    = h(u_t, slots_t)           give the outgoing update
+    accumulate:  slots_t = f(u_t, slots_{t-1})       take in the incoming update
+    emit:        u'_t    = h(u_t, slots_t)           return the outgoing update
 
 The two halves are separate so that a storage can change how slots are *stored* (in 16 bits, say)
-without knowing the formula: what is emitted is computed from what was stored.
+without knowing the formula: `emit` computes the update from the slots as they were stored.
 """
 
 from __future__ import annotations
@@ -30,49 +30,49 @@ Scalars = tuple[Any, tuple[Any, ...]]  # a concept's own, and its children's
 class Concept(Value):
     """What a concept may define for one array; see `adamx.Transformation`.
 
-    Concepts held in fields are its children: their slots, scalars and variants are taken care of,
-    so that a concept made of concepts defines `emit` only, where each child reads the same incoming
-    update, and `accumulate` too where one reads what another emits.
+    Concepts held in fields are its children. Their slots, scalars and variants are handled here,
+    so a concept made of concepts defines only `emit` if each child reads the same incoming update,
+    and `accumulate` too if one child reads another's output.
     """
 
-    place = "anywhere"  # in a chain: or "last", or "outermost": around the whole optimizer
-    takes_steps = False  # whether it makes an optimizer of a chain
+    place = "anywhere"  # in a chain; or "last", or "outermost": around the whole optimizer
+    takes_steps = False  # whether it turns a chain into an optimizer
 
     def slots(self, param: jax.Array) -> Slots:
         """Return the start values of the slots, by name, made from one parameter.
 
         Args:
-            param: of any floating or complex dtype; under `jax.eval_shape` its shape alone.
+            param: of any floating or complex dtype; an abstract value under `jax.eval_shape`.
         """
         return disjoint(*(child.slots(param) for child in self.children))
 
     def slot_names(self) -> tuple[str, ...]:
         """Return the names of all slots that a leaf may have.
 
-        By default `slots` is called once with a scalar's shape, to see which it returns. Define
-        this too if `slots` needs more axes than that, or if leaves have different slots; a leaf
-        without a slot has None in its place.
+        By default `slots` is called once with a scalar's shape, to see the names. Define this too
+        if `slots` needs more axes, or if leaves have different slots; a leaf that lacks a slot has
+        None in its place.
         """
         return self._slot_names
 
     def stored_names(self) -> tuple[str, ...]:
-        """Return the slots that reach `accumulate` and `emit` as stored, not in compute dtype."""
+        """Return the names of the slots that `accumulate` and `emit` get as stored, not widened."""
         return tuple(name for child in self.children for name in child.stored_names())
 
     def scalars(self, step: Step) -> Any:
-        """Return scalars for `accumulate` and `emit`, in any pytree; called once a step."""
+        """Return scalars for `accumulate` and `emit`, in any pytree; called once per step."""
         return None
 
     def tree_scalars(self, step: Step, leaves: list[jax.Array]) -> Any:
         """Return scalars as `scalars` does, from the updates of the whole tree in compute dtype.
 
-        A concept that defines this starts a new segment of the program: it is a stage of a
+        A concept that defines this starts a new segment of the program, so it must be a stage of a
         top-level chain.
         """
         return self.scalars(step)
 
     def record(self, scalars: Any) -> Slots:
-        """Return those of the scalars that the state records, by name."""
+        """Return the scalars that the state records, by name."""
         return {}
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
@@ -80,7 +80,7 @@ class Concept(Value):
 
         Args:
             u: the incoming update in compute dtype.
-            slots: all of the leaf's slots in compute dtype, those of other concepts as well.
+            slots: all of the leaf's slots in compute dtype, including other concepts' slots.
             step: the step as this leaf sees it.
         """
         new: Slots = {}
@@ -97,12 +97,12 @@ class Concept(Value):
 
         Args:
             u: the incoming update.
-            symbols: names the hyperparameters and slots; slots are defined there.
+            symbols: names the hyperparameters, and names and defines the slots.
         """
         return call(type(self).__name__, u)
 
     def for_tree(self, tree: Any) -> Any:
-        """Return this concept with everything settled that depends on the tree, such as a mask.
+        """Return this concept with everything resolved that depends on the tree, such as a mask.
 
         Args:
             tree: the parameters, or the updates if `update` was called without params.
@@ -110,7 +110,7 @@ class Concept(Value):
         return self.with_children([hook(child, "for_tree", tree) for child in self.children])
 
     def for_leaf(self, path: str, leaf: jax.Array) -> Any:
-        """Return the variant of this concept for one leaf; most concepts have one for all.
+        """Return the variant of this concept for one leaf; most concepts have one for all leaves.
 
         Args:
             path: such as "dense/kernel".
@@ -131,9 +131,9 @@ class Concept(Value):
             return tuple(jax.eval_shape(self.slots, scalar))
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise TypeError(
-                f"{type(self).__name__}.slots failed for a parameter of shape [], with which it is "
-                f"called to learn the names of the slots: {type(error).__name__}: {error}; let it "
-                "take such a parameter, or define slot_names(self), which returns the names"
+                f"{type(self).__name__}.slots failed for a parameter of shape [], which it gets to "
+                f"learn the names of the slots: {type(error).__name__}: {error}; make it accept "
+                "such a parameter, or define slot_names(self), which returns the names"
             ) from error
 
     @functools.cached_property
@@ -147,21 +147,21 @@ class Concept(Value):
 
 
 def accumulated(concept: Concept, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
-    """Return the slots that a concept changes; raise unless they are like those it started."""
+    """Return a concept's changed slots; raise unless they are like their start values."""
     new = hook(concept, "accumulate", u, slots, step)
     errors.check_accumulated(type(concept).__name__, slots, new)
     return new
 
 
 def emitted(concept: Concept, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
-    """Return what a concept emits; raise unless it has the update's shape."""
+    """Return a concept's outgoing update; raise unless it has the incoming one's shape."""
     out = hook(concept, "emit", u, slots, step)
     errors.check_emitted(type(concept).__name__, u, out)
     return out
 
 
 def hook(concept: Concept, name: str, *args: Any) -> Any:
-    """Call a concept's method; a failed look-up in it raises ValueError with class and method."""
+    """Call a concept's method; turn a failed look-up into a ValueError with class and method."""
     try:
         return getattr(concept, name)(*args)
     except (IndexError, KeyError) as error:
@@ -191,7 +191,7 @@ def recorded(tx: Concept, scalars: Scalars) -> Slots:
 
 
 def first_recorded(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
-    """Return the recorded scalars' initial values; those that read the tree start at zero."""
+    """Return the recorded scalars' initial values; scalars that read the tree start at zero."""
     own = _first_of_own(tx, leaves)
     return disjoint(own, *(first_recorded(child, leaves) for child in tx.children))
 
@@ -209,7 +209,7 @@ def _first_of_own(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
 
 
 def _recorded(tx: Concept, own: Any) -> Slots:
-    """Return what a concept records of its own scalars: floats as float32, or float64 arrays."""
+    """Return the scalars that a concept itself records: floats as float32 or float64 arrays."""
     scalars = {name: jnp.asarray(x) for name, x in hook(tx, "record", own).items()}
     return {
         name: x.astype(jnp.float32) if is_inexact(x) and (x.weak_type or x.itemsize < 4) else x

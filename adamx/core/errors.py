@@ -1,23 +1,25 @@
 """Clear errors for updates, parameters and states that do not fit each other.
 
-Every message names the leaf's path, what was expected, what was given, and the likely cause.
+Every message names the leaf's path, the expected and the given value, and the likely cause.
 """
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamx.core.paths import flatten
+
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 def describe(x: Any) -> str:
-    """Return what a leaf is, for a message: dtype and shape of an array, else its type."""
+    """Describe a leaf for a message: dtype and shape of an array, the type of anything else."""
     if isinstance(x, _ARRAYS):
         return f"{x.dtype}{list(x.shape)}"
     if isinstance(x, dict):
@@ -26,7 +28,7 @@ def describe(x: Any) -> str:
 
 
 def as_inexact(path: str, leaf: Any) -> jax.Array:
-    """Return the leaf as an array; raise TypeError unless it is of floating or complex numbers."""
+    """Return the leaf as an array; raise TypeError unless its dtype is floating or complex."""
     where = f"adamx: leaf {path!r} must be a floating-point array"
     if not isinstance(leaf, (*_ARRAYS, float, complex)):
         if isinstance(leaf, numbers.Integral):
@@ -38,7 +40,7 @@ def as_inexact(path: str, leaf: Any) -> jax.Array:
             "eqx.filter(model, eqx.is_inexact_array), elsewhere set such leaves to None"
         )
     array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-    if getattr(array, "weak_type", False):  # a Python number: as an array it has a dtype of its own
+    if getattr(array, "weak_type", False):  # from a Python number: give it a dtype of its own
         array = jax.lax.convert_element_type(array, array.dtype)
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise TypeError(
@@ -51,52 +53,40 @@ def as_inexact(path: str, leaf: Any) -> jax.Array:
 def flatten_like(treedef: Any, name: str, tree: Any, updates: list[Any]) -> list[Any]:
     """Return the leaves of a tree that has the updates' structure; raise ValueError otherwise.
 
-    Beside an update that is None anything may stand.
+    Where an update is None, the tree may have anything.
     """
     try:
         leaves = treedef.flatten_up_to(tree)
         for u, leaf in zip(updates, leaves, strict=True):
             if u is not None and not jax.tree_util.all_leaves([leaf]) and leaf is not None:
-                raise ValueError(f"a branch, {describe(leaf)}, stands beside a leaf")
+                raise ValueError(f"a branch, {describe(leaf)}, in the place of a leaf")
         return leaves
     except (ValueError, TypeError) as error:
-        here, there = _paths(treedef.unflatten(range(treedef.num_leaves))), _paths(tree)
+        here, there = (flatten(t)[0] for t in (treedef.unflatten(range(len(updates))), tree))
         only_here = [p for p in here if p not in there][:3]
         only_there = [p for p in there if p not in here][:3]
+        what = name if name == "params" else f"state[{name!r}]"
         raise ValueError(
-            f"adamx: the updates and {_what(name)} are different trees: "
-            f"only in the updates: {only_here}, only in {_what(name)}: {only_there} "
-            f"({error}). Is the state that of another model, or was update called with its "
-            "arguments swapped? It is update(updates, state, params)"
+            f"adamx: the updates and {what} are different trees: "
+            f"only in the updates: {only_here}, only in {what}: {only_there} "
+            f"({error}). Does the state belong to another model, or are the arguments swapped? "
+            "The order is update(updates, state, params)"
         ) from None
-
-
-def _what(name: str) -> str:
-    return name if name == "params" else f"state[{name!r}]"
-
-
-def _flat(tree: Any) -> list[tuple[str, Any]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
-
-
-def _paths(tree: Any) -> list[str]:
-    return [path for path, _ in _flat(tree)]
 
 
 def check_shape(path: str, update: jax.Array, param: Any) -> jax.Array:
     """Return the parameter as an array; raise unless the update has its shape and kind."""
     if param is None:
         raise ValueError(
-            f"adamx: leaf {path!r} has an update, {describe(update)}, and params is None there: "
+            f"adamx: leaf {path!r} has an update, {describe(update)}, but params is None there: "
             "take the gradient with respect to the same tree that is passed as params"
         )
     param = as_inexact(path, param)
     if update.shape != param.shape:
         raise ValueError(
             f"adamx: leaf {path!r} has an update of shape {list(update.shape)} for a parameter of "
-            f"shape {list(param.shape)}: adding them would change the parameter's shape. Is a "
-            "batch axis left in the gradient, or is it the gradient of another model?"
+            f"shape {list(param.shape)}: adding them would change the parameter's shape. Does the "
+            "gradient still have a batch axis, or is it the gradient of another model?"
         )
     if jnp.iscomplexobj(update) != jnp.iscomplexobj(param):
         raise TypeError(
@@ -107,7 +97,7 @@ def check_shape(path: str, update: jax.Array, param: Any) -> jax.Array:
 
 
 def check_state(state: Any) -> None:
-    """Raise unless the state looks like one of ours."""
+    """Raise unless the state looks like a state of adamx."""
     if not isinstance(state, dict) or "count" not in state:
         raise TypeError(
             "adamx: update(updates, state, params) expects the state that init returned, a dict "
@@ -118,7 +108,7 @@ def check_state(state: Any) -> None:
 
 
 def entry(state: Mapping[str, Any], name: str) -> Any:
-    """Return a state's entry; raise ValueError where it has none of that name."""
+    """Return a state's entry; raise ValueError if there is none of that name."""
     if name not in state:
         raise ValueError(
             f"adamx: the state has no {name!r}, only {sorted(state)}: it was made by another "
@@ -128,7 +118,7 @@ def entry(state: Mapping[str, Any], name: str) -> Any:
 
 
 def counter(state: Mapping[str, Any], name: str) -> Any:
-    """Return a state's entry that counts; raise TypeError unless it is one whole number."""
+    """Return a counter of the state; raise TypeError unless it is one whole number."""
     count = entry(state, name)
     if _kind(count) is not jnp.integer or jnp.shape(count):
         raise TypeError(
@@ -139,24 +129,24 @@ def counter(state: Mapping[str, Any], name: str) -> Any:
 
 
 def scalar(state: Mapping[str, Any], name: str) -> Any:
-    """Return a state's entry that is one real number; raise ValueError where it is none."""
+    """Return a state's entry; raise ValueError unless it is one real number."""
     value = entry(state, name)
     check_recorded(name, value, jnp.zeros([], jnp.float32))
     return value
 
 
 def check_recorded(name: str, value: Any, new: jax.Array) -> None:
-    """Raise unless a state's entry is one array like the one that is recorded in its place."""
+    """Raise unless a state's entry is an array like the new one that replaces it."""
     same_kind = _kind(value) is _kind(new) and jnp.shape(value) == new.shape
     if not same_kind or (_kind(new) is jnp.floating and not _as_wide(value, new)):
         raise ValueError(
-            f"adamx: state[{name!r}] is {describe(value)} where one {describe(new)} belongs: it "
-            "was made by another composition; adapt_state(tx, params, state) carries it over"
+            f"adamx: state[{name!r}] is {describe(value)}, expected {describe(new)}: it was made "
+            "by another composition; adapt_state(tx, params, state) carries it over"
         )
 
 
 def check_names(state: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raise unless the state before and the state after a step have the same entries."""
+    """Raise unless the states before and after a step have the same entries."""
     for name in new:
         entry(state, name)
     if unknown := sorted(state.keys() - new.keys()):
@@ -167,12 +157,12 @@ def check_names(state: Mapping[str, Any], new: Mapping[str, Any]) -> None:
 
 
 def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise unless a leaf's slots are those that its concept would start with."""
+    """Raise unless a leaf's slots are like its concept's start values."""
     for name, start in expected.items():
         if name not in slots:
             raise ValueError(
-                f"adamx: leaf {path!r} has an update, and state[{name!r}] is None there: it was "
-                "None (or frozen) when init saw it; adapt_state(tx, params, state) fills it in"
+                f"adamx: leaf {path!r} has an update, but state[{name!r}] is None there: the leaf "
+                "was None (or frozen) at init; adapt_state(tx, params, state) fills it in"
             )
         if _kind(slots[name]) is not _kind(start):
             raise TypeError(
@@ -206,41 +196,42 @@ def _as_wide(x: Any, start: Any) -> bool:
 
 
 def check_foreign(name: str, state: Any, fresh: Any) -> None:
-    """Raise unless a foreign stage's state has the tree and the shapes that its init gives."""
-    kept, wanted = (
-        {p: None if x is None else list(jnp.shape(x)) for p, x in _flat(t)} for t in (state, fresh)
+    """Raise unless a foreign stage's state has the tree and shapes of a fresh one."""
+    given, wanted = (
+        {p: None if x is None else list(jnp.shape(x)) for p, x in zip(*flatten(t)[:2], strict=True)}
+        for t in (state, fresh)
     )
-    for path in {**wanted, **kept}:
-        if kept.get(path) != wanted.get(path):
+    for path in {**wanted, **given}:
+        if given.get(path) != wanted.get(path):
             raise ValueError(
-                f"adamx: leaf {path!r} of state[{name!r}] has shape {kept.get(path, 'none')} where "
-                f"these parameters need {wanted.get(path, 'none')}: is it the state or the "
+                f"adamx: leaf {path!r} of state[{name!r}] has shape {given.get(path, 'none')} "
+                f"where these parameters need {wanted.get(path, 'none')}: is it the state or the "
                 "gradient of another model?"
             )
 
 
 def check_unique(names: Sequence[str]) -> None:
-    """Raise where a concept keeps two things under one name, or one under the state's own."""
+    """Raise if two entries of the state have one name, or one is called 'count'."""
     if "count" in names:
         raise ValueError(
-            "adamx: 'count' is the state's own: give what you keep another name, with name= for a "
-            "concept and named(name, tx) for a foreign transformation"
+            "adamx: 'count' is the state's own: use another name, with name= for a concept and "
+            "named(name, tx) for a foreign transformation"
         )
-    if twice := {name: None for name in names if names.count(name) > 1}:
+    if twice := [name for name in names if names.count(name) > 1]:
         check_disjoint(twice, twice)
 
 
 def _kind(x: Any) -> Any:
-    """Return which kind of numbers a leaf holds, None where it holds none."""
+    """Return the kind of numbers that a leaf holds, None if it holds none."""
     if not isinstance(x, (*_ARRAYS, jax.ShapeDtypeStruct, numbers.Number)):
         return None
     kinds = (jnp.floating, jnp.complexfloating, jnp.integer)
     return next((kind for kind in kinds if jnp.issubdtype(jnp.result_type(x), kind)), None)
 
 
-def check_disjoint(names: Mapping[str, Any], more: Mapping[str, Any]) -> None:
-    """Raise where two stages want one name in the state."""
-    if clash := sorted(names.keys() & more.keys()):
+def check_disjoint(names: Iterable[str], more: Iterable[str]) -> None:
+    """Raise if two stages use one name in the state."""
+    if clash := sorted(set(names) & set(more)):
         raise ValueError(
             f"adamx: two stages keep {clash[0]!r} in the state: give one of them another name, "
             "with name= for a concept and named(name, tx) for a foreign transformation"
@@ -250,7 +241,7 @@ def check_disjoint(names: Mapping[str, Any], more: Mapping[str, Any]) -> None:
 def check_accumulated(
     concept: str, slots: Mapping[str, jax.Array], new: Mapping[str, jax.Array]
 ) -> None:
-    """Raise if the concept of this name returned a slot that was not started, or not like that."""
+    """Raise if the concept of this name returned a slot that differs from its start value."""
     for name, value in new.items():
         if name not in slots:
             raise ValueError(f"{concept}: accumulate returned {name!r}, which slots did not start")

@@ -1,7 +1,7 @@
 """Optax transformations as stages of a chain.
 
-They act on whole trees, between the kernels; schedules, clips, partitions and every optimizer
-outside the Adam family stay Optax's.
+They act on whole trees, between the kernels. Schedules, clips, partitions and all optimizers
+outside the Adam family are left to Optax.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from adamx.formula.values import factory_name
 
 
 class named(Transformation):
-    """Give an Optax transformation the name under which the chain's state keeps its state.
+    """Name the entry of the chain's state that holds an Optax transformation's state.
 
-    A stage of `chain` that is not named has the name of the function that made it, so that only two
-    of one kind need this. A transformation without memory has no entry.
+    A stage of `chain` that is not named has the name of the function that made it, so only two
+    stages of one kind need this. A transformation without memory has no entry.
 
     Attributes:
         name: the entry in the state.
@@ -84,7 +84,7 @@ class named(Transformation):
         """Return the entry's name, or nothing if the transformation has no memory."""
         try:
             state = jax.eval_shape(self.tx.init, jax.ShapeDtypeStruct((), jnp.float32))
-        except Exception:  # an init that needs another tree than one scalar: it may have memory
+        except Exception:  # init needs more than one scalar, so it may have memory
             return (self.name,)
         return (self.name,) if jax.tree.leaves(state) else ()
 
@@ -93,7 +93,7 @@ class named(Transformation):
 
 
 class narrow(Transformation):
-    """Cast the updates to the gradients' dtypes, in which an Optax transformation expects them."""
+    """Cast the updates to the gradients' dtypes, as an Optax transformation expects them."""
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
         return leaves.narrowed(), {}
@@ -105,14 +105,13 @@ def _as_before(name: str, new: Any, old: Any) -> Any:
     Inside `accumulate`, and with stochastic rounding, the updates are wider than the gradients.
 
     Raises:
-        ValueError: if the tree has changed: for a leaf without an update some stages of Optax drop
-            what they keep.
+        ValueError: if the tree has changed: some Optax stages drop their entry for a leaf without
+            an update.
     """
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise ValueError(
-            f"adamx: the stage {name!r} returned another tree for its state than it was given: "
-            "where a gradient is None, such a stage of Optax loses what it keeps: give it zeros, "
-            "or leave the leaf out at init too"
+            f"adamx: the stage {name!r} returned another tree as its state: where a gradient is "
+            "None, this Optax stage drops its entry: pass zeros, or leave the leaf out at init too"
         )
 
     def cast(a: Any, b: Any) -> Any:
@@ -126,11 +125,11 @@ def as_concept(stage: Any, what: str) -> Transformation:
     """Return the stage itself, or the foreign transformation under its factory's name.
 
     Args:
-        stage: what the user gave.
-        what: the function and argument for which it was given, for the message.
+        stage: the user's argument.
+        what: the names of the function and the argument, for the message.
 
     Raises:
-        TypeError: if it is no transformation.
+        TypeError: if it is not a transformation.
     """
     if isinstance(stage, Transformation):
         return stage

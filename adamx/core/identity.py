@@ -2,7 +2,7 @@
 
     u' = u
 
-The neutral element of `chain`, and the branch that passes the gradient itself on.
+The neutral element of `chain`, and a branch that hands on the gradient itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from adamx.formula.symbols import Symbols
 
 
 class identity(Transformation):
-    """Leave the updates as they are; keep nothing.
+    """Leave the updates as they are, without any state.
 
     Example:
         >>> import jax.numpy as jnp

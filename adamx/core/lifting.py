@@ -2,10 +2,10 @@
 
     state = {"count": t, <recorded scalar>: value, ..., <slot>: tree of that slot, ...}
 
-A transformation gives its `segments()`: runs of leafwise concepts, and stages that act on the whole
-tree. A run is one kernel: the function of one leaf, traced once for each (shape, dtype) whatever
-the number of leaves. What is the same for all leaves (1 - b^t, the learning rate) is computed once
-a step, outside the kernels.
+A transformation consists of `segments()`: runs of leafwise concepts, and stages that act on the
+whole tree. A run becomes one kernel: a function of one leaf, traced once for each (shape, dtype)
+whatever the number of leaves. Values common to all leaves (1 - b^t, the learning rate) are computed
+once per step, outside the kernels.
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from adamx.core import errors
-from adamx.core.arithmetic import (
-    compute_dtype,
-    is_inexact,
-    placed_like,
-    real_times_complex,
-    widen,
-)
+from adamx.core.arithmetic import compute_dtype, is_inexact, placed_like, real_times_complex, widen
 from adamx.core.concept import (
     Concept,
     Scalars,
@@ -53,15 +47,15 @@ _MAX_COUNT = np.iinfo(np.int32).max
 
 @dataclasses.dataclass(frozen=True)
 class Leaves:
-    """A tree of updates taken apart; the lists are parallel and hold None where the tree does.
+    """A tree of updates taken apart: parallel lists, with None where the tree has None.
 
     Attributes:
         paths: each leaf's place in the tree, such as "dense/kernel".
-        values: the updates: as they came at first, in compute dtype between segments.
+        values: the updates: the gradients at first, in compute dtype between segments.
         params: the parameters, or None if `update` was called without.
-        came: the dtypes of the gradients.
-        emit: the dtypes in which the updates leave adamx; None leaves one as it is.
-        treedef: puts a list together again.
+        came: the gradients' dtypes.
+        emit: the dtypes of the outgoing updates; None leaves an update as it is.
+        treedef: the structure that turns a list into a tree again.
     """
 
     paths: list[str]
@@ -72,28 +66,28 @@ class Leaves:
     treedef: Any
 
     def tree(self, values: list[Any]) -> Any:
-        """Put a parallel list together again."""
+        """Return a parallel list as a tree."""
         return self.treedef.unflatten(values)
 
     def column(self, name: str, tree: Any) -> list[Any]:
-        """Take another tree apart along this one: a parallel list; raise where it differs.
+        """Return another tree as a parallel list; raise if its structure differs.
 
         Args:
-            name: of the tree, for the error: "params", or that of an entry of the state.
+            name: the tree's name for the error: "params", or an entry of the state.
             tree: the tree.
         """
         return errors.flatten_like(self.treedef, name, tree, self.values)
 
     def params_tree(self) -> Any:
-        """Put the parameters together, with None where there is no update, if there are any."""
+        """Return the parameters that have an update as a tree; None without parameters."""
         return None if self.params is None else self.tree(self.params)
 
     def like(self) -> list[Any]:
-        """Return the parameters if there are any, the updates otherwise."""
+        """Return the parameters if `update` got them, otherwise the updates."""
         return self.values if self.params is None else self.params
 
     def narrowed(self) -> Leaves:
-        """Return the updates in the dtypes in which they leave adamx."""
+        """Return the updates in their outgoing dtypes."""
         pairs = zip(self.values, self.emit, strict=True)
         return self.with_values([u if u is None or d is None else u.astype(d) for u, d in pairs])
 
@@ -103,7 +97,7 @@ class Leaves:
 
 
 def take_apart(updates: Any, params: Any) -> Leaves:
-    """Flatten the updates, and the parameters along them; raise where they do not fit."""
+    """Flatten the updates, and the parameters with them; raise if they do not fit."""
     paths, given, treedef = flatten(updates)
     values = [
         None if u is None else errors.as_inexact(path, u)
@@ -125,12 +119,12 @@ def take_apart(updates: Any, params: Any) -> Leaves:
 
 
 class Between(NamedTuple):
-    """What to run in the calls between two full steps, in place of a transformation.
+    """The cheaper program that replaces a transformation in the calls between two full steps.
 
     Attributes:
-        tx: the cheap transformation. It needs those entries of the state alone that it names.
+        tx: the cheap transformation. It needs only those entries of the state that it names.
         counter: the entry of the state that counts the calls since the last full step.
-        every: which call after that is the next full step.
+        every: the value of the counter at which the next full step is due.
         moves: whether it moves the parameters; False means that its updates are None.
         always_counts: whether each call raises the counter; False if a step may be skipped.
     """
@@ -143,14 +137,14 @@ class Between(NamedTuple):
 
 
 class Stage(Concept):
-    """A concept applied to a tree; what acts on the whole tree defines some of this anew."""
+    """A concept applied to a tree; transformations of whole trees override some of this."""
 
     def segments(self) -> list[Any]:
         """Return the parts that run one after the other over the whole tree."""
         return [self]
 
     def tree_names(self) -> tuple[str, ...]:
-        """Return the names under which the state has a tree like the parameters'."""
+        """Return the names of the state's entries that are trees like the parameters."""
         return self.slot_names()
 
     def state_names(self) -> tuple[str, ...]:
@@ -159,30 +153,29 @@ class Stage(Concept):
 
     @property
     def leafwise(self) -> bool:
-        """Whether one leaf's update depends on that leaf alone, so that it may be used anywhere."""
+        """Whether a leaf's update depends on that leaf alone, so that it may be used anywhere."""
         over_the_tree = type(self).update_tree is not Stage.update_tree
         if over_the_tree or self.overrides("tree_scalars"):
             return False
         return all(child.leafwise for child in self.children)
 
     def between(self) -> Between | None:
-        """Return what to run between two full steps; None if every step is a full one."""
+        """Return the program between two full steps; None if every step is a full one."""
         return None
 
     def init_tree(self, leaves: Leaves) -> State:
         """Return this segment's entries of the state: a tree for each slot, recorded scalars.
 
         Args:
-            leaves: the parameters, as `values`.
+            leaves: the parameters, in `values`.
         """
         present = [p for p in leaves.values if p is not None]
         if any_of(self, lambda concept: concept.takes_steps):
             warn_of_rounding(present)
-        slots = {name: leaves.tree(column) for name, column in self.first_slots(leaves).items()}
-        return disjoint(slots, first_recorded(self, present))
+        return disjoint(self.first_slots(leaves), first_recorded(self, present))
 
-    def first_slots(self, leaves: Leaves) -> dict[str, list[Any]]:
-        """Return the slots' start values by name, in lists parallel to the leaves."""
+    def first_slots(self, leaves: Leaves) -> State:
+        """Return the slots' start values: by name, a tree each."""
         columns: dict[str, list[Any]] = {n: [None] * len(leaves.paths) for n in self.slot_names()}
         for i, (path, param) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
             if param is not None:
@@ -191,27 +184,27 @@ class Stage(Concept):
                     if name not in columns:
                         raise ValueError(
                             f"{type(concept).__name__}.slots: started {name!r} for leaf {path!r}, "
-                            f"and the names of the slots are {sorted(columns)}: define slot_names"
+                            f"but the names of the slots are {sorted(columns)}: define slot_names"
                         )
                     columns[name][i] = placed_like(value, param)
-        return columns
+        return {name: leaves.tree(column) for name, column in columns.items()}
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
         """Run this segment: by default one kernel for each leaf.
 
         Args:
-            leaves: the updates; leaves that are None stay None, and their slots as they are.
+            leaves: the updates; None stays None and keeps its slots.
             step: the step.
 
         Returns:
-            The new leaves, in compute dtype, and the entries of the state that this segment owns.
+            The new leaves, in compute dtype, and this segment's entries of the state.
         """
         names = self.slot_names()
         columns = {name: leaves.column(name, errors.entry(step.state, name)) for name in names}
         present = [u for u in leaves.values if u is not None]
         varies = any_of(self, lambda concept: concept.overrides("for_leaf"))
         whole = Variant(self, step, present)
-        # equal variants share a kernel; most are the same object, which is found by its id
+        # equal variants share a kernel; most are the same object, found by its id
         variants: dict[Stage, Variant] = {self: whole}
         seen, alive = {id(self): whole}, [self]
         out = list(leaves.values)
@@ -234,7 +227,7 @@ class Stage(Concept):
         entries = {name: leaves.tree(column) for name, column in columns.items()}
         scalars = recorded(self, whole.scalars)
         before = {name: errors.entry(step.state, name) for name in scalars}
-        for name, x in scalars.items():  # float64 gradients of float32 parameters change no dtype
+        for name, x in scalars.items():  # the dtype stays, also with wider gradients
             errors.check_recorded(name, before[name], x)
             scalars[name] = x.astype(jnp.result_type(before[name]))
         return leaves.with_values(out), entries | step.select(scalars, before)
@@ -249,16 +242,11 @@ def init(tx: Stage, params: Any) -> State:
 
 
 def update(
-    tx: Stage,
-    updates: Any,
-    state: State,
-    params: Any,
-    extra: Mapping[str, Any],
-    wide: bool = False,
+    tx: Stage, updates: Any, state: State, params: Any, extra: Mapping[str, Any], wide: bool = False
 ) -> tuple[Any, State]:
     """Return (outgoing updates, new state); see `Transformation.update`.
 
-    With `wide` the updates leave in compute dtype, for a caller that rounds them itself.
+    With `wide` the updates stay in compute dtype, for a caller that rounds them itself.
     """
     errors.check_state(state)
     leaves = take_apart(updates, params)
@@ -282,7 +270,7 @@ def run(tx: Stage, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
         step: the step.
 
     Returns:
-        The new leaves, and the entries of the state that the segments own.
+        The new leaves, and the segments' entries of the state.
     """
     new: State = {}
     for segment in tx.segments():
@@ -296,35 +284,28 @@ def run(tx: Stage, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
 
 
 class Variant:
-    """What the leaves with the same variant of a concept share in one step.
-
-    Attributes:
-        kernel: the function of one leaf.
-        scalars: the scalars of the step.
-    """
+    """The scalars, kernel and shapes of slots of all leaves with the same variant of a concept."""
 
     def __init__(self, tx: Concept, step: Step, leaves: Sequence[jax.Array]) -> None:
         """Make the kernel, and compute the scalars from the step and the leaves."""
         self.scalars = scalars_of(tx, step, leaves)
         self.kernel = leaf_kernel(tx, step, self.scalars)
-        self._slots = functools.cache(
-            lambda shape, dtype: jax.eval_shape(
-                functools.partial(hook, tx, "slots"), jax.ShapeDtypeStruct(shape, dtype)
-            )
-        )
+        self.slots_like = slots_like(tx)
 
-    def slots_like(self, param: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shapes of the slots that a parameter starts with."""
-        return self._slots(param.shape, param.dtype)
+
+def slots_like(tx: Concept) -> Callable[[jax.Array], dict[str, jax.ShapeDtypeStruct]]:
+    """Return the function that gives the shapes of a concept's slots for a parameter."""
+    start = functools.partial(hook, tx, "slots")
+    cached = functools.cache(lambda *like: jax.eval_shape(start, jax.ShapeDtypeStruct(*like)))
+    return lambda param: cached(param.shape, param.dtype)
 
 
 def leaf_kernel(
     tx: Concept, step: Step, scalars: Scalars
 ) -> Callable[..., tuple[jax.Array, Slots]]:
-    """Return the function of one leaf: widen, accumulate, store, and emit from what was stored.
+    """Return the function of one leaf: widen, accumulate, store, emit from the stored slots.
 
-    In a skipped step the kernel writes the old slots back, which needs no extra copy, and emits
-    from them.
+    In a skipped step the kernel writes the old slots back, which needs no extra copy.
     """
     as_stored = frozenset(tx.stored_names())
 
@@ -351,11 +332,6 @@ def leaf_kernel(
         return step.emitted(out.astype(compute)), stored
 
     return kernel
-
-
-def counted(entries: State, step: Step) -> State:
-    """Return a wrapper's entries, with the count of the steps that were taken among them."""
-    return {"count": step.select(step.count, step.count - 1)} | entries
 
 
 def is_concrete(*trees: Any) -> bool:

@@ -1,7 +1,7 @@
 """Which leaves a concept acts on: a tree of bools, a function of the parameters, or patterns.
 
-A concept with a field `mask` uses `copied` when it is made and `settle` in its `for_tree`: leaves
-whose mask is True get the concept, nothing happens to the others.
+A concept with a field `mask` calls `copied` at construction and `settle` in its `for_tree`. It acts
+on the leaves whose mask is True and leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def _is_function(mask: Any) -> bool:
 
 
 def settle(concept: Any, tree: Any) -> Transformation:
-    """Return the concept with its mask settled for a tree of parameters.
+    """Return the concept with its mask resolved for a tree of parameters.
 
     Args:
-        concept: it has a field `mask`: None (everywhere), a tree of bools shaped like the
+        concept: a concept with a field `mask`: None (all leaves), a tree of bools shaped like the
             parameters or a prefix of them, a function that makes one from the parameters, a
             pattern of paths, or a tuple or list of patterns.
         tree: the parameters.
 
     Raises:
-        ValueError: if the mask does not fit the tree, or a pattern matches no leaf of it.
+        ValueError: if the mask does not fit the tree, or a pattern matches none of its leaves.
     """
     name = type(concept).__name__
     mask = concept.mask(tree) if _is_function(concept.mask) else concept.mask
@@ -63,16 +63,16 @@ def settle(concept: Any, tree: Any) -> Transformation:
 
 
 def _patterns(mask: Any) -> tuple[Pattern, ...] | None:
-    """Return the patterns that a mask consists of, or None where it is a tree of bools.
+    """Return a mask's patterns, or None if it is a tree of bools.
 
-    An empty list is the mask of an empty tree, and no list of patterns: what masks all is False.
+    An empty list is the mask of an empty tree, not a list of patterns: False masks no leaf.
     """
     many = mask if isinstance(mask, tuple | list) else (mask,)
     return tuple(many) if many and all(isinstance(p, str | re.Pattern) for p in many) else None
 
 
 class _masked(Transformation):
-    """A concept with its mask settled: on some paths it is, on the others nothing."""
+    """A concept with its mask resolved: it acts on these paths, `nothing` on the others."""
 
     concept: Transformation
     paths: frozenset[str]

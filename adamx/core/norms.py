@@ -2,13 +2,13 @@
 
     rms(x) = sqrt(mean(|x|^2)),    norm(x) = sqrt(n) rms(x) = sqrt(sum(|x|^2))
 
-In float32 the square of 2e19 is infinite and that of 1e-23 is zero. Where the sum of the squares
-leaves the range in which it is accurate, it is taken again from x / max|x|. That is a branch on one
-scalar: ordinary arrays are read once, and pay nothing. The derivative at x = 0 is 0
-(`adamx.core.arithmetic.root`), where the plain root gives NaN.
+In float32 the square of 2e19 is infinite and the square of 1e-23 is zero. If the sum of squares
+leaves the range in which it is accurate, it is computed again from x / max|x|. That is a branch on
+one scalar: ordinary arrays are read once, at no extra cost. The derivative at x = 0 is 0
+(`adamx.core.arithmetic.root`); the plain root would give NaN.
 
 Source: Blue (1978), A portable Fortran program to find the Euclidean norm of a vector,
-https://doi.org/10.1145/355769.355771 (the ranges; two here, where there are three)
+https://doi.org/10.1145/355769.355771 (for the ranges: three in the paper, two here)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def rms(x: jax.Array, axes: Axes = None) -> jax.Array:
 
     Args:
         x: real or complex.
-        axes: to reduce over; they stay, with size 1, so that the result meets x.
+        axes: to reduce over; they stay, with size 1, so that the result broadcasts against x.
 
     Example:
         >>> rms(jnp.array([3e30, 4e30, 0.0, 0.0]))
@@ -51,14 +51,14 @@ def rms(x: jax.Array, axes: Axes = None) -> jax.Array:
 
     def scaled() -> jax.Array:
         largest = jnp.max(_bound(x), axes, keepdims=True, initial=0)
-        # neither it nor its inverse is zero or infinite, and no derivative goes by it: it cancels
+        # the unit and its inverse are finite and not zero; it cancels, so it needs no derivative
         unit = jax.lax.stop_gradient(jnp.clip(largest, tiny, 0.25 / tiny))
         return unit * root(jnp.sum(squared_magnitude(x / unit), axes, keepdims=True) / count)
 
     sum_of_squares = jnp.sum(squared_magnitude(x), axes, keepdims=True)
     info = jnp.finfo(sum_of_squares.dtype)
     tiny, eps, most = float(info.tiny), float(info.eps), float(info.max)
-    # squares that are rounded to zero, each below tiny, do not matter beside such a sum
+    # next to such a sum, squares rounded to zero, each below tiny, do not matter
     accurate = (sum_of_squares >= tiny / eps**2) & (sum_of_squares <= most)
     return jax.lax.cond(jnp.all(accurate), plain, scaled)
 
@@ -87,22 +87,22 @@ def reduced_size(x: jax.Array, axes: Axes) -> int:
 
 
 def _bound(x: jax.Array) -> jax.Array:
-    """Return |x|, or for a complex x what it is at least 0.7 of, which does not overflow."""
+    """Return |x|, or for a complex x its larger part, at least 0.7 |x|, which cannot overflow."""
     if jnp.iscomplexobj(x):
         return jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
     return jnp.abs(x)
 
 
-# For float32 and float64: the sum under which squares of single elements may have been lost, and
-# the factors with which the norms of such and of overflowing updates are computed: powers of two,
-# which round nothing, far enough from both ends of the range.
+# For float32 and float64: the sum below which squares of single elements may have been lost, and
+# the factors by which smaller and overflowing updates are multiplied: powers of two, which round
+# nothing, far enough from both ends of the range.
 _SCALES = {4: (2.0**-80, 2.0**-96, 2.0**80), 8: (2.0**-800, 2.0**-700, 2.0**500)}
 
 
 def sum_of_all_squares(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Return the sum of |u|^2 over all elements: infinite where it overflows.
+    """Return the sum of |u|^2 over all elements: infinite if it overflows.
 
-    Written alike wherever it is needed, so that the compiler finds the sums to be one.
+    Everything that needs this sum calls this function, so that the compiler can merge the sums.
 
     Args:
         leaves: arrays in compute dtype.
@@ -126,7 +126,7 @@ def global_norm(leaves: Sequence[jax.Array]) -> jax.Array:
         A scalar, float32 or float64: inf where an element is infinite, NaN where one is NaN.
 
     Example:
-        The squares of these are no float32:
+        Numbers whose squares overflow float32, or underflow:
 
         >>> print(global_norm([jnp.array([3e30]), jnp.array([4e30])]))
         5e+30
@@ -137,14 +137,14 @@ def global_norm(leaves: Sequence[jax.Array]) -> jax.Array:
     small, down, up = _SCALES[plain.dtype.itemsize]
 
     def scaled() -> jax.Array:
-        # not a constant: the compiler would write (c u)^2 as c^2 u^2, which overflows
+        # not a constant: the compiler would rewrite (c u)^2 as c^2 u^2, which overflows
         factor = jnp.where(plain <= small, up, down).astype(plain.dtype)
         shares = []
         for u in leaves:
             with real_times_complex(u.dtype):
                 shares.append(factor.astype(real_dtype(u.dtype)) * u)
         total = sum_of_all_squares(shares)
-        # where the updates are known to be zero, so is the factor, and 0 * inf is computed
+        # where XLA knows that the updates are zero, the factor is zero too, and 0 * inf is NaN
         return jnp.where(jnp.isnan(total) & (plain == 0), 0, root(total) / factor)
 
     usual = (plain > small) & (plain < jnp.inf)

@@ -1,10 +1,10 @@
 """Leaves chosen by their path: "encoder/layer_0/bias".
 
-A pattern is a string with `*`, `?` and `[...]` as in file names, where `*` stands for any
-characters, `/` among them; or a compiled regular expression. Either has to match the whole path.
+A pattern is a string with `*`, `?` and `[...]` as in file names, where `*` matches any characters,
+even `/`; or a compiled regular expression. Either has to match the whole path.
 
-Flax puts arrays into boxes, an object whose one attribute is `value`, and takes them out again: it
-calls `init` with `Variable`s and `update` with arrays. A box is no part of a path.
+Flax puts arrays into boxes, objects with the one attribute `value`, and takes them out again: it
+calls `init` with `Variable`s and `update` with arrays. A box is not part of a path.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Predicate = Callable[[str, Any], Any]
 
 
 def check_pattern(function: str, pattern: Any, predicates: bool = False) -> None:
-    """Raise TypeError unless this is a pattern or, with `predicates`, a function."""
+    """Raise TypeError unless the pattern is one or, with `predicates`, a function."""
     if not isinstance(pattern, str | re.Pattern) and not (predicates and callable(pattern)):
         more = ", or a function of path and leaf" if predicates else ""
         raise TypeError(
@@ -40,7 +40,7 @@ def check_pattern(function: str, pattern: Any, predicates: bool = False) -> None
 
 
 def text(pattern: Pattern | Predicate) -> str:
-    """Return a pattern as it was written, a predicate's name."""
+    """Return a pattern as it was written, or a predicate's name."""
     if isinstance(pattern, re.Pattern):
         return pattern.pattern
     return function_name(pattern) if callable(pattern) else pattern
@@ -63,7 +63,7 @@ def matches(pattern: Pattern | Predicate, path: str, leaf: Any = None) -> bool:
 
 
 def paths_of(tree: Any) -> list[str]:
-    """Return the paths of a tree's leaves, those that are None too.
+    """Return the paths of a tree's leaves, including None leaves.
 
     Raises:
         ValueError: if two leaves have one path.
@@ -86,7 +86,7 @@ def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
     keys = [path for path, _ in flat]
-    if any(path[-1:] == _BOX for path in keys):  # beside other attributes it is no box
+    if any(path[-1:] == _BOX for path in keys):  # with other attributes it is not a box
         below = collections.Counter(path[:depth] for path in keys for depth in range(len(path)))
         keys = [p[:-1] if p[-1:] == _BOX and below[p[:-1]] == 1 else p for p in keys]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in keys]
@@ -114,7 +114,7 @@ def check_distinct(paths: Sequence[str]) -> None:
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(
             f"adamx: two leaves have the path {twice!r}, so that no mask, pattern or saved state "
-            "can tell them apart: rename a key that has '/' in it"
+            "can tell them apart: rename a key that contains '/'"
         )
 
 
@@ -125,17 +125,11 @@ def check_all_used(function: str, patterns: Sequence[Pattern | Predicate], tree:
     for pattern in patterns if paths else ():
         if not any(map(functools.partial(matches, pattern), paths, leaves)):
             some = ", ".join(map(repr, paths[:6])) + (", ..." if len(paths) > 6 else "")
-            how = "is true of" if callable(pattern) else "matches"
-            kind = "predicate" if callable(pattern) else "pattern"
-            rule = (
-                ""
-                if callable(pattern)
-                else ("it has to match the whole path, where * stands for any characters; ")
-            )
-            raise ValueError(
-                f"{function}: the {kind} {text(pattern)!r} {how} no leaf: {rule}the paths are "
-                f"{some}"
-            )
+            said = f"{function}: the pattern {text(pattern)!r} matches no leaf: it has to match "
+            said += "the whole path, where * matches any characters; "
+            if callable(pattern):
+                said = f"{function}: the predicate {text(pattern)!r} is true of no leaf: "
+            raise ValueError(f"{said}the paths are {some}")
 
 
 def all_but(*patterns: Pattern) -> Callable[[Any], Any]:
@@ -148,7 +142,7 @@ def all_but(*patterns: Pattern) -> Callable[[Any], Any]:
         A function of the parameters that gives a tree of bools, for `mask=` here and in Optax.
 
     Raises:
-        TypeError: if one is no pattern.
+        TypeError: if an argument is not a pattern.
         ValueError: when the mask is made, if a pattern matches no leaf.
 
     Example:

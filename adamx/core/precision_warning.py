@@ -1,4 +1,4 @@
-"""A warning where 16-bit parameters would stand still."""
+"""A warning for 16-bit parameters that small steps would not change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 class PrecisionWarning(UserWarning):
-    """16-bit parameters are given to an optimizer that rounds its steps away.
+    """An optimizer got 16-bit parameters, in which small steps are rounded away.
 
     Example:
         >>> import adamx, jax.numpy as jnp, warnings
@@ -24,9 +24,9 @@ class PrecisionWarning(UserWarning):
 
 
 def warn_of_rounding(params: Sequence[jax.Array]) -> None:
-    """Warn if some of the parameters to which an optimizer adds its steps are of 16 bits.
+    """Warn if some of the parameters to which an optimizer adds its steps have 16 bits.
 
-    Inside `master_weights` the parameters are float32 masters, so that nothing is said there.
+    Inside `master_weights` the parameters are float32 masters, so there is no warning.
     """
     narrow = [p.dtype for p in params if jnp.finfo(p.dtype).bits < 32]
     if not narrow:
@@ -34,7 +34,7 @@ def warn_of_rounding(params: Sequence[jax.Array]) -> None:
     warnings.warn(
         f"adamx: {len(narrow)} of the parameters' leaves are {narrow[0]}: a step smaller than "
         f"{float(jnp.finfo(narrow[0]).eps) / 2:.1g} of a parameter is rounded away when it is "
-        "added. Keep what is missing with adamx.master_weights(tx), or round without bias: with "
+        "added. Keep the lost bits with adamx.master_weights(tx), or round without bias: with "
         "step = adamx.make_step(tx, rounding='stochastic') and state = step.init(params), or with "
         "adamx.apply_updates(..., rounding='stochastic')",
         PrecisionWarning,
@@ -43,7 +43,7 @@ def warn_of_rounding(params: Sequence[jax.Array]) -> None:
 
 
 def _levels_up() -> int:
-    """Return how many frames up, counted from the caller, the code outside adamx and JAX is."""
+    """Return how many frames above the caller the first code outside adamx and JAX is."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
         level, frame = level + 1, frame.f_back

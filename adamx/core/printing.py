@@ -1,4 +1,4 @@
-"""How a transformation prints: the composition with its values, at a glance."""
+"""How a transformation prints: as the call that makes it, with all values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Verbatim(str):
 
 
 def constructor_call(tx: Any) -> str:
-    """Return the call that makes a concept: on one line if it fits, else with one line a part.
+    """Return the call that makes a concept: on one line if it fits, else one line per argument.
 
     Example:
         >>> import adamx

@@ -3,14 +3,14 @@
     round(x) = high with probability (x - low) / (high - low), else low         E[round(x)] = x
 
 low and high are the neighbours of x in the narrow format. Rounding to nearest loses every change
-below half a spacing, and an average with decay 0.999 changes by less than that at each step: kept
-in bfloat16 it stops at 0.25 where the truth is 1. Rounded without bias it arrives.
+below half a spacing, and an average with decay 0.999 changes by less than that at each step: stored
+in bfloat16 it stops at 0.25 where it should reach 1. Rounded without bias it gets there.
 
-The random bits are a hash of the step's number and of the numbers that are rounded, so that a run
-repeats bit for bit, after a restart and in any sharding, and nobody threads a key. For what a
-storage keeps, no place in the array and no number of the leaf enters, so that leaves of one shape
-share one compiled kernel; equal elements round equally in one step, and differently in the next.
-(`adamx.apply_updates` adds the place: parameters that start equal have to part.)
+The random bits are a hash of the step number and of the rounded numbers, so a run repeats bit for
+bit, after a restart and in any sharding, and nobody threads a key. For a storage, the hash contains
+neither an element's place in the array nor the leaf's number, so leaves of one shape share one
+compiled kernel; equal elements round equally in one step, and differently in the next.
+(`adamx.apply_updates` adds the place, so that parameters that start equal can diverge.)
 
 Source: Croci et al. (2022), Stochastic rounding: implementation, error analysis and applications,
 https://doi.org/10.1098/rsos.211631; the hashes are of the kind of MurmurHash3's finaliser.
@@ -49,7 +49,7 @@ def from_bits(bits: jax.Array) -> jax.Array:
 
 
 def step_key(count: jax.Array | int) -> jax.Array:
-    """Return a number in which every bit depends on the number of the step: a uint32 scalar.
+    """Return a uint32 scalar in which every bit depends on the step number.
 
     Example:
         >>> int(step_key(1)) ^ int(step_key(2)) > 2**16
@@ -59,7 +59,7 @@ def step_key(count: jax.Array | int) -> jax.Array:
 
 
 def mix(word: jax.Array) -> jax.Array:
-    """Let every bit of a word of uint32 depend on all of its bits."""
+    """Return uint32 words in which every bit depends on all bits of the given ones."""
     word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
     return word ^ (word >> 16)
@@ -68,16 +68,16 @@ def mix(word: jax.Array) -> jax.Array:
 def random_bits(key: jax.Array, value: jax.Array) -> jax.Array:
     """Return a random word for each element, from the step's key and the element's value.
 
-    A multiplication carries every bit upwards: the high bits of the word depend on all bits of key
-    and value, the low ones do not, and are not to be used. For one value the words of many steps
-    are uniform, since the keys are; those of many values in one step are evenly spread.
+    A multiplication carries bits upwards: the high bits of the word depend on all bits of key and
+    value; the low ones do not and must not be used. For one value the words of many steps are
+    uniform, since the keys are; for many values in one step they are evenly spread.
 
     Args:
         key: from `step_key`.
         value: float32 numbers.
 
     Returns:
-        A uint32 array of the value's shape, of which some 21 high bits are random.
+        A uint32 array of the value's shape; about 21 high bits of each word are random.
 
     Example:
         >>> x = jnp.array([1.0, 2.0, 1.0])
@@ -89,11 +89,11 @@ def random_bits(key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def add_noise(x: jax.Array, noise: jax.Array, drop: int) -> jax.Array:
-    """Return the bits of x such that cutting the low ones off rounds stochastically.
+    """Return the bits of x such that cutting off the low ones rounds stochastically.
 
-    What lies beyond the largest number of the narrow format, infinity and NaN get no noise: finite
-    numbers stay finite, and the others what they are (a NaN as arithmetic makes it, whose highest
-    mantissa bit is set).
+    Numbers beyond the largest one of the narrow format, infinity and NaN get no noise: finite
+    numbers stay finite, infinity stays infinity, and NaN stays NaN (if its highest mantissa bit is
+    set, as in every NaN that arithmetic makes).
 
     Args:
         x: float32 numbers.
@@ -101,7 +101,7 @@ def add_noise(x: jax.Array, noise: jax.Array, drop: int) -> jax.Array:
         drop: how many bits will be cut off.
 
     Example:
-        Half way between two multiples of 2^16, so the upper half of the noise rounds up:
+        x is half way between two multiples of 2^16, so the upper half of the noise rounds up:
 
         >>> x, noise = jnp.full(2, 1 + 2**-8), jnp.array([0x7FFF0000, 0x80000000], jnp.uint32)
         >>> [hex(bits >> 16) for bits in add_noise(x, noise, 16).tolist()]
@@ -115,8 +115,8 @@ def add_noise(x: jax.Array, noise: jax.Array, drop: int) -> jax.Array:
 def round_stochastically(x: jax.Array, noise: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Round float32 numbers to bfloat16 or float16, up or down with the probability that fits.
 
-    What is finite stays finite, save that what float16 cannot hold (from 65520 on) becomes infinite
-    there, as it does rounded to nearest; infinity and NaN stay.
+    Finite numbers stay finite, but from 65520 on they become infinite in float16, as with rounding
+    to nearest; infinity and NaN stay.
 
     Args:
         x: float32 numbers.
@@ -124,10 +124,10 @@ def round_stochastically(x: jax.Array, noise: jax.Array, dtype: DTypeLike) -> ja
         dtype: bfloat16 or float16.
 
     Raises:
-        TypeError: if `dtype` is another one.
+        TypeError: if `dtype` is neither.
 
     Example:
-        1 + 2^-9 lies a quarter of the way from 1 to the next bfloat16:
+        1 + 2^-9 is a quarter of the way from 1 to the next bfloat16:
 
         >>> noise = jnp.arange(4).astype(jnp.uint32) << 30
         >>> print(round_stochastically(jnp.full(4, 1 + 2**-9), noise, jnp.bfloat16))

@@ -1,4 +1,4 @@
-"""Hyperparameters that are schedules: their values in a step.
+"""The values of scheduled hyperparameters in a step.
 
 Schedules follow Optax's convention: the first step uses schedule(0).
 """
@@ -18,8 +18,8 @@ from adamx.core.checks import ScalarOrSchedule
 def scheduled(value: ScalarOrSchedule, count: jax.Array) -> Any:
     """Return a hyperparameter's value in step `count` (1 in the first, where schedules see 0).
 
-    What a schedule gives may be of any kind: numbers become floats, and arrays of integers or 16
-    bits float32, in which 1 - b can be computed.
+    A schedule may return any kind of number: Python numbers become floats, and arrays of integers
+    or of 16 bits become float32, in which 1 - b can be computed.
 
     Example:
         >>> import optax
@@ -36,7 +36,7 @@ def scheduled(value: ScalarOrSchedule, count: jax.Array) -> Any:
 
 
 def scheduled_decay(decay: ScalarOrSchedule, count: jax.Array) -> tuple[Any, Any]:
-    """Return the weights of the past and of today in step `count`: the decay, and 1 - decay.
+    """Return the weights of the old and the new value in step `count`: the decay, and 1 - decay.
 
     The second is computed in the precision in which the decay was given.
 
@@ -44,5 +44,5 @@ def scheduled_decay(decay: ScalarOrSchedule, count: jax.Array) -> tuple[Any, Any
         >>> scheduled_decay(0.75, jnp.array(1)), scheduled_decay(lambda step: 0.5, jnp.array(1))
         ((0.75, 0.25), (0.5, 0.5))
     """
-    today = scheduled(decay, count)
-    return today, 1 - today
+    now = scheduled(decay, count)
+    return now, 1 - now

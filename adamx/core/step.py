@@ -1,4 +1,4 @@
-"""The step that a concept is in: as the tree sees it, and as one leaf sees it."""
+"""The current step: as the tree sees it, and as one leaf sees it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Step:
 
     Attributes:
         count: int32 scalar, t in the papers: 1 in the first step.
-        state: the whole state before this step, with the changes that earlier segments of the chain
-            have already made in it; empty before the first step.
+        state: the whole state before this step, with the changes already made by earlier segments
+            of the chain; empty before the first step.
         extra: the extra keyword arguments of `update`.
         taken: a bool scalar. False means: skip this step; slots and scalars keep their old values
-            and the updates are zero. None means that the step is taken, without a selection.
+            and the updates are zero. None means that the step is taken, and nothing is selected.
     """
 
     count: jax.Array
@@ -29,7 +29,7 @@ class Step:
     taken: jax.Array | None = None
 
     def only_if(self, taken: jax.Array) -> Step:
-        """Return the same step, taken only if `taken` is True as well."""
+        """Return the same step, skipped unless `taken` is True as well."""
         both = taken if self.taken is None else self.taken & taken
         return dataclasses.replace(self, taken=both)
 
@@ -46,7 +46,7 @@ class Step:
         return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
 
     def emitted(self, update: jax.Array) -> jax.Array:
-        """Return an outgoing update, or -0 in a skipped step: p + (-0) is p, also for p = -0."""
+        """Return an outgoing update, or -0 in a skipped step: p + (-0) is p, even for p = -0."""
         return self.select(update, -jnp.zeros_like(update))
 
 
@@ -56,12 +56,12 @@ class LeafStep:
 
     Attributes:
         count: int32 scalar, t in the papers: 1 in the first step.
-        scalars: what this concept's own `scalars` or `tree_scalars` returned; floating-point
+        scalars: the result of this concept's own `scalars` or `tree_scalars`; floating-point
             scalars have the (real) compute dtype of the leaf.
-        inner: the same for its children; `child` takes it apart.
+        inner: the same for its children, for `child`.
         old: the leaf's slots before this step, in compute dtype.
         param: the parameter in compute dtype; None if `update` was called without params.
-        grad_dtype: the dtype in which the gradient came.
+        grad_dtype: the gradient's dtype before widening.
 
     Example:
         >>> import adamx, jax.numpy as jnp
@@ -86,12 +86,12 @@ class LeafStep:
     grad_dtype: Any
 
     def child(self, index: int) -> LeafStep:
-        """Return the same step as the child concept number `index` sees it."""
+        """Return the step as the child concept number `index` sees it."""
         scalars, inner = self.inner[index]
         return dataclasses.replace(self, scalars=scalars, inner=inner)
 
     def needs_param(self, concept: Any) -> jax.Array:
-        """Return the parameter; raise ValueError in the concept's name if there is none."""
+        """Return the parameter; raise ValueError with the concept's name if there is none."""
         if self.param is None:
             name = type(concept).__name__
             raise ValueError(f"{name}: needs the parameters: update(updates, state, params)")

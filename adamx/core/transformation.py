@@ -1,10 +1,10 @@
 """A transformation: a concept on a tree, as users and Optax call it.
 
-A concept is a subclass of `Transformation` whose annotated fields are its hyperparameters. It is at
-the same time an `optax.GradientTransformationExtraArgs`. Its layers, each a file of its own:
+A concept is a subclass of `Transformation` whose annotated fields are its hyperparameters. It is
+also an `optax.GradientTransformationExtraArgs`. Its layers, each a file of its own:
 
     core/value.py           a frozen dataclass that compares, pickles and prints, and a pytree
-    core/concept.py         what it may define for one array
+    core/concept.py         the methods that it may define for one array
     core/lifting.py         from one array to any tree
     core/transformation.py  `init` and `update`
 """
@@ -29,13 +29,13 @@ from adamx.core.lifting import Stage, State
 class Transformation(Stage, optax.GradientTransformationExtraArgs):
     """The base of every concept: subclass it, annotate the hyperparameters, define some methods.
 
-    Subclassing makes the class a frozen dataclass; there is no decorator to add. Concepts held in
-    fields, or in tuples in fields, are its children. Their slots, scalars and bindings are taken
-    care of, so that a concept made of concepts defines `accumulate` and `emit` only, and only
-    `emit` where each child reads the same incoming update.
+    A subclass becomes a frozen dataclass without a decorator. Concepts held in fields, or in tuples
+    in fields, are its children. Their slots, scalars and variants are handled by the base class, so
+    a concept made of concepts defines only `accumulate` and `emit`, and only `emit` if each child
+    reads the same incoming update.
 
-    Two transformations are equal when they were built alike: the same class, equal numbers, the
-    same (identical) arrays and functions. Hash and equality never raise.
+    Two transformations are equal if they were built alike: the same class, equal numbers, the same
+    (identical) arrays and functions. Hash and equality never raise.
 
     Example:
         The sign of an average, in ten lines:
@@ -67,13 +67,13 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
             `learning_rate` (float32), and for each slot a tree shaped like params.
 
         Raises:
-            TypeError: if a leaf is not of floating-point or complex numbers.
+            TypeError: if the dtype of a leaf is neither floating nor complex.
 
         Warns:
-            PrecisionWarning: if the parameters are of 16 bits and the optimizer has no masters.
+            PrecisionWarning: if the parameters have 16 bits and the optimizer has no masters.
         """
         many = lifting.is_concrete(self, params) and lifting.on_many_devices(params)
-        # compiled it puts the scalars on all devices
+        # compiled, it puts the scalars on all devices
         state = (_compiled_init if many else lifting.init)(self, params)
         held = set(map(id, jax.tree.leaves((self, params))))
         return jax.tree.map(lambda x: jnp.copy(x) if id(x) in held else x, state)
@@ -83,25 +83,25 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
     ) -> tuple[Any, State]:
         """Return the outgoing updates and the new state.
 
-        Called with arrays it compiles itself; inside jit, vmap, grad or scan it is traced there.
-        Nothing is donated: after an error the caller's arrays are as they were.
+        Called with arrays it compiles itself; inside jit, vmap, grad or scan it is traced.
+        Nothing is donated: the caller's arrays stay usable.
 
         Args:
             updates: the gradients: a pytree shaped like the parameters, of any floating dtype;
                 None leaves are skipped and keep their slots.
-            state: what `init` or the last `update` returned.
-            params: the parameters; None only where no concept reads them.
-            **extra: passed on to the stages that take them.
+            state: the state that `init` or the last `update` returned.
+            params: the parameters; None is allowed if no concept reads them.
+            **extra: passed on to the stages that take extra arguments.
 
         Returns:
-            The updates, in the dtypes in which they came, and the new state.
+            The outgoing updates, in the gradients' dtypes, and the new state.
 
         Raises:
-            ValueError: if tree or shapes of updates, params and state do not fit.
-            TypeError: if a leaf is not of floating-point or complex numbers.
+            ValueError: if the trees or shapes of updates, params and state do not fit.
+            TypeError: if the dtype of a leaf is neither floating nor complex.
         """
         if lifting.is_concrete(self, updates, state, extra):
-            if not lifting.is_concrete(params):  # an unfiltered module: drop what has no update
+            if not lifting.is_concrete(params):  # an unfiltered module: drop leaves without update
                 params = lifting.take_apart(updates, params).params_tree()
             if lifting.is_concrete(params):
                 return _compiled_update(self, updates, state, params, extra)
@@ -133,7 +133,7 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
     def check_argument(cls, name: str, value: Any) -> None:
         """Raise unless a concept that acts on one array can have this as an argument.
 
-        What acts on whole trees defines this anew.
+        Transformations of whole trees override this.
         """
         if name in _ranges(cls):
             _ranges(cls)[name].check(cls.__name__, name, value)

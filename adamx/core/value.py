@@ -1,8 +1,8 @@
-"""A value: built once, equal to what was built alike, and a pytree of the arrays in it.
+"""A value: immutable, equal to every value built alike, and a pytree of its arrays.
 
 A subclass of `Value` is a frozen dataclass without a decorator. Values held in its fields, or in
 tuples in its fields, are its children. The arrays among the fields are its leaves as a pytree; all
-other fields are static and take part in the key under which JAX keeps compiled programs.
+other fields are static and belong to the key under which JAX caches compiled programs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MOST_MADE = 16
 
 
 class Value:
-    """The base of everything that is built from hyperparameters; see `adamx.Transformation`."""
+    """The base of all objects built from hyperparameters; see `adamx.Transformation`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -45,11 +45,11 @@ class Value:
         return tuple(found)
 
     def with_children(self, children: list[Any]) -> Any:
-        """Return this value with other children: the same object for the same children."""
+        """Return this value with other children; the same children give the same object."""
         if all(a is b for a, b in zip(self.children, children, strict=True)):
             return self
         made = vars(self).setdefault(_MADE, {})
-        key = tuple(map(id, children))  # what is kept under it keeps the children alive
+        key = tuple(map(id, children))  # the cached value keeps the children alive
         if key not in made:
             if len(made) == _MOST_MADE:
                 made.pop(next(iter(made)))
@@ -68,14 +68,14 @@ class Value:
         return made[key]
 
     def arguments(self) -> Iterator[tuple[str, Any]]:
-        """Yield the arguments that make this value: names, "" for positional ones, and values."""
+        """Yield the constructor's arguments: names, "" for positional ones, and values."""
         for number, field in enumerate(dataclasses.fields(self)):  # pyright: ignore
             value = getattr(self, field.name)
             if field.default is dataclasses.MISSING or Static(value) != Static(field.default):
                 yield ("" if number == 0 else field.name), value
 
     def _set(self, **fields: Any) -> None:
-        """Set fields while the value is being made, in `__init__` or `__post_init__`."""
+        """Set fields in `__init__` or `__post_init__`."""
         vars(self).update(fields)
 
     def __eq__(self, other: object) -> bool:
@@ -103,8 +103,8 @@ class Value:
                     raise pickle.PicklingError(
                         f"{type(self).__name__}: {name} holds "
                         f"{getattr(function, '__qualname__', function_name(function))}, which "
-                        "pickle cannot store: keep the arguments it was made from, and build the "
-                        "transformation anew"
+                        "pickle cannot store: save the arguments instead, and build the "
+                        "transformation again"
                     )
         return _build, (type(self), _fields(self))
 
@@ -117,7 +117,7 @@ class Value:
     @functools.cached_property
     def _flat(self) -> tuple[list[Any], Any]:
         fields = _fields(self)
-        dynamic = vars(self).get(_DYNAMIC)  # known where JAX replaced the arrays by other objects
+        dynamic = vars(self).get(_DYNAMIC)  # known if JAX replaced the arrays by other objects
         if dynamic is None:
             dynamic = tuple(name for name, value in fields.items() if _is_dynamic(value))
         static = tuple((name, Static(v)) for name, v in fields.items() if name not in dynamic)
@@ -125,7 +125,7 @@ class Value:
 
 
 def _build(cls: Any, fields: dict[str, Any]) -> Any:
-    """Make an instance from its fields alone: they were checked when it was first made."""
+    """Make an instance from fields that have been checked already."""
     instance = tuple.__new__(cls) if issubclass(cls, tuple) else object.__new__(cls)
     vars(instance).update(fields)
     return instance

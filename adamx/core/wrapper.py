@@ -1,9 +1,9 @@
-"""What goes around a whole optimizer: the base of `skip_nonfinite`, `accumulate` and their like.
+"""Wrappers around a whole optimizer: the base of `skip_nonfinite`, `accumulate` and the others.
 
     (u'_t, state_t) = around(optimizer)(g_t, state_{t-1})
 
-A wrapper sees the whole tree, before and after the optimizer inside it. What it keeps is in the
-same flat state: a slot for each leaf (`slots`), and other entries (`start`).
+A wrapper sees the whole tree, before and after the optimizer inside it. Its own entries are in the
+same flat state: slots for each leaf (`slots`), and others (`start`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import optax
 
 from adamx.core import errors, lifting
-from adamx.core.concept import Slots, disjoint, hook
+from adamx.core.concept import Slots, disjoint
 from adamx.core.foreign import as_concept
 from adamx.core.lifting import Between, Leaves, State
 from adamx.core.step import Step
@@ -25,7 +25,7 @@ from adamx.formula.symbols import Symbols
 
 
 class Wrapper(Transformation):
-    """The base of what goes around a whole optimizer: subclass it and define `update_tree`.
+    """The base of all wrappers around a whole optimizer: subclass it and define `update_tree`.
 
     A subclass may also define `slots(param)` (arrays kept for each leaf, as for a concept),
     `start()` (other entries of the state) and `between()` (a cheaper program for the calls between
@@ -38,7 +38,7 @@ class Wrapper(Transformation):
         TypeError: if `tx` is not a transformation.
 
     Example:
-        The step, but not before the third call:
+        No step before the third call:
 
         >>> import adamx, jax.numpy as jnp
         >>> class patient(adamx.Wrapper):
@@ -66,7 +66,7 @@ class Wrapper(Transformation):
 
     @classmethod
     def check_argument(cls, name: str, value: Any) -> None:
-        pass  # `as_concept` does
+        pass  # `as_concept` checks it
 
     @property
     def inner(self) -> Transformation:
@@ -74,24 +74,24 @@ class Wrapper(Transformation):
         return self.children[0]
 
     def slots(self, param: jax.Array) -> Slots:
-        """Return the start values of what this wrapper itself keeps for one leaf."""
+        """Return the start values of the wrapper's own slots for one leaf."""
         return {}
 
     def start(self) -> State:
-        """Return the start values of what else it keeps: arrays by name, in any pytree."""
+        """Return the start values of its other entries: by name, each an array or any pytree."""
         return {}
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
-        """Return the outgoing leaves, and the entries of the optimizer inside and its own.
+        """Return the outgoing leaves, and the state's entries of the optimizer inside and its own.
 
         Args:
             leaves: the updates (`values`) and parameters (`params`), in lists parallel to `paths`.
-            step: the step; `step.only_if(condition)` makes the optimizer inside skip it otherwise.
+            step: the step; the optimizer inside skips `step.only_if(condition)` if that is False.
         """
         return self.run(leaves, step)
 
     def run(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
-        """Run the optimizer inside; its entries include the count of the steps it has taken."""
+        """Run the optimizer inside; its entries include the count of the steps taken."""
         leaves, entries = lifting.run(self.inner, leaves, step)
         return leaves, {"count": step.select(step.count, step.count - 1)} | entries
 
@@ -99,24 +99,20 @@ class Wrapper(Transformation):
         """Return the wrapper's own slots in the state, by name, in lists parallel to the leaves.
 
         Raises:
-            ValueError: if the state does not have them as `slots` starts them.
+            ValueError: if they are not in the state, or not like their start values.
         """
         found = {
             name: leaves.column(name, errors.entry(step.state, name)) for name in self.slot_names()
         }
-        start = functools.cache(
-            lambda *like: jax.eval_shape(
-                functools.partial(hook, self, "slots"), jax.ShapeDtypeStruct(*like)
-            )
-        )
+        start = lifting.slots_like(self)
         for i, (path, like) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
             if leaves.values[i] is not None:
                 slots = {name: x[i] for name, x in found.items() if x[i] is not None}
-                errors.check_slots(path, slots, start(like.shape, like.dtype))
+                errors.check_slots(path, slots, start(like))
         return found
 
     def between(self) -> Between | None:
-        """Return what to run between two full steps: this wrapper around what the inner one has."""
+        """Return the program between two full steps: the inner one's inside this wrapper."""
         found = self.inner.between()
         return found and found._replace(tx=self.with_children([found.tx]))
 
@@ -132,8 +128,7 @@ class Wrapper(Transformation):
 
     def init_tree(self, leaves: Leaves) -> State:
         entries = (segment.init_tree(leaves) for segment in self.inner.segments())
-        slots = {name: leaves.tree(column) for name, column in self.first_slots(leaves).items()}
-        return disjoint(*entries, slots, self.start())
+        return disjoint(*entries, self.first_slots(leaves), self.start())
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         return self.inner.formula(u, symbols)

@@ -1,1 +1,1 @@
-"""Looking at transformations and at what they do."""
+"""Inspecting transformations: cost, formula, compiled program, differences, logged runs."""

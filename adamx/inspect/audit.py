@@ -1,8 +1,8 @@
-"""Is the train step in place? What its compiled program says, and what to change.
+"""Is the train step in place? Read from its compiled program, with advice on what to change.
 
-JAX pairs donated arguments with results first come, first served, by shape and dtype. Where that
-gives a result the memory of another array than the one it replaces, XLA copies: there is no
-warning, and the numbers are right.
+JAX pairs donated arguments with results first come, first served, by shape and dtype. If a result
+gets the memory of another array than the one it replaces, XLA copies: there is no warning, and the
+numbers are right.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import jax
 from adamx.inspect.carried import Array, carry, read_arguments, read_results
 from adamx.inspect.program import Instruction, Text
 
-_SMALL = 100  # what is smaller by this factor than all that is carried on need not be donated
+_SMALL = 100  # an argument smaller by this factor than all carried arrays need not be donated
 _NAMES = ("params", "model", "weights")
 _COMPILERS = (
-    "No array is paired wrongly: these copies are the compiler's, of an array that is still "
-    "read when its successor is written, or into another layout."
+    "No array is paired wrongly: the compiler copies an array that is still read when its "
+    "successor is written, or into another layout."
 )
 _NOT_USABLE = "Some donated buffers were not usable"
 
@@ -33,9 +33,9 @@ class Copy:
 
     Attributes:
         array: dtype and shape, on one device.
-        argument: the path of the argument that is copied; None where it is no argument, or where
-            the program does not tell.
-        result: the path of the result that the copy is; None where it is none.
+        argument: the path of the copied argument; None if the copy is not of an argument, or the
+            program does not show it.
+        result: the path of the result that the copy is; None if it is not a result.
     """
 
     array: str
@@ -50,26 +50,26 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What `audit` found; prints as the report.
+    """The result of `audit`; prints as the report.
 
-    All bytes are those of one device.
+    All bytes are per device.
 
     Attributes:
         program: the name of the compiled program, such as "jit_step".
         platform: "cpu", "gpu", ...
-        devices: how many it runs on.
-        donated: how many arrays are donated, scalars left out.
+        devices: the number of devices that it runs on.
+        donated: the number of donated arrays, without scalars.
         in_place: how many of them hold the result that replaces them.
-        copies: the copies of arrays as large as one that is carried on (scalars left out).
-        bytes_accessed: what the program reads and writes, by XLA's own count: both sides of a
-            branch, and a loop's body once. None where the backend does not say.
-        floor_bytes: every array argument that the program reads, once, and every result, once;
-            so an array that is updated in place counts twice, and one that is handed through in
-            place not at all. Of a model's forward and backward it knows nothing.
-        temp_bytes: memory beyond arguments and results. None where the backend does not say.
-        params: the name of what the bytes are divided by, and its number of elements on one
-            device; None where nothing is carried on.
-        advice: what to change, in sentences; empty where there is nothing.
+        copies: the copies of arrays as large as one that is carried on, without scalars.
+        bytes_accessed: the bytes that the program reads and writes, by XLA's own count: both sides
+            of a branch, and a loop's body once. None if the backend does not report it.
+        floor_bytes: the bytes of every array argument that the program reads and of every result;
+            an array that is updated in place counts twice, one that is handed through in place not
+            at all. The forward and backward pass of a model are not included.
+        temp_bytes: memory beyond arguments and results. None if the backend does not report it.
+        params: the name of the argument by whose size the report divides, and its number of
+            elements on one device; None if nothing is carried on.
+        advice: what to change, in sentences; empty if there is nothing to change.
 
     Example:
         SGD reads w, g and the count, and writes w, the count and the learning rate:
@@ -128,30 +128,30 @@ class Audit:
 def audit(step: Any, *args: Any, **kwargs: Any) -> Audit:
     """Compile a train step, and report whether it is in place and what to change.
 
-    Nothing of the step is run, and nothing is allocated beyond the program. The step is compiled,
-    which takes as long as it takes at its first call.
+    The step does not run, and nothing is allocated beyond the program. Compiling takes as long as
+    at the step's first call.
 
-    What is the successor of what is read from the program: a result belongs to the argument that
-    it is made of element by element, as w + u of w, and whose path ends like its own.
+    A result is taken to replace the argument from which it is computed elementwise, as w + u from
+    w, and whose path ends like its own.
 
     Args:
         step: a function from `jax.jit`, `adamx.make_step`, `nnx.jit` or `eqx.filter_jit`, with any
-            optimizer in it; or what its `lower(...)` or `lower(...).compile()` returned, and then
-            without arguments.
-        *args: the step's arguments, or their shapes (`jax.ShapeDtypeStruct`, with shardings where
+            optimizer in it; or the result of its `lower(...)` or `lower(...).compile()`, without
+            further arguments.
+        *args: the step's arguments, or their shapes (`jax.ShapeDtypeStruct`, with shardings if
             there are several devices). `eqx.filter_jit` needs arrays.
         **kwargs: the step's keyword arguments, likewise.
 
     Returns:
-        An `Audit`: `ok`, `advice`, `copies`, `bytes_accessed`, `floor_bytes`, `temp_bytes`; it
-        prints as the report. The step of `accumulate` is two programs: it is about the one that
-        `make_step(tx).lower` chooses, and names it.
+        An `Audit` with `ok`, `advice`, `copies`, `bytes_accessed`, `floor_bytes`, `temp_bytes`; it
+        prints as the report. For the step of `accumulate`, which has two programs, it describes and
+        names the one that `make_step(tx).lower` chooses.
 
     Raises:
         TypeError: if `step` is not jitted, or is compiled already and there are arguments.
 
     Example:
-        The gradients stand in front, and the memory of `mu` is taken for the new parameters:
+        The gradients come first, and the new parameters get the memory of `mu`:
 
         >>> import adamx, jax.numpy as jnp, optax
         >>> tx = adamx.momentum(0.1)
@@ -185,7 +185,7 @@ def audit(step: Any, *args: Any, **kwargs: Any) -> Audit:
             carried.get(place) == j and arguments[place].aval.size > 1
             for place, j in placed.items()
         ),
-        copies=_copies(text, arguments, results, carried),
+        copies=_copies(text, by_number, results, carried),
         bytes_accessed=int(cost["bytes accessed"]) if "bytes accessed" in cost else None,
         floor_bytes=_floor(text, by_number, placed),
         temp_bytes=memory.temp_size_in_bytes if memory else None,
@@ -198,20 +198,20 @@ def audit(step: Any, *args: Any, **kwargs: Any) -> Audit:
 
 
 def _compiled(step: Any, args: Any, kwargs: Any) -> tuple[Any, jax.stages.Compiled]:
-    """Return what holds the shapes, and the compiled program."""
-    with warnings.catch_warnings():  # what was donated in vain is reported
+    """Return the lowered program, which has the shapes, and the compiled one."""
+    with warnings.catch_warnings():  # the report names arrays that were donated in vain
         warnings.filterwarnings("ignore", message=_NOT_USABLE)
         if isinstance(step, jax.stages.Lowered | jax.stages.Compiled):
             if args or kwargs:
                 raise TypeError(
-                    "audit: step is lowered or compiled for its arguments already, and must come "
-                    f"without any, got {len(args) + len(kwargs)}"
+                    "audit: step is already lowered or compiled for its arguments, so there must "
+                    f"be none, got {len(args) + len(kwargs)}"
                 )
             lowered = step
         else:
             if isinstance(step, str) or not callable(getattr(step, "lower", None)):
                 raise TypeError(
-                    "audit: step must be a jitted function, which has a program to look at: "
+                    "audit: step must be a jitted function, whose program can be read: "
                     "audit(jax.jit(step, donate_argnums=(0, 1)), *args) for a step (params, state, "
                     f"...) -> (params, state), got {step!r}"
                 )
@@ -219,31 +219,30 @@ def _compiled(step: Any, args: Any, kwargs: Any) -> tuple[Any, jax.stages.Compil
             lowered = getattr(lowered, "lowered", lowered)  # Equinox and Flax NNX wrap it
         if not isinstance(lowered, jax.stages.Lowered | jax.stages.Compiled):
             raise TypeError(
-                "audit: step.lower(...) must give a jax.stages.Lowered, as that of jax.jit does, "
-                f"got {type(lowered).__name__}"
+                "audit: step.lower(...) must return a jax.stages.Lowered, as with jax.jit, got "
+                f"{type(lowered).__name__}"
             )
         return lowered, lowered if isinstance(lowered, jax.stages.Compiled) else lowered.compile()
 
 
 def _copies(
-    text: Text, arguments: list[Array], results: list[Array], carried: dict[int, int]
+    text: Text, by_number: dict[int, Array], results: list[Array], carried: dict[int, int]
 ) -> tuple[Copy, ...]:
-    by_number = {x.number: x for x in arguments if x.number is not None}
-    kept = [i for i, x in by_number.items() if x.donated or x.place in carried]
-    sizes = {text.parameters[i].elements for i in kept or by_number} - {0, 1}
+    reused = [i for i, x in by_number.items() if x.donated or x.place in carried]
+    sizes = {text.parameters[i].elements for i in reused or by_number} - {0, 1}
     result_of = {name: str(results[i]) for i, (name, _) in enumerate(text.results)}
     done = {x.operands[0]: x.name for x in text.instructions.values() if x.opcode == "copy-done"}
 
     def describe(x: Instruction) -> Copy:
         number = text.source(x)
-        argument = None if number is None else by_number[number]
+        argument = None if number is None else str(by_number[number])
         result = result_of.get(x.name) or result_of.get(done.get(x.name, ""))
-        return Copy(x.array, str(argument) if argument else None, result)
+        return Copy(x.array, argument, result)
 
     return tuple(map(describe, text.copies(sizes)))
 
 
-def _floor(text: Text, by_number: dict[Any, Array], placed: dict[int, int]) -> int:
+def _floor(text: Text, by_number: dict[int, Array], placed: dict[int, int]) -> int:
     read = sum(text.parameters[number].bytes for number in by_number)
     written = sum(text.bytes_of(value) for value in text.results)
     through = sum(
@@ -256,16 +255,15 @@ def _floor(text: Text, by_number: dict[Any, Array], placed: dict[int, int]) -> i
 
 
 def _params(text: Text, arguments: list[Array], carried: dict[int, int]) -> tuple[str, int] | None:
-    """Return what to divide bytes by: what is called params, or the first that is carried on."""
-    kept = sorted((x for x in arguments if x.place in carried), key=lambda x: carried[x.place])
-    if not kept:
+    """Return name and size of the argument called params, or of the first that is carried on."""
+    found = sorted((x for x in arguments if x.place in carried), key=lambda x: carried[x.place])
+    if not found:
         return None
     for name in _NAMES:
-        chosen = [x for x in kept if name in (x.name, *x.path[:1])]
-        if chosen:
+        if chosen := [x for x in found if name in (x.name, *x.path[:1])]:
             break
     else:
-        name, chosen = kept[0].name, [x for x in kept if x.top == kept[0].top]
+        name, chosen = found[0].name, [x for x in found if x.top == found[0].top]
     return name, sum(text.parameters[x.number].elements for x in chosen if x.number is not None)
 
 
@@ -290,19 +288,18 @@ def _advice(
             "of its own on the other: the second call compiles the step anew. Start from an array, "
             "such as jnp.zeros((), jnp.int32), and cast the result to its dtype."
         )
-    moved = [(x, y) for x, y in pairs if x.kind == y.kind and _is_moved(x, y)]
-    if moved:
+    if moved := [(x, y) for x, y in pairs if x.kind == y.kind and _is_moved(x, y)]:
         where = [f"{x} goes in on {_spec(x)}, comes out on {_spec(y)}" for x, y in moved]
         yield (
             f"{_listed(where)}: a donated array cannot hold that, and the second call compiles the "
             "step anew. Keep it where it was: out_shardings, or jax.lax.with_sharding_constraint."
         )
     altered = {x.place for x, y in pairs if x.kind != y.kind or _is_moved(x, y)}
-    kept = [x for x in arguments if x.aval.size > 1 and x.place not in altered]
+    alike = [x for x in arguments if x.aval.size > 1 and x.place not in altered]
     owner = {result: argument for argument, result in carried.items()}
     wrong = [
         f"{results[j]} is written over {x}"
-        for x in kept
+        for x in alike
         if (j := placed.get(x.place)) is not None
         and (carried.get(x.place, j) != j or owner.get(j, x.place) != x.place)
     ]
@@ -311,23 +308,21 @@ def _advice(
             f"{_listed(wrong)}: JAX pairs donated arguments with results by shape and dtype, first "
             f"come, first served, and XLA copies what it would lose. {_order(arguments, carried)}"
         )
-    in_vain = [x for x in kept if x.donated and x.place not in placed and x.place not in carried]
-    if in_vain:
+    if in_vain := [x for x in alike if x.donated and x.place not in {*placed, *carried}]:
         names = _tops(in_vain, arguments)
         yield (
-            f"No result takes the memory of the donated {_listed(names)}: gone for the caller, and "
-            f"nothing gained. Do not donate {'them' if len(names) > 1 else 'it'}."
+            f"No result takes the memory of the donated {_listed(names)}: the caller loses it for "
+            f"nothing. Do not donate {'them' if len(names) > 1 else 'it'}."
         )
     size = {x.place: x.aval.size * x.aval.dtype.itemsize for x in arguments}
-    missed = [x for x in kept if not x.donated and x.place in carried]
+    missed = [x for x in alike if not x.donated and x.place in carried]
     enough = sum(size[place] for place in carried) / _SMALL
     missed = [x for x in missed if sum(size[y.place] for y in missed if y.top == x.top) >= enough]
     if missed and not wrong:
         names = _tops(missed, arguments)
         yield (
             f"{_listed(names)} could be updated in place and {'are' if len(names) > 1 else 'is'} "
-            "not donated: the results take as much memory again. "
-            f"{_order(arguments, carried)}"
+            f"not donated: the results take as much memory again. {_order(arguments, carried)}"
         )
 
 
@@ -342,9 +337,7 @@ def _order(arguments: list[Array], carried: dict[int, int]) -> str:
     rest = [names[top] for top in names if top not in first]
     listed = ", ".join(names[top] for top in donate)
     if len(donate) == 1:
-        return (
-            f"Donate {listed} alone; the result must hold its arrays in the order in which it does."
-        )
+        return f"Donate {listed} alone; the result must have its arrays in the same order."
     if donate == list(first):
         return f"Donate ({listed}) and nothing else, and return them in that order."
     return (
@@ -364,13 +357,10 @@ def _spec(x: Array) -> str:
 
 
 def _tops(arrays: list[Array], arguments: list[Array]) -> list[str]:
-    """Return the names of the arguments of which these are all arrays, else the arrays' paths."""
-    whole = {x.top for x in arguments}
+    """Return the names of arguments that have no other arrays, and the paths of other arrays."""
     ours = {x.place for x in arrays}
-    for x in arguments:
-        if x.aval.size > 1 and x.place not in ours:
-            whole.discard(x.top)
-    return list(dict.fromkeys(x.name if x.top in whole else str(x) for x in arrays))
+    partly = {x.top for x in arguments if x.aval.size > 1 and x.place not in ours}
+    return list(dict.fromkeys(str(x) if x.top in partly else x.name for x in arrays))
 
 
 def _few(many: Sequence[Any], most: int) -> list[str]:
@@ -380,15 +370,9 @@ def _few(many: Sequence[Any], most: int) -> list[str]:
 
 def _filled(start: str, text: str) -> str:
     """Return a paragraph of lines of at most 100 characters."""
-    indent = " " * len(start)
-    return textwrap.fill(
-        text,
-        100,
-        initial_indent=start,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    wrapper = textwrap.TextWrapper(100, start, " " * len(start))
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
+    return wrapper.fill(text)
 
 
 def _listed(many: Sequence[Any]) -> str:

@@ -1,7 +1,7 @@
 """Which result of a step replaces which argument.
 
-A new value is made of the old one element by element, w + u of w, and stands at the same place: the
-path of the result ends like that of the argument. Both are read, from the program and the trees.
+A new value is computed elementwise from the old one, w + u from w, and is at the same place: the
+paths of result and argument end alike. The program shows the first, the trees the second.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Array:
 
     Attributes:
         place: its position among them.
-        top: the argument that it is in, or the position in a tuple of results, as JAX names it.
-        name: of that argument.
-        path: where in it, in components.
-        aval: shape, dtype and whether the dtype is weak.
-        sharding: None where the program does not use it.
-        donated: whether it is.
-        number: its number in the program; None where the program does not use it.
+        top: JAX's key of the argument that holds it, or of its position in a tuple of results.
+        name: the name of that argument.
+        path: the path inside the argument, in components.
+        aval: its shape and dtype, and whether the dtype is weak.
+        sharding: its sharding; None if the program does not use the array.
+        donated: whether it is donated.
+        number: its number in the program; None if the program does not use it.
     """
 
     place: int
@@ -52,12 +52,12 @@ class Array:
 
     @property
     def weak(self) -> bool:
-        """Whether it has the dtype of a Python number, which gives way to any other."""
+        """Whether its dtype is weak, as a Python number's."""
         return getattr(self.aval, "weak_type", False)
 
 
 def read_arguments(lowered: Any, compiled: Any, text: Text) -> list[Array]:
-    """Return the arguments in the order of their tree, with the names the program has for them."""
+    """Return the arguments in the order of their tree, with their names in the program."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(lowered.args_info)
     avals = jax.tree.leaves(lowered.in_avals)
     shardings = treedef.flatten_up_to(compiled.input_shardings)
@@ -103,8 +103,8 @@ def read_results(lowered: Any, compiled: Any, text: Text) -> list[Array]:
 def _check(what: str, expected: int, found: int) -> None:
     if expected != found:
         raise ValueError(
-            f"audit: the text of the program should have {expected} {what}, got {found}: it is in "
-            "a form that is not known here"
+            f"audit: the text of the program should have {expected} {what}, got {found}: this "
+            "form of text is not known"
         )
 
 
@@ -113,7 +113,7 @@ def _components(path: Sequence[Any]) -> tuple[str, ...]:
 
 
 def carry(arguments: list[Array], results: list[Array], text: Text) -> dict[int, int]:
-    """Return for each argument that has a successor among the results the place of that result."""
+    """Return the place of each argument's successor among the results, by the argument's place."""
     by_number = {x.number: x for x in arguments if x.number is not None}
     pairs = []
     for result in results:
@@ -134,7 +134,7 @@ def carry(arguments: list[Array], results: list[Array], text: Text) -> dict[int,
         if argument not in carried and result not in taken:
             carried[argument] = result
             taken.add(result)
-    # where the new value is no longer made element by element: the path alone, if it is unique
+    # if the new value is no longer computed elementwise: the path alone, if it is unique
     for x in (x for x in arguments if x.donated and x.place not in carried):
         kind = (x.aval.shape, x.aval.dtype)
         left = [y for y in results if y.place not in taken and (y.aval.shape, y.aval.dtype) == kind]
@@ -146,7 +146,7 @@ def carry(arguments: list[Array], results: list[Array], text: Text) -> dict[int,
 
 
 def _alike(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    """Return how many components two paths have in common at their ends."""
+    """Return how many components at their ends two paths share."""
     common = 0
     while common < min(len(a), len(b)) and a[-1 - common] == b[-1 - common]:
         common += 1

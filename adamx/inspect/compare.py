@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adamx.core.paths import leaves_by_path
+
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
@@ -21,9 +23,9 @@ class Difference:
         relative: max |a - b| / max(|a|, |b|) over all elements; 0 where both are 0, and inf where
             only one is NaN or infinite.
         ulps: the same in units in the last place of the narrower dtype of the two.
-        of_largest: max |a - b| over the largest |a| or |b| of the leaf: what says whether it
-            matters, where the other two are large because an element is next to zero.
-        path: the leaf in which `ulps` is reached; "" where there is no difference.
+        of_largest: max |a - b| over the largest |a| or |b| of the leaf. It shows whether the
+            difference matters if the other two are large because an element is near zero.
+        path: the leaf with the largest `ulps`; "" if there is no difference.
     """
 
     relative: float = 0.0
@@ -37,15 +39,15 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; prints as a table.
+    """The result of `compare`; prints as a table.
 
     Attributes:
         updates: for each step the difference of the updates.
         params: for each step the difference of the parameters after it.
-        slots: after the last step, for each entry that both states have at the same path: the
-            path in the first state and the difference.
+        slots: after the last step, the difference of each entry that both states have at the same
+            path, by the path in the first state.
         unmatched: paths that only one of the states has.
-        names: what the two are called in the table.
+        names: the names of the two in the table.
     """
 
     updates: list[Difference]
@@ -56,10 +58,8 @@ class Comparison:
 
     def first_beyond(self, *, relative: float = np.inf, ulps: float = np.inf) -> int | None:
         """Return the first step (from 1) whose parameters differ by more than a bound, or None."""
-        for number, difference in enumerate(self.params, start=1):
-            if difference.relative > relative or difference.ulps > ulps:
-                return number
-        return None
+        beyond = [d.relative > relative or d.ulps > ulps for d in self.params]
+        return beyond.index(True) + 1 if any(beyond) else None
 
     def __str__(self) -> str:
         columns = f"{'relative':>9} {'ULP':>10} {'of largest':>10}"
@@ -92,17 +92,17 @@ def compare(
     steps: int | None = None,
     names: tuple[str, str] = ("a", "b"),
 ) -> Comparison:
-    """Run two transformations on the same gradients and report where they part.
+    """Run two transformations on the same gradients and report where they diverge.
 
-    Each follows its own parameters from the same start; both steps are jitted.
+    Each has its own parameters from the same start; both steps are jitted.
 
     Args:
         tx_a: an adamx or Optax transformation.
         tx_b: another.
         params: the parameters to start from, as both `init` take them.
-        gradients: trees shaped like `params`, one a step; or a function of the step (from 0).
-        steps: how many; None means as many as `gradients` has, and must be given for a function.
-        names: what to call the two in the table.
+        gradients: trees shaped like `params`, one per step; or a function of the step (from 0).
+        steps: the number of steps; None means all of `gradients`, unless that is a function.
+        names: the names of the two in the table.
 
     Returns:
         A `Comparison`: differences step by step, `first_beyond(...)`, and the slots side by side,
@@ -127,7 +127,7 @@ def compare(
             )
     if callable(gradients):
         if steps is None:
-            raise ValueError("compare: steps must be given where gradients is a function, got None")
+            raise ValueError("compare: steps must be given if gradients is a function, got None")
         gradients = map(gradients, range(steps))
     step_a, step_b = jax.jit(_step(tx_a)), jax.jit(_step(tx_b))
     a, b = (params, tx_a.init(params)), (params, tx_b.init(params))
@@ -151,8 +151,8 @@ def _step(tx: optax.GradientTransformation) -> Callable[..., Any]:
 
 
 def _difference(a: Any, b: Any) -> Difference:
-    there = dict(_paths(b))
-    leaves = [_largest(path, x, there[path]) for path, x in _paths(a)]
+    there = _arrays(b)
+    leaves = [_largest(path, x, there[path]) for path, x in _arrays(a).items()]
     worst = max(leaves, key=lambda leaf: leaf.ulps, default=Difference())
     return dataclasses.replace(
         worst,
@@ -174,7 +174,7 @@ def _largest(path: str, a: np.ndarray, b: np.ndarray) -> Difference:
         bad = ~same & ~(np.isfinite(a) & np.isfinite(b))
         scale = np.where(same | bad, 1.0, np.maximum(np.abs(a), np.abs(b)))
     relative = np.where(bad, np.inf, gap / scale)
-    # one ULP of x is eps * 2^floor(log2 |x|); below the smallest normal number it stays put
+    # one ULP of x is eps * 2^floor(log2 |x|); below the smallest normal number it is constant
     exponent = np.floor(np.log2(np.maximum(scale, float(smallest))))
     ulps = np.where(bad, np.inf, gap / (float(spacing) * np.exp2(exponent)))
     if not ulps.any():
@@ -186,8 +186,8 @@ def _largest(path: str, a: np.ndarray, b: np.ndarray) -> Difference:
 
 
 def _side_by_side(a: Any, b: Any) -> tuple[dict[str, Difference], list[str]]:
-    """Match entries of the same path, and then those of which one's path ends with the other's."""
-    left, right = dict(_paths(a)), dict(_paths(b))
+    """Match entries of the same path, then entries of which one path ends with the other."""
+    left, right = _arrays(a), _arrays(b)
     shapes = {path: np.shape(y) for path, y in right.items()}
     pairs = {path: path for path, x in left.items() if shapes.get(path) == np.shape(x)}
     for path, x in left.items():
@@ -209,11 +209,9 @@ def _ends_alike(path: str, other: str) -> bool:
     return ("/" + path).endswith("/" + other) or ("/" + other).endswith("/" + path)
 
 
-def _paths(tree: Any) -> list[tuple[str, np.ndarray]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), _array(x)) for path, x in flat]
+def _arrays(tree: Any) -> dict[str, np.ndarray]:
+    def array(x: Any) -> np.ndarray:
+        is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.extended)
+        return np.asarray(jax.random.key_data(x) if is_key else x)
 
-
-def _array(x: Any) -> np.ndarray:
-    is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.extended)
-    return np.asarray(jax.random.key_data(x) if is_key else x)
+    return {path: array(x) for path, x in leaves_by_path(tree).items()}

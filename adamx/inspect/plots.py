@@ -1,7 +1,7 @@
 """A logged run as a figure, or as a table in the terminal.
 
-A log is what `statistics` returned at some steps, with the loss beside it. Each kind of statistic
-is a panel, and each group of parameters a line in it:
+A log has the result of `statistics` at some steps, with the loss. Each kind of statistic is a
+panel, and each group of parameters a line in it:
 
     grad_norm/dense/kernel  ->  the line dense/kernel in the panel grad_norm
 """
@@ -39,25 +39,25 @@ Curves = dict[str, tuple[list[float], list[float]]]  # steps and values, by grou
 
 
 def plot(log: str | Path | Sequence[Mapping[str, Any]], path: str | Path | None = None) -> Any:
-    """Draw a logged run: loss, learning rate, norms, and what else `monitor` measured.
+    """Draw a logged run: loss, learning rate, norms, and all other statistics of `monitor`.
 
     Args:
-        log: the path of a CSV file with a header, such as the quickstart's `--log` writes; or a
-            list of flat dicts, one a logged step: what `statistics` returned and, where they are
-            known, "loss", "accuracy" and "step", in whose place "count" is taken. What is missing,
-            None or an empty cell is no point of its line. Other names are not drawn.
+        log: the path of a CSV file with a header, as the quickstart's `--log` writes it; or a list
+            of flat dicts, one per logged step: the result of `statistics` and, if known, "loss",
+            "accuracy" and "step" (otherwise "count" is the step). A missing value, None or an empty
+            cell leaves out this point of its line. Other names are not drawn.
         path: the picture to write, in a format of matplotlib's, such as "run.png". None prints a
             table to the terminal instead: first, last, least and largest value, and the course.
 
     Returns:
         The matplotlib figure, with a panel for each kind of statistic in the log and a line for
-        each group of parameters; None where the table was printed.
+        each group of parameters; None if the table was printed.
 
     Raises:
         ImportError: if matplotlib, or rich for the terminal, is not installed.
-        TypeError: if the log is neither path nor list, or a row not a dict.
-        ValueError: if a row has no step, or what is not a number; if a line of the file has not as
-            many values as its header; if there is nothing to draw.
+        TypeError: if the log is neither a path nor a list, or a row is not a dict.
+        ValueError: if a row has no step, or a value that is not a number; if a line of the file and
+            the header differ in length; if there is nothing to draw.
 
     Example:
         >>> plot([{"step": 10, "loss": 4}, {"step": 20, "loss": 1}])
@@ -105,8 +105,8 @@ def _panels(log: Sequence[Mapping[str, Any]]) -> dict[str, Curves]:
                 ys.append(value)
     if not any(panels.values()):
         raise ValueError(
-            f"plot: the log has {len(log)} rows and nothing to draw in them: give a row at least "
-            "the loss, or what adamx.statistics(state) returns"
+            f"plot: the log has {len(log)} rows and nothing to draw in them: a row needs at least "
+            "the loss, or the result of adamx.statistics(state)"
         )
     return {kind: curves for kind, curves in panels.items() if curves}
 
@@ -116,7 +116,7 @@ def _finite(values: Iterable[float]) -> list[float]:
 
 
 def _is_wide(values: Iterable[float]) -> bool:
-    """Say whether values are to be drawn on a logarithmic scale."""
+    """Say whether values need a logarithmic scale."""
     finite = _finite(values)
     return bool(finite) and 0 < 10 * min(finite) < max(finite)
 
@@ -176,7 +176,7 @@ def _print(panels: Mapping[str, Curves]) -> None:
 
 
 def _course(values: Sequence[float]) -> str:
-    """Return a bar for each value, or for every n-th of many; "!" where it is not finite."""
+    """Return a bar for each value, or for every n-th of many; "!" if it is not finite."""
     wide, every = _is_wide(values), math.ceil(len(values) / WIDTH)
     heights = [math.log(x) if wide and math.isfinite(x) else x for x in values[::-every][::-1]]
     low, high = min(_finite(heights), default=0), max(_finite(heights), default=0)

@@ -1,11 +1,11 @@
-"""What a compiled program says about itself: the one place that reads the text of XLA's programs.
+"""Reading the text of XLA's compiled programs, for this package and its tests.
 
-A program's text names its computations, one of them the entry; each is a list of instructions
+The text lists the program's computations, one of them the entry; each is a list of instructions
 
     %name = f32[4,8]{1,0} opcode(%operand, ...), attributes
 
-and its first line says which result is written over which argument: `input_output_alias`.
-The format is that of XLA: https://openxla.org/xla/operation_semantics
+and the first line says which result is written over which argument: `input_output_alias`.
+The format is XLA's: https://openxla.org/xla/operation_semantics
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ _ELEMENTWISE |= {"round-nearest-afz", "exponential-minus-one", "log-plus-one", "
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a compiled program says about itself.
+    """A compiled program in numbers.
 
     Attributes:
         bytes_per_param: bytes that its kernels read and write, by XLA's count, per parameter.
-        always: the same without what stands in branches, of which a usual step takes none: bytes
-            of the arguments and results of the instructions outside them, per parameter.
-        copies: `copy` instructions whose result is as large as one of the parameters.
+        always: the same without branches, of which a usual step takes none: bytes of the arguments
+            and results of the instructions outside them, per parameter.
+        copies: the number of `copy` instructions whose result is as large as a parameter.
         temp_bytes: memory beyond arguments and results.
     """
 
@@ -78,8 +78,8 @@ def read_program(compiled: jax.stages.Compiled, params: Any) -> Program:
 def bytes_outside_branches(hlo: str) -> int:
     """Return the bytes that the instructions of a program's entry read and write.
 
-    XLA's own count adds up both sides of every conditional. Here the conditional itself counts
-    nothing, nor do instructions that move nothing.
+    XLA's own count includes both sides of every conditional. Here neither a conditional counts nor
+    an instruction that moves nothing.
 
     Example:
         >>> hlo = '''
@@ -107,9 +107,9 @@ def bytes_outside_branches(hlo: str) -> int:
 
 
 def count_copies(hlo: str, sizes: set[int]) -> int:
-    """Return how many copies in the text of a program make an array of one of these sizes.
+    """Return how many copies in a program's text have one of these sizes.
 
-    Sizes are numbers of elements, so that a copy into another layout or shape counts too.
+    Sizes are numbers of elements, so a copy into another layout or shape counts too.
 
     Example:
         >>> hlo = '''
@@ -126,8 +126,8 @@ def count_copies(hlo: str, sizes: set[int]) -> int:
 def count_kernels(hlo: str) -> tuple[int, int]:
     """Return how many kernels a program starts, and how many of them are fusions.
 
-    These are the instructions of the entry, and of what it calls, loops over or branches into, but
-    for those that move nothing. A fusion is one kernel, whatever it holds.
+    These are the instructions of the entry and of the computations that it calls, loops over or
+    branches into, except those that move nothing. A fusion is one kernel, whatever it contains.
 
     Example:
         >>> hlo = '''
@@ -175,14 +175,14 @@ class Instruction:
 
     Attributes:
         name: unique in the program.
-        shape: of its result, as it is written: "f32[4,8]{1,0}", or a tuple of such in parentheses.
-        opcode: what it does: "copy", "fusion", "parameter".
+        shape: its result's shape as written: "f32[4,8]{1,0}", or a tuple of such in parentheses.
+        opcode: its operation: "copy", "fusion", "parameter".
         operands: names of the instructions whose results it takes.
-        computation: the name of the list it stands in.
+        computation: the name of the list that it is in.
         in_entry: whether that is the program's entry.
-        attributes: what stands behind the operands, up to the metadata.
-        label: the operation in the source that it comes from; of an argument the path.
-        literal: what stands between the parentheses, which is a number for "parameter".
+        attributes: the text after the operands, up to the metadata.
+        label: the operation in the source; for an argument its path.
+        literal: the text between the parentheses, which is a number for "parameter".
     """
 
     name: str
@@ -197,18 +197,18 @@ class Instruction:
 
     @functools.cached_property
     def elements(self) -> int:
-        """The number of elements of its result, or of the first of several."""
+        """The number of elements of its result, or of its first result."""
         found = _ARRAY.search(self.shape)
         return _elements(found[2]) if found else 0
 
     @property
     def bytes(self) -> int:
-        """The bytes of its result, or of all of them."""
+        """The bytes of its results."""
         return sum(_bytes(*array) for array in _ARRAY.findall(self.shape))
 
     @property
     def array(self) -> str:
-        """Dtype and shape of its result, or of the first of several: "f32[4,8]"."""
+        """Dtype and shape of its result, or of its first result: "f32[4,8]"."""
         found = _ARRAY.search(self.shape)
         return found[0] if found else self.shape
 
@@ -223,7 +223,7 @@ def _bytes(dtype: str, dims: str) -> int:
 
 
 Value = tuple[str, int | None]
-"""An instruction's result: its name, and which one where it has several."""
+"""A result: the instruction's name, and an index if it has several results."""
 
 
 class Text:
@@ -231,9 +231,9 @@ class Text:
 
     Attributes:
         instructions: by name.
-        aliases: for each argument that a result is written over, by number, the result's number.
-        parameters: the instructions that stand for the arguments, by number.
-        results: the values that are the results, in order.
+        aliases: by the number of an argument, the number of the result that is written over it.
+        parameters: the instructions of the arguments, by number.
+        results: the program's results, in order.
     """
 
     def __init__(self, hlo: str) -> None:
@@ -272,30 +272,28 @@ class Text:
             self.results = [(last.name, None)]
 
     def copies(self, sizes: set[int]) -> Iterator[Instruction]:
-        """Yield the copies, the asynchronous ones too, of as many elements as one of these."""
+        """Yield the copies of one of these sizes, including asynchronous ones."""
         for x in self.instructions.values():
             if x.opcode in ("copy", "copy-start") and x.elements in sizes:
                 yield x
 
     def source(self, x: Instruction) -> int | None:
-        """Return the number of the argument that a copy copies, None where it is no argument."""
+        """Return the number of the copied argument, None if the copy is not of an argument."""
         free = _SAME - {"convert", "bitcast-convert", "reduce-precision"}
-        for number, _ in self._reach((x.name, None), free, set()):
-            return number
-        return None
+        return next((number for number, _ in self._reach((x.name, None), free, set())), None)
 
     def sources(self, result: int) -> dict[int, int]:
-        """Return the arguments that a result is made of element by element.
+        """Return the arguments from which a result is computed elementwise.
 
         Returns:
-            For each such argument its number and how many operations stand between: 0 for an
-            argument that is handed through, converted, copied or brought to other devices, 1 for
-            the w of w + u and of w - u, where u counts 2 for its sign.
+            For each such argument its number, and the number of operations between the two: 0 for
+            an argument that is handed through, converted, copied or moved to other devices, 1 for w
+            in w + u and in w - u, where u counts 2 for its sign.
         """
         return dict(self._reach(self.results[result], _SAME | _MOVED, _ELEMENTWISE))
 
     def _reach(self, start: Value, free: set[str], counted: set[str]) -> Iterator[tuple[int, int]]:
-        """Yield the arguments that a value is reached from, nearest first, with the distance."""
+        """Yield the arguments from which a value is computed, nearest first, with the distance."""
         queue: list[tuple[int, int, Value]] = [(0, 0, start)]
         seen: set[Value] = set()
         pushed = 0
@@ -314,7 +312,7 @@ class Text:
     def _before(
         self, x: Instruction, index: int | None, free: set[str], counted: set[str]
     ) -> Iterable[tuple[int, Value]]:
-        """Return what an instruction's result, or one of them, is made of, and at which cost."""
+        """Return the values from which a result of an instruction is computed, with the cost."""
         if x.opcode == "parameter":
             return [(0, (up, index)) for up in self._above(x)]
         if x.opcode == "get-tuple-element":
@@ -344,7 +342,7 @@ class Text:
         return []
 
     def _above(self, x: Instruction) -> Iterator[str]:
-        """Yield the operands that a computation's parameter stands for, one for each caller."""
+        """Yield the operands passed as a computation's parameter, one for each caller."""
         for name in self._callers.get(x.computation, ()):
             caller, number = self.instructions[name], int(x.literal)
             if caller.opcode == "conditional":

@@ -1,10 +1,10 @@
-"""What an optimizer will cost and compute, before anything is allocated.
+"""The cost and the formula of an optimizer, before anything is allocated.
 
     bytes moved >= 2 * parameters + 2 * slots + gradients
 
 in a step whose arrays do not fit into a cache: parameters and slots are read and written, gradients
-read. Where a part of the update depends on a whole array or tree (a norm, a guard), something as
-large as the gradients is read once more.
+read. If the update depends on a whole array or tree (a norm, a guard), an array as large as the
+gradients is read once more.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from adamx.wrappers.by_path import by_path
 from adamx.wrappers.skip_nonfinite import skip_nonfinite
 
 LARGE_EPS = 1e-3
-"""From here on eps is said to dominate: gradients of single elements are often smaller."""
+"""From here on `summary` warns of eps: gradients of single elements are often smaller."""
 
-_FOREIGN = ""  # the name of a state that is wholly foreign
+_FOREIGN = ""  # the name of the state of an Optax transformation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Leaf:
 
     Attributes:
         path: such as "dense/kernel".
-        group: the pattern of the `by_path` group that it belongs to; "" where there are none.
+        group: the pattern of its `by_path` group; "" if there are no groups.
         param: its shape and dtype.
         slots: by name, the shapes and dtypes of its slots.
-        formula: what happens to it.
-        rereads: whether a step reads something as large as its gradient once more.
+        formula: the formula of its update.
+        rereads: whether a step reads an array as large as its gradient once more.
     """
 
     path: str
@@ -69,7 +69,7 @@ class Leaf:
 
     @property
     def traffic(self) -> int:
-        """The bytes that a step moves at least for it; a frozen one is neither read nor written."""
+        """The least bytes that a step moves for it; a frozen one is neither read nor written."""
         moved = 0 if self.frozen else 2
         read = int(bool(self.slots) or not self.frozen) + self.rereads
         return (moved + read) * _bytes(self.param) + 2 * self.slot_bytes
@@ -77,14 +77,14 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `summary` found; prints as a table, totals, composition, formula and warnings.
+    """The result of `summary`; prints as a table, totals, composition, formula and warnings.
 
     Attributes:
         leaves: the parameters.
-        scalars: the bytes of what else the state keeps: the count, recorded scalars.
+        scalars: the bytes of the state's other entries: the count, recorded scalars.
         composition: the transformation as it prints.
-        warnings: what is likely to be a mistake, in sentences.
-        by: what a line of the table is: "group" or "leaf".
+        warnings: likely mistakes, in sentences.
+        by: whether a line of the table is a "group" or a "leaf".
     """
 
     leaves: tuple[Leaf, ...]
@@ -95,7 +95,7 @@ class Summary:
 
     @property
     def size(self) -> int:
-        """How many numbers the parameters are."""
+        """The number of elements of all parameters."""
         return sum(leaf.param.size for leaf in self.leaves)
 
     @property
@@ -107,17 +107,17 @@ class Summary:
 
     @property
     def traffic(self) -> int:
-        """The bytes that a step moves at least, in one pass over arrays larger than the caches.
+        """The least bytes that a step moves, in one pass over arrays larger than the caches.
 
-        Parameters and slots are read and written, gradients read: 28 bytes a parameter for AdamW in
-        float32. A norm or a guard reads something as large as the gradients once more. What is
-        compiled may move more: XLA on CPU makes a kernel of each output, which for AdamW is 40.
+        Parameters and slots are read and written, gradients read: 28 bytes per parameter for AdamW
+        in float32. A norm or a guard reads an array as large as the gradients once more. The
+        compiled step may move more: XLA on CPU makes a kernel for each output, 40 bytes for AdamW.
         """
         return sum(leaf.traffic for leaf in self.leaves)
 
     @property
     def formula(self) -> str:
-        """What the composition amounts to, in text; where leaves differ, one formula for each."""
+        """The composition's formula in text; if leaves differ, one formula for each kind."""
         return self._formulas("for {}:\n{}", str)
 
     @property
@@ -157,22 +157,21 @@ class Summary:
 
 
 def summary(tx: optax.GradientTransformation, params: Any, *, by: str = "group") -> Summary:
-    """Say what an optimizer will cost and compute for these parameters; allocate nothing.
+    """Return the cost and the formula of an optimizer for these parameters; allocate nothing.
 
     Args:
-        tx: an adamx or Optax transformation. Of an Optax transformation the slots are listed as
-            its state has them, and the formula is its name.
-        params: the parameters or their shapes, as `jax.eval_shape` gives them; None leaves are left
-            out.
-        by: what a line of the printed table is: "leaf", or "group": the leaves of one `by_path`
-            group, with one formula, dtype and storage.
+        tx: an adamx or Optax transformation. For an Optax transformation the table lists the arrays
+            of its state, and the formula is its name.
+        params: the parameters or their shapes, as from `jax.eval_shape`; None leaves are left out.
+        by: the lines of the printed table: "leaf", or "group": the leaves of one `by_path` group
+            with the same formula, dtype and storage.
 
     Returns:
-        A `Summary`: its `bytes`, `traffic`, `formula`, `latex`, `warnings` and `leaves`, and
-        everything in print.
+        A `Summary` with `bytes`, `traffic`, `formula`, `latex`, `warnings` and `leaves`; it prints
+        as a report.
 
     Raises:
-        TypeError: if `tx` is no transformation, or a leaf is no floating-point array or shape.
+        TypeError: if `tx` is not a transformation, or a leaf not a floating-point array or shape.
         ValueError: if `by` is neither; if a pattern or mask in `tx` does not fit the parameters.
 
     Example:
@@ -263,7 +262,7 @@ def _shape(path: str, leaf: Any) -> jax.ShapeDtypeStruct | None:
         what = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else None
         raise TypeError(
             f"summary: leaf {path!r} must be a floating-point array or its shape, got "
-            f"{what or errors.describe(leaf)}: set what is not trained to None"
+            f"{what or errors.describe(leaf)}: set leaves that are not trained to None"
         )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
@@ -271,7 +270,7 @@ def _shape(path: str, leaf: Any) -> jax.ShapeDtypeStruct | None:
 def _slots(
     concept: Transformation, state: Any, paths: list[str], shapes: list[Any], treedef: Any
 ) -> tuple[list[dict[str, Any]], int]:
-    """Return each leaf's slots, and the bytes of what else the state keeps."""
+    """Return each leaf's slots, and the bytes of the state's other entries."""
     slots: list[dict[str, Any]] = [{} for _ in paths]
     foreign = {part.name for part in parts(concept) if isinstance(part, named)}
     foreign.add(_FOREIGN)
@@ -281,11 +280,11 @@ def _slots(
             for own, x in zip(slots, treedef.flatten_up_to(entry), strict=True):
                 own |= {} if x is None else {name: x}
         elif name in foreign:
-            for i, kept, x in _matched(name, entry, paths, shapes):
+            for i, slot, x in _matched(name, entry, paths, shapes):
                 if i is None:
                     scalars += _bytes(x)
                 else:
-                    slots[i][kept] = x
+                    slots[i][slot] = x
         else:
             scalars += sum(map(_bytes, jax.tree.leaves(entry)))
     return slots, scalars
@@ -294,9 +293,9 @@ def _slots(
 def _matched(
     name: str, entry: Any, paths: list[str], shapes: list[Any]
 ) -> Iterator[tuple[int | None, str, Any]]:
-    """Yield the arrays of a foreign state: of which leaf, under which name, and the array.
+    """Yield each array of a foreign state with its leaf's index and its slot's name.
 
-    It is of the leaf whose path its own path ends with; a leaf with no path has its shape.
+    The path of the array ends with the path of its leaf; a leaf without a path has its shape.
     """
     where = {path: i for i, path in enumerate(paths) if shapes[i] is not None}
     for path, x in jax.tree_util.tree_flatten_with_path(entry)[0]:
@@ -314,18 +313,17 @@ def _matched(
 
 
 def _foreign_precision(tx: Any, leaves: list[Leaf]) -> Iterator[str]:
-    """Warn of 16-bit parameters in a foreign transformation; of adamx's, `init` does."""
+    """Warn of 16-bit parameters in a foreign transformation; the `init` of adamx's warns itself."""
     narrow = [leaf for leaf in leaves if jnp.finfo(leaf.param.dtype).bits < 32]
     if narrow and not isinstance(tx, Transformation):
         yield (
-            f"{len(narrow)} of the parameters' leaves are {narrow[0].param.dtype}, and whether an "
-            "Optax transformation keeps what rounding takes from them cannot be seen here: "
-            "adamx.master_weights(tx) keeps it"
+            f"{len(narrow)} of the parameters' leaves are {narrow[0].param.dtype}, and an Optax "
+            "transformation may lose small steps by rounding: adamx.master_weights(tx) does not"
         )
 
 
 def _decayed_vectors(leaves: list[Leaf]) -> Iterator[str]:
-    """Warn of a weight decay on leaves of rank 0 and 1, where there are others."""
+    """Warn of a weight decay on leaves of rank 0 and 1, if there are others."""
     decayed = [leaf for leaf in leaves if any(s.args[0].base == "wd" for s in leaf.formula.values)]
     vectors = [leaf for leaf in decayed if len(leaf.param.shape) <= 1]
     if vectors and any(len(leaf.param.shape) > 1 for leaf in leaves):
@@ -337,21 +335,14 @@ def _decayed_vectors(leaves: list[Leaf]) -> Iterator[str]:
 
 def _large_eps(leaves: list[Leaf]) -> Iterator[str]:
     """Warn of an eps from LARGE_EPS on, of an eps under the root from its square on."""
+    values = [(s.args[0].base, x) for leaf in leaves for s, x in leaf.formula.values.items()]
     for base, least in (("eps", LARGE_EPS), ("eps_root", LARGE_EPS**2)):
-        for leaf in leaves:
-            large = [
-                value
-                for symbol, value in leaf.formula.values.items()
-                if symbol.args[0].base == base and isinstance(value, float) and value >= least
-            ]
-            if large:
-                size = large[0] if base == "eps" else math.sqrt(large[0])
-                yield (
-                    f"{base} = {large[0]:g}: elements whose gradients stay below {size:g} are "
-                    "divided by that rather than by their own size, so that their steps are as "
-                    "small as their gradients"
-                )
-                break
+        for eps in [x for b, x in values if b == base and isinstance(x, float) and x >= least][:1]:
+            size = eps if base == "eps" else math.sqrt(eps)
+            yield (
+                f"{base} = {eps:g}: elements whose gradients stay below {size:g} are divided by "
+                "that and not by their own size, so their steps are as small as their gradients"
+            )
 
 
 # ----------------------------------------------------------------------------------- the table
@@ -379,9 +370,7 @@ def _row(group: list[Leaf], leafwise: bool) -> tuple[str, ...]:
     label = f"{first.group}: " if first.group else ""
     shape = str(list(first.param.shape)) if len(group) == 1 else f"{len(group)} leaves"
     slots = [
-        f"{name} {x.dtype}{'' if x.shape == first.param.shape else list(x.shape)}"
-        if leafwise
-        else f"{name} {x.dtype}"
+        f"{name} {x.dtype}{list(x.shape) if leafwise and x.shape != first.param.shape else ''}"
         for name, x in first.slots.items()
     ]
     return (
@@ -395,7 +384,7 @@ def _row(group: list[Leaf], leafwise: bool) -> tuple[str, ...]:
 
 
 def _table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
-    """Return rows in columns, those named flush right."""
+    """Return the rows in columns; `right` are the indices of right-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

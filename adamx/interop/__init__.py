@@ -1,1 +1,1 @@
-"""From the state of another library to one of adamx, in the middle of a run, and back."""
+"""Converting another library's state to adamx's and back, in the middle of a run."""

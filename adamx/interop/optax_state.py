@@ -1,13 +1,13 @@
-"""Optax's state and adamx's, one from the other, in the middle of a run.
+"""Converting Optax's state to adamx's and back, in the middle of a run.
 
-    state[slot][leaf] = the field of Optax's state that means the slot, at the same leaf
+    state[slot][leaf] = the corresponding field of Optax's state, at the same leaf
 
-An Optax state is a tuple of named tuples, nested as the chain, the masks and the wrappers are.
-Those that `_FIELDS` lists are taken apart; what is not listed is an error, since nothing in adamx
-keeps it. What a state does not tell, the hyperparameters and the order of the stages, has to be the
+An Optax state is a tuple of named tuples, nested like the chain, the masks and the wrappers.
+`_FIELDS` lists the states that can be converted; any other is an error, since adamx has no slots
+for it. A state does not show the hyperparameters and the order of the stages: they have to be the
 same on both sides.
 
-Two fields mean something else than adamx's slots. AdaBelief's `nu` holds `eps_root` summed up,
+Two fields differ from adamx's slots. AdaBelief's `nu` includes a sum of `eps_root`,
 
     nu_optax = nu + eps_root (1 - b2^t) / (1 - b2)
 
@@ -29,7 +29,7 @@ from adamx.core.errors import describe
 from adamx.core.lifting import State
 from adamx.core.paths import leaves_by_path
 from adamx.core.transformation import Transformation
-from adamx.interop.slots import Found, assemble, check_plain, stands_before
+from adamx.interop.slots import Found, assemble, check_plain, comes_before
 from adamx.transforms.bias_correction import bias_correction, one_minus_power
 from adamx.transforms.deviation import deviation
 from adamx.transforms.ema_of_squares import ema_of_squares
@@ -42,7 +42,7 @@ _SCALAR, _INNER, _OWN = "a recorded scalar", "states inside", "Optax's own"
 _COUNTED = {"count": _COUNT}
 _MOMENTS = {"mu": "mu", "nu": "nu"}
 
-# What each field of each of Optax's states is: a slot of adamx, or one of the above.
+# The meaning of each field of each of Optax's states: a slot of adamx, or one of the above.
 _FIELDS: dict[str, dict[str, str]] = {
     "EmaState": {**_COUNTED, "ema": "mu"},
     "ScaleByAdamState": {**_COUNTED, **_MOMENTS},
@@ -90,7 +90,7 @@ Visit = Callable[[str, Any, str, str], Any]
 
 
 def _walk(function: str, node: Any, where: str, visit: Visit) -> Any:
-    """Rebuild an Optax state from what `visit(where, state, field, meaning)` makes of a field."""
+    """Rebuild an Optax state with `visit(where, state, field, meaning)` in the place of a field."""
     name = type(node).__name__
     if not jax.tree.leaves(node):
         return node
@@ -112,38 +112,38 @@ def _walk(function: str, node: Any, where: str, visit: Visit) -> Any:
             [_walk(function, x, where + jax.tree_util.keystr(key), visit) for key, x in inside]
         )
     raise TypeError(
-        f"{function}: {where} is {describe(node)}, which is no state of Optax that adamx has a "
-        "counterpart of: convert the other parts of the state alone, such as state[0], and merge "
-        "the results; a checkpoint that was read as dicts and lists has to be restored with the "
-        "state of the Optax transformation as its target"
+        f"{function}: {where} is {describe(node)}, which is not an Optax state that adamx can "
+        "convert: convert the other parts of the state alone, such as state[0], and merge the "
+        "results; restore a checkpoint that was read as dicts and lists with the state of the "
+        "Optax transformation as its target"
     )
 
 
 def from_optax(state: Any, tx: Transformation, params: Any, *, count: int | None = None) -> State:
     """Return the state of `tx` with which an Optax run goes on in adamx.
 
-    Slots are found by the names of Optax's fields, wherever chains, masks, partitions and wrappers
-    have put them, and matched with the parameters by path. They are kept as `tx` keeps them:
-    moments that Optax held in 16 bits are widened. Arrays that need no other dtype are shared.
+    Slots are found by the names of Optax's fields, inside any chains, masks, partitions and
+    wrappers, and matched with the parameters by path. They get the dtypes that `tx` uses: 16-bit
+    moments of Optax are widened. Arrays whose dtype stays are shared, not copied.
 
     Args:
-        state: an Optax state of arrays, or a part of one: that of sgd, rmsprop, adagrad, adam,
-            adamw, adamax, nadam, radam, amsgrad, adabelief, yogi, lamb, lion, adan, ademamix,
-            adopt, ema or schedule_free, in chains, with schedules, in masked, partition,
-            inject_hyperparams, apply_if_finite, or in MultiSteps between two steps.
-        tx: the adamx transformation to go on with, of the same hyperparameters, which a state does
-            not tell, with float32 slots.
+        state: an Optax state of arrays, or a part of one: from sgd, rmsprop, adagrad, adam, adamw,
+            adamax, nadam, radam, amsgrad, adabelief, yogi, lamb, lion, adan, ademamix, adopt, ema
+            or schedule_free, in chains, with schedules, in masked, partition, inject_hyperparams,
+            apply_if_finite, or in MultiSteps between two steps.
+        tx: the adamx transformation to go on with, with float32 slots and the same hyperparameters,
+            which a state does not show.
         params: the parameters, as for `tx.init`.
-        count: the number of steps taken, >= 0, where the state has no counter (SGD, RMSprop and
-            AdaGrad without a schedule); None means 0 there, which only schedules notice.
+        count: the number of steps taken, >= 0, if the state has no counter (SGD, RMSprop and
+            AdaGrad without a schedule); None then means 0, which only schedules notice.
 
     Returns:
-        The state: count, slots, and the recorded scalars as they are after that many steps.
+        The state: count, slots, and the recorded scalars after that many steps.
 
     Raises:
-        TypeError: if `tx` is no adamx transformation, or a part of the state is none of the above.
-        ValueError: if counters differ, an array has two candidates, a slot is missing, is left
-            over or has another shape, or MultiSteps is in the middle of a sum.
+        TypeError: if `tx` is not an adamx transformation, or a part of the state is none of these.
+        ValueError: if counters differ, a slot has two candidates, is missing, is left over or has
+            another shape, or MultiSteps is in the middle of a sum.
 
     Example:
         >>> import adamx
@@ -174,21 +174,29 @@ def from_optax(state: Any, tx: Transformation, params: Any, *, count: int | None
             given[field] = jnp.asarray(value, jnp.float32)
         else:
             belief |= type(node).__name__ == "ScaleByBeliefState"
+            there = found.setdefault(meaning, {})
             for path, x in leaves_by_path(value).items():
-                _put(found, meaning, path, f"{where}{f'[{path!r}]' if path else ''}", x)
+                here = f"{where}[{path!r}]" if path else where
+                if path in there:
+                    raise ValueError(
+                        f"from_optax: {there[path][0]} and {here} would both be {meaning!r}: "
+                        "convert each part of the Optax state alone, for a transformation whose "
+                        "slot has another name"
+                    )
+                there[path] = here, x
         return value
 
     _walk("from_optax", state, "state", take)
     if len(set(counts.values())) > 1:
         raise ValueError(
-            f"from_optax: the counters differ, {counts}, and adamx has one: replace those that "
-            "were added or restarted on the way, with state._replace(count=...)"
+            f"from_optax: the counters differ, {counts}, and adamx has one: replace counters that "
+            "were added or restarted later, with state._replace(count=...)"
         )
     steps = next(iter(counts.values()), 0)
-    if "nu_max" in found and stands_before(tx, running_max, bias_correction):
+    if "nu_max" in found and comes_before(tx, running_max, bias_correction):
         raise ValueError(
-            "from_optax: nu_max of Optax's AMSGrad is the maximum of the corrected nu, and tx "
-            "corrects the maximum of the raw one: go on with adamx.amsgrad"
+            "from_optax: nu_max of Optax's AMSGrad is the maximum of the corrected nu, but tx "
+            "corrects the maximum of the raw nu: go on with adamx.amsgrad"
         )
     if belief:
         _take_out_eps_root(tx, found["nu"], steps)
@@ -200,24 +208,14 @@ def from_optax(state: Any, tx: Transformation, params: Any, *, count: int | None
 def _number(where: str, value: Any) -> int:
     if jnp.shape(value) != ():
         raise ValueError(
-            f"from_optax: {where} must be one number, got shape {list(jnp.shape(value))}: of a "
-            "state made under vmap, convert one member after the other"
+            f"from_optax: {where} must be one number, got shape {list(jnp.shape(value))}: convert "
+            "the members of a state made under vmap one by one"
         )
     return int(value)
 
 
-def _put(found: Found, slot: str, path: str, where: str, value: Any) -> None:
-    there = found.setdefault(slot, {})
-    if path in there:
-        raise ValueError(
-            f"from_optax: {there[path][0]} and {where} would both be {slot!r}: convert each part "
-            "of the Optax state alone, for a transformation that keeps it under a name of its own"
-        )
-    there[path] = where, value
-
-
 def _take_out_eps_root(tx: Transformation, nu: dict[str, tuple[str, Any]], count: int) -> None:
-    """Take from AdaBelief's nu the eps_root that Optax has added to it in each step."""
+    """Subtract from AdaBelief's nu the eps_root that Optax added in each step."""
     for part in parts(tx):
         if isinstance(part, rms_scaling):
             inside = [*parts(part.second_moment)]
@@ -238,8 +236,8 @@ def _in_units_of_the_last(tx: Transformation, given: Mapping[str, jax.Array]) ->
 def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any:
     """Return the Optax state with which an adamx run goes on in Optax.
 
-    The reverse of `from_optax`. Every counter of the Optax state becomes the count, so that
-    schedules go on, and arrays get the dtypes that Optax keeps them in: the parameters'.
+    The reverse of `from_optax`. Every counter of the Optax state becomes the count, so schedules
+    continue, and arrays get Optax's dtypes: the parameters'.
 
     Args:
         state: a state of adamx with float32 slots.
@@ -247,14 +245,13 @@ def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any
         params: the parameters, as for `tx.init`.
 
     Returns:
-        A state of the tree that `tx.init(params)` has.
+        A state with the tree of `tx.init(params)`.
 
     Raises:
-        TypeError: if `tx` is a transformation of adamx or none at all, or has a state that adamx
-            has no counterpart of.
+        TypeError: if `tx` is not an Optax transformation, or adamx has no counterpart of its state.
         ValueError: if a slot is missing, is left over or has another shape, or if `tx` is Optax's
-            AdaBelief or schedule-free: what their states need from b2, eps_root and
-            weight_lr_power, an Optax transformation does not tell.
+            AdaBelief or schedule-free: their states depend on b2, eps_root and weight_lr_power,
+            which an Optax transformation does not show.
 
     Example:
         >>> import adamx
@@ -268,22 +265,24 @@ def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any
         raise TypeError(f"to_optax: tx must be the Optax transformation to go on with, got {tx!r}")
     errors.check_state(state)
     count = state["count"]
-    slots = {name: leaves_by_path(tree) for name, tree in state.items() if _is_slot(name, tree)}
+    slots = {
+        name: leaves_by_path(tree)
+        for name, tree in state.items()
+        if name in _SLOTS or any(jnp.ndim(x) > 0 for x in jax.tree.leaves(tree))
+    }
     used: set[str] = set()
 
     def fill(where: str, node: Any, field: str, meaning: str) -> Any:
         start = getattr(node, field)
         kind = type(node).__name__
-        if meaning == _SCALAR or (kind == "ScaleByBeliefState" and meaning == "nu"):
+        said = f"to_optax: {where} cannot be computed: it "
+        if meaning == _SCALAR:
+            raise ValueError(f"{said}needs weight_lr_power, which no Optax transformation shows")
+        if kind == "ScaleByBeliefState" and meaning == "nu":
             raise ValueError(
-                f"to_optax: {where} cannot be computed: "
-                + (
-                    "it needs weight_lr_power, which an Optax transformation does not tell"
-                    if meaning == _SCALAR
-                    else "it holds eps_root (1 - b2^t) / (1 - b2), and an Optax transformation "
-                    "does not tell its b2 and eps_root: convert for optax.scale_by_adam, whose "
-                    "fields are the same, and add that to nu"
-                )
+                f"{said}holds eps_root (1 - b2^t) / (1 - b2), and an Optax transformation does not "
+                "show its b2 and eps_root: convert for optax.scale_by_adam, whose fields are the "
+                "same, and add that to nu"
             )
         if meaning in (_COUNT, _COUNT_FROM_1):
             return (count + int(meaning == _COUNT_FROM_1)).astype(jnp.asarray(start).dtype)
@@ -297,14 +296,10 @@ def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any
     if unused := sorted(slots.keys() - used):
         raise ValueError(
             f"to_optax: the state keeps {unused}, for which tx has no place, only for "
-            f"{sorted(used)}: give the Optax transformation that does what the adamx one did; what "
-            "it cannot have, such as masters, has to be taken out of the state"
+            f"{sorted(used)}: give the Optax transformation that computes the same; remove slots "
+            "without a counterpart, such as masters, from the state"
         )
     return new
-
-
-def _is_slot(name: str, tree: Any) -> bool:
-    return name in _SLOTS or any(jnp.ndim(x) > 0 for x in jax.tree.leaves(tree))
 
 
 def _slot_of(slots: Mapping[str, Any], where: str, slot: str, path: Any, start: Any) -> jax.Array:
@@ -312,8 +307,8 @@ def _slot_of(slots: Mapping[str, Any], where: str, slot: str, path: Any, start: 
     if name not in slots.get(slot, {}):
         raise ValueError(
             f"to_optax: tx keeps {slot!r} of {name!r} ({where}), and the state of adamx has only "
-            f"{sorted(slots)}: give the Optax transformation that does what the adamx one did, and "
-            "of packed moments {'count': ..., **adamx.moments(state, tx)}"
+            f"{sorted(slots)}: give the Optax transformation that computes the same, and for "
+            "packed moments the state {'count': ..., **adamx.moments(state, tx)}"
         )
     value = slots[slot][name]
     if jnp.shape(value) != jnp.shape(start) or jnp.iscomplexobj(value) != jnp.iscomplexobj(start):

@@ -1,4 +1,4 @@
-"""PyTorch's `optimizer.state_dict()` and adamx's state, one from the other, in the middle of a run.
+"""Converting PyTorch's `optimizer.state_dict()` to adamx's state and back, in the middle of a run.
 
     state[slot][leaf] = transpose(state_dict["state"][index][field], axes)
 
@@ -10,12 +10,12 @@
     exp_inf           Adamax                          nu
     square_avg        RMSprop                         nu
     grad_avg          RMSprop, centered               mu
-    momentum_buffer   SGD, RMSprop                    trace, or mu where dampening = momentum
+    momentum_buffer   SGD, RMSprop                    trace, or mu if dampening = momentum
     sum               Adagrad                         sum_of_squares
-    mu_product        NAdam                           none: scheduled_nesterov_ema knows it from t
+    mu_product        NAdam                           none: scheduled_nesterov_ema computes it
     step              all but SGD                     count
 
-PyTorch is not imported: its tensors are asked for NumPy's arrays, and NumPy's arrays are returned.
+PyTorch is not imported: its tensors are converted to NumPy arrays, and NumPy arrays are returned.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from adamx.core.errors import describe
 from adamx.core.lifting import State
 from adamx.core.paths import leaves_by_path, paths_of
 from adamx.core.transformation import Transformation
-from adamx.interop.slots import Found, assemble, check_plain, stands_before
+from adamx.interop.slots import Found, assemble, check_plain, comes_before
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.running_max import running_max
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
@@ -40,7 +40,7 @@ from adamx.transforms.scheduled_nesterov_ema import one_minus_product, scheduled
 from adamx.transforms.trace import trace
 
 Place = int | tuple[int, Sequence[int]]
-"""Where PyTorch has a parameter: its index, and the axes that transpose its array to ours."""
+"""A parameter's index in PyTorch, and the axes that transpose PyTorch's array to ours."""
 
 _SLOTS = {
     "exp_avg": "mu",
@@ -54,7 +54,7 @@ _SLOTS = {
 }
 _STEP, _PRODUCT = "step", "mu_product"
 
-# The fields of a parameter's state, by a hyperparameter that the optimizers before have not.
+# The fields of a parameter's state, by a hyperparameter that the preceding optimizers do not have.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "amsgrad": (_STEP, "exp_avg", "exp_avg_sq"),
     "momentum_decay": (_STEP, _PRODUCT, "exp_avg", "exp_avg_sq"),
@@ -64,7 +64,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "decoupled_weight_decay": (_STEP, "exp_avg", "exp_avg_sq"),
     "betas": (_STEP, "exp_avg", "exp_inf"),
 }
-# More of them, where a hyperparameter is neither False nor 0.
+# Further fields, if a hyperparameter is neither False nor 0.
 _OPTIONAL = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg", "momentum": "momentum_buffer"}
 
 
@@ -79,25 +79,25 @@ def from_torch(
     """Return the state of `tx` with which a PyTorch run goes on in adamx.
 
     Args:
-        state_dict: what `optimizer.state_dict()` of Adam, AdamW, NAdam, RAdam, Adamax, RMSprop,
-            Adagrad or SGD returned: of tensors on any device, or of NumPy arrays. They are copied.
-        tx: the adamx transformation to go on with, of the same hyperparameters, with float32 slots.
+        state_dict: the `optimizer.state_dict()` of Adam, AdamW, NAdam, RAdam, Adamax, RMSprop,
+            Adagrad or SGD, with tensors on any device or NumPy arrays, which are copied.
+        tx: the adamx transformation to go on with, with float32 slots and the same hyperparameters.
         params: the parameters, as for `tx.init`.
         names: for each leaf's path, such as "dense/kernel", its index in the state_dict, which is
-            its place in `model.parameters()`; or (index, axes) where ours is PyTorch's array
-            transposed by axes: (1, 0) for a Linear's weight, (2, 3, 1, 0) for a Conv2d's.
-        count: the number of steps taken, where PyTorch does not count (SGD); None means 0 there,
-            which only schedules notice.
+            its place in `model.parameters()`; or (index, axes) if ours is PyTorch's array
+            transposed by axes: (1, 0) for the weight of a Linear, (2, 3, 1, 0) of a Conv2d.
+        count: the number of steps taken, if PyTorch does not count (SGD); None then means 0, which
+            only schedules notice.
 
     Returns:
-        The state: count, slots, and the recorded scalars as they are after that many steps.
+        The state: count, slots, and the recorded scalars after that many steps.
 
     Raises:
-        TypeError: if `tx` is no adamx transformation or `state_dict` no optimizer's.
+        TypeError: if `tx` is not an adamx transformation or `state_dict` not an optimizer's.
         ValueError: if `names` does not pair leaves and indices one to one, steps differ, a slot is
-            missing, is left over or has another shape, or PyTorch's optimizer keeps something else
-            than `tx` does: squares of complex parts, AMSGrad's maximum of the raw average, NAdam's
-            momenta, a dampened sum, a momentum in front of the learning rate.
+            missing, is left over or has another shape, or PyTorch's slots mean something else:
+            squares of complex parts, AMSGrad's maximum of the raw average, NAdam's momenta, a
+            dampened sum, a momentum before the learning rate.
 
     Example:
         >>> import adamx
@@ -118,8 +118,9 @@ def from_torch(
     found: Found = {}
     steps: dict[str, int] = {} if count is None else {"count=": count}
     for path, (index, axes) in places.items():
-        kept = {field: x for field, x in states.get(index, {}).items() if x is not None}
-        for field, x in kept.items():
+        for field, x in states.get(index, {}).items():
+            if x is None:
+                continue
             where = f"state_dict['state'][{index}][{field!r}]"
             if field == _STEP:
                 steps[where] = _whole(where, x)
@@ -128,9 +129,9 @@ def from_torch(
                 found.setdefault(slot, {})[path] = where, _transposed(where, path, array, axes)
     if len(set(steps.values())) > 1:
         raise ValueError(
-            f"from_torch: the steps differ, {steps}, and adamx has one count: a parameter that got "
-            "no gradient in a step was left out there. Where 1 - b^step is near 1 for all of them "
-            "they may be set to one number"
+            f"from_torch: the steps differ, {steps}, and adamx has one count: PyTorch does not "
+            "count a parameter's steps without a gradient. If 1 - b^step is near 1 for all of "
+            "them, they may be set to one number"
         )
     number = next(iter(steps.values()), 0)
     return assemble(function, "the state_dict", tx, params, found, number, {})
@@ -151,20 +152,20 @@ def to_torch(
 
     Args:
         state: a state of `tx`.
-        tx: the adamx transformation that the state is of, with float32 slots.
+        tx: the adamx transformation of the state, with float32 slots.
         params: the parameters, as for `tx.init`.
         names: as for `from_torch`; the arrays are transposed back.
         like: the `state_dict()` of the PyTorch optimizer to go on with, new or used: its groups and
-            hyperparameters are taken over, and say what the optimizer keeps.
+            hyperparameters are copied, and determine the optimizer's fields.
 
     Returns:
         A state_dict: for each index `step` (float32) and arrays of the slot's dtype (float32 for
         slots of 16 bits), in PyTorch's layout.
 
     Raises:
-        TypeError: if `tx` is no adamx transformation, or `like` no optimizer's.
-        ValueError: if `names` does not pair leaves and indices one to one, PyTorch's optimizer
-            keeps what `tx` does not, or the other way round.
+        TypeError: if `tx` is not an adamx transformation, or `like` not an optimizer's.
+        ValueError: if `names` does not pair leaves and indices one to one, or `tx` and PyTorch's
+            optimizer have different slots.
 
     Example:
         >>> import adamx
@@ -187,7 +188,7 @@ def to_torch(
     for path, (index, axes) in places.items():
         left = {slot for slot, leaves in slots.items() if path in leaves}
         states[index] = {}
-        for field in _kept(function, groups[index]):
+        for field in _fields(function, groups[index]):
             if field == _STEP:
                 states[index][field] = np.array(state["count"], np.float32)
                 continue
@@ -199,16 +200,21 @@ def to_torch(
                 raise ValueError(
                     f"to_torch: PyTorch's optimizer keeps {field!r} of parameter {index}, and the "
                     f"state of adamx has no {slot!r} of {path!r}, only {sorted(left)}: give the "
-                    "state_dict of the optimizer that does what tx does"
+                    "state_dict of the optimizer that computes the same as tx"
                 )
             left.remove(slot)
-            value = np.array(slots[slot][path])
-            _check_shape(f"state[{slot!r}]", path, value, jnp.shape(weights[path]))
-            if np.iscomplexobj(value) != np.iscomplexobj(weights[path]):
+            value, weight = np.array(slots[slot][path]), weights[path]
+            if value.shape != jnp.shape(weight):
+                raise ValueError(
+                    f"to_torch: state[{slot!r}] of {path!r} has shape {list(value.shape)} for a "
+                    f"parameter of shape {list(jnp.shape(weight))}: is it the state of another "
+                    "model?"
+                )
+            if np.iscomplexobj(value) != np.iscomplexobj(weight):
                 raise ValueError(
                     f"to_torch: {slot!r} of the complex {path!r} is the average of squared "
-                    "magnitudes, and PyTorch keeps the squares of the two parts: they cannot be "
-                    "told apart; train the two parts as two real arrays"
+                    "magnitudes, but PyTorch keeps the squares of the two parts, which cannot be "
+                    "recovered: train the two parts as two real arrays"
                 )
             wide = value if value.dtype.itemsize > 2 else value.astype(np.float32)
             back = wide if axes is None else wide.transpose(np.argsort(axes))
@@ -217,7 +223,7 @@ def to_torch(
             raise ValueError(
                 f"to_torch: the state of adamx keeps {sorted(left)} of {path!r}, for which the "
                 f"optimizer of parameter {index} has no place: give the state_dict of the "
-                "optimizer that does what tx does"
+                "optimizer that computes the same as tx"
             )
     return {**like, "state": states, "param_groups": [dict(g) for g in like["param_groups"]]}
 
@@ -235,7 +241,7 @@ def _groups(function: str, state_dict: Any) -> dict[int, Mapping[str, Any]]:
 def _places(
     function: str, params: Any, names: Mapping[str, Place], groups: Mapping[int, Any]
 ) -> dict[str, tuple[int, Sequence[int] | None]]:
-    """Return index and axes of each leaf; raise unless names pairs them one to one."""
+    """Return index and axes of each leaf; raise unless `names` pairs them one to one."""
     leaves = leaves_by_path(params)
     places: dict[str, tuple[int, Sequence[int] | None]] = {
         path: (place, None) if isinstance(place, int) else place for path, place in names.items()
@@ -255,50 +261,49 @@ def _places(
     return places
 
 
-def _kept(function: str, group: Mapping[str, Any]) -> list[str]:
-    """Return the fields that PyTorch keeps of a parameter of this group."""
+def _fields(function: str, group: Mapping[str, Any]) -> list[str]:
+    """Return the fields of PyTorch's state of a parameter in this group."""
     for hyperparameter, fields in _FIELDS.items():
         if hyperparameter in group:
-            more = [field for name, field in _OPTIONAL.items() if group.get(name)]
-            return [*fields, *more]
+            return [*fields, *(field for name, field in _OPTIONAL.items() if group.get(name))]
     raise ValueError(
-        f"{function}: the group with {sorted(group)} is of no optimizer that adamx has a "
-        "counterpart of: they are Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad and SGD"
+        f"{function}: the group with {sorted(group)} belongs to no optimizer that adamx can "
+        "convert: they are Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad and SGD"
     )
 
 
 def _slot(function: str, field: str, group: Mapping[str, Any], tx: Transformation) -> str | None:
-    """Return the slot that a field is, None for one that follows from the count; raise if neither.
+    """Return a field's slot, None for a field that follows from the count; raise if neither.
 
-    What is checked here is what field and slot mean, as far as the composition says it.
+    Also raises if the composition shows that field and slot have different meanings.
     """
     if field == _PRODUCT:
         if not any(isinstance(part, scheduled_nesterov_ema) for part in parts(tx)):
             raise ValueError(
                 f"{function}: mu_product is the product of the momenta of PyTorch's NAdam, which "
-                "rise from half of betas[0], while those of adamx.nadam are constant: give "
+                "rise from half of betas[0], while adamx.nadam has constant momenta: give "
                 "chain(rms_scaling(scheduled_nesterov_ema(b1), second_moment=chain("
                 "ema_of_squares(b2), bias_correction(b2)), eps=eps), scale_by_learning_rate(lr))"
             )
         return None
-    if field == "max_exp_avg_sq" and not stands_before(tx, running_max, bias_correction):
+    if field == "max_exp_avg_sq" and not comes_before(tx, running_max, bias_correction):
         raise ValueError(
             f"{function}: max_exp_avg_sq is the maximum of the raw averages of squares, which "
-            "PyTorch corrects afterwards, and tx (as adamx.amsgrad) takes that of the corrected "
-            "ones, which cannot be computed from it: give a composition with second_moment=chain("
-            "ema_of_squares(b2), running_max(), bias_correction(b2))"
+            "PyTorch corrects afterwards, but tx (as adamx.amsgrad) takes the maximum of corrected "
+            "averages, which does not follow from it: give a composition with second_moment="
+            "chain(ema_of_squares(b2), running_max(), bias_correction(b2))"
         )
     if field != "momentum_buffer":
         if field not in _SLOTS:
             raise ValueError(
-                f"{function}: PyTorch's optimizer keeps {field!r}, of which adamx has nothing: it "
-                f"has {sorted(_SLOTS)}"
+                f"{function}: PyTorch's optimizer keeps {field!r}, which adamx cannot convert: the "
+                f"known fields are {sorted(_SLOTS)}"
             )
         return _SLOTS[field]
-    if stands_before(tx, scale_by_learning_rate, trace):
+    if comes_before(tx, scale_by_learning_rate, trace):
         raise ValueError(
-            f"{function}: PyTorch's momentum_buffer stands before the learning rate, and the trace "
-            "of tx (as in adamx.rmsprop) behind it: give chain(scale_by_rms(decay, eps), "
+            f"{function}: PyTorch's momentum_buffer comes before the learning rate, but the trace "
+            "of tx (as in adamx.rmsprop) comes after it: give chain(scale_by_rms(decay, eps), "
             "trace(momentum), scale_by_learning_rate(lr))"
         )
     dampening, names = group.get("dampening", 0), tx.tree_names()
@@ -309,14 +314,14 @@ def _slot(function: str, field: str, group: Mapping[str, Any], tx: Transformatio
         return "mu"
     raise ValueError(
         f"{function}: momentum_buffer of SGD with dampening={dampening} is a sum of (1 - dampening)"
-        f" g, and tx keeps {[*names]}: without dampening give adamx.sgd(lr, momentum), which keeps "
+        f" g, but tx keeps {[*names]}: without dampening give adamx.sgd(lr, momentum), which keeps "
         "a sum (trace); with dampening = momentum give adamx.momentum(lr, momentum), which keeps "
-        "an average (mu); adamx has no other"
+        "an average (mu); no other dampening can be converted"
     )
 
 
 def _product(tx: Transformation, count: Any) -> np.ndarray:
-    """Return b_1 ... b_t of NAdam's momenta."""
+    """Return the product b_1 ... b_t of NAdam's momenta."""
     (found,) = [p for p in parts(tx) if isinstance(p, scheduled_nesterov_ema)]
     t = jnp.maximum(count, 1).astype(float)
     rate = -np.log(0.96) * found.momentum_decay
@@ -324,9 +329,9 @@ def _product(tx: Transformation, count: Any) -> np.ndarray:
 
 
 def _numpy(x: Any) -> np.ndarray:
-    """Return a copy of a tensor or array: of bfloat16, which NumPy lacks, as float32.
+    """Return a copy of a tensor or array; bfloat16, which NumPy lacks, becomes float32.
 
-    A copy, since PyTorch steps its tensors in place, and JAX may use NumPy's memory as it is.
+    It has to be a copy: PyTorch updates its tensors in place, and JAX may share NumPy's memory.
     """
     if hasattr(x, "detach"):
         x = x.detach().cpu()
@@ -350,11 +355,3 @@ def _transposed(where: str, path: str, array: np.ndarray, axes: Sequence[int] | 
             f"{list(array.shape)}: they must be a permutation of {tuple(range(array.ndim))}"
         )
     return array.transpose(axes)
-
-
-def _check_shape(where: str, path: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
-    if value.shape != shape:
-        raise ValueError(
-            f"to_torch: {where} of {path!r} has shape {list(value.shape)} for a parameter of shape "
-            f"{list(shape)}: is it the state of another model?"
-        )

@@ -2,8 +2,8 @@
 
     stored = bfloat16(x), up or down with the probability that makes E[stored] = x
 
-bfloat16 is the upper half of a float32: its range, and 8 bits of precision. See
-`adamx.core.rounding` for why the rounding is stochastic.
+bfloat16 is the upper half of a float32: the same range, and 8 bits of precision.
+`adamx.core.rounding` says why the rounding is stochastic.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from adamx.storage.storage import Storage
 
 
 class bfloat16(Storage):
-    """Keep slots as bfloat16, rounded stochastically: any slots, of any optimizer.
+    """Store slots as bfloat16, rounded stochastically: any slots, of any optimizer.
 
     Attributes:
-        inner: what keeps the slots.
-        only: the slots to narrow; None means all. Those of float64 or complex parameters stay as
-            they are.
-        nearest: True rounds to nearest instead. An average with a long memory then stands still:
-            with decay 0.999 it moves by less than half a spacing at each step, stops at 0.25 of
-            the true value, and the step becomes too long. It does no harm where the memory is
-            short, as that of Adam's `mu`.
+        inner: the concept that has the slots.
+        only: the names of the slots to narrow; None means all. Slots of float64 or complex
+            parameters stay as they are.
+        nearest: True rounds to nearest instead. An average with a long memory then gets stuck: with
+            decay 0.999 it changes by less than half a spacing at each step, stops at 0.25 of the
+            true value, and the step becomes too long. A short memory, as in Adam's `mu`, is not
+            harmed.
 
     Raises:
-        ValueError: if `only` names a slot that `inner` does not keep.
+        ValueError: if `only` names a slot that `inner` does not have.
 
     Example:
         >>> import adamx, jax.numpy as jnp
@@ -46,9 +46,9 @@ class bfloat16(Storage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kept = self.inner.slot_names()
-        if unknown := sorted(set(self.only or ()) - set(kept)):
-            raise ValueError(f"bfloat16: only names {unknown}, and the slots are {sorted(kept)}")
+        slots = self.inner.slot_names()
+        if unknown := sorted(set(self.only or ()) - set(slots)):
+            raise ValueError(f"bfloat16: only names {unknown}, but the slots are {sorted(slots)}")
 
     def encode(self, slots: Slots, bits: Slots) -> Slots:
         return {name: self._narrowed(name, x, bits[name]) for name, x in slots.items()}

@@ -1,4 +1,4 @@
-"""A storage by its name: `adam(..., moments="packed16")`."""
+"""A storage chosen by name: `adam(..., moments="packed16")`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ NAMES = ("float32", "bfloat16", "packed16", "packed8")
 def stored(
     inner: Transformation, moments: Moments, decays: tuple[Any, Any] | None = None
 ) -> Transformation:
-    """Return the transformation with its slots kept in a storage.
+    """Return the transformation with its slots in a storage.
 
     Args:
-        inner: what keeps the slots.
-        moments: "float32" leaves it as it is; "bfloat16" (2 bytes a slot), "packed16" (Adam's two
+        inner: the transformation that has the slots.
+        moments: "float32" leaves it as it is; "bfloat16" (2 bytes per slot), "packed16" (Adam's two
             moments in 4 bytes) or "packed8" (in 2); or a function that wraps a transformation,
             such as a subclass of `Storage`.
-        decays: b1 and b2 where `inner` keeps Adam's moments, for "packed8"; None elsewhere.
+        decays: b1 and b2 if `inner` has Adam's moments, for "packed8"; None otherwise.
 
     Raises:
-        ValueError: if there is no storage of that name, or it cannot keep these slots.
+        ValueError: if there is no storage of that name, or it cannot store these slots.
         TypeError: if `moments` is neither a name nor a function.
 
     Example:
@@ -49,9 +49,9 @@ def stored(
         return packed8(inner, ratio_bound(*decays))
     if moments == "packed8":
         raise ValueError(
-            "packed8: keeps mu as its ratio to the root of nu, for which Adam's two decays give a "
-            f"bound, and the slots here are {sorted(inner.slot_names())}: bfloat16 keeps "
-            "any slots, in 2 bytes each"
+            "packed8: stores mu as its ratio to the root of nu, for which Adam's two decays give a "
+            f"bound, but the slots here are {sorted(inner.slot_names())}: bfloat16 stores any "
+            "slots, in 2 bytes each"
         )
     kind = ValueError if isinstance(moments, str) else TypeError
     raise kind(f"moments must be one of {NAMES} or a function, got {moments!r}")

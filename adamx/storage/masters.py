@@ -1,4 +1,4 @@
-"""How float32 masters are kept beside 16-bit parameters, and how they are read.
+"""The formats of float32 masters of 16-bit parameters, and how to read them.
 
     "remainder"    w = join(param, int16)      exact
     "remainder8"   w = join(param, int8)       24 bits
@@ -25,7 +25,7 @@ NAMES = ("remainder", "master")
 
 
 def start(keep: str, param: jax.Array) -> Slots:
-    """Return what is kept for one parameter before the first step; nothing from 32 bits on."""
+    """Return the start value of one parameter's slot; no slot from 32 bits on."""
     if jnp.finfo(param.dtype).bits >= 32:
         return {}
     if param.dtype != jnp.bfloat16 or keep == "float32":
@@ -35,14 +35,12 @@ def start(keep: str, param: jax.Array) -> Slots:
 
 @jax.jit
 def joined(param: jax.Array, slots: Slots) -> jax.Array:
-    """Return one parameter's master: the one kept, where the parameter is still its rounding."""
+    """Return one parameter's master; a copy counts only where it still rounds to the parameter."""
     if "remainder" in slots:
         return join(param, slots["remainder"])
     if "master" in slots:
-        kept = slots["master"]
-        return jnp.where(
-            kept.astype(param.dtype) == param, kept, param.astype(compute_dtype(param.dtype))
-        )
+        copy, wide = slots["master"], param.astype(compute_dtype(param.dtype))
+        return jnp.where(copy.astype(param.dtype) == param, copy, wide)
     return param
 
 
@@ -59,7 +57,7 @@ def masters(params: Any, state: Mapping[str, Any]) -> Any:
         A tree shaped like params: float32 for 16-bit parameters, the parameter itself for others.
 
     Raises:
-        ValueError: if the state keeps no masters.
+        ValueError: if the state has no masters.
 
     Example:
         >>> import adamx, jax.numpy as jnp
@@ -72,10 +70,10 @@ def masters(params: Any, state: Mapping[str, Any]) -> Any:
     leaves = lifting.take_apart(params, None)
     names = [name for name in NAMES if name in state]
     if not names:
-        raise ValueError(f"masters: the state keeps none, only {sorted(state)}")
+        raise ValueError(f"masters: the state has no masters, only {sorted(state)}")
     columns = [leaves.column(name, state[name]) for name in names]
     found = []
-    for param, *kept in zip(leaves.values, *columns, strict=True):
-        slots = {name: x for name, x in zip(names, kept, strict=True) if x is not None}
+    for param, *own in zip(leaves.values, *columns, strict=True):
+        slots = {name: x for name, x in zip(names, own, strict=True) if x is not None}
         found.append(None if param is None else joined(param, slots))
     return leaves.tree(found)

@@ -1,7 +1,7 @@
-"""Reading the slots of a state, however they are stored.
+"""Reading the slots of a state in any storage.
 
-decoded(concept, slots) = the children's, after the concept's own `decode`
-encoded(concept, slots) = the concept's own `encode`, after the children's
+decoded(concept, slots) = the children's `decode` of the concept's own `decode` of the slots
+encoded(concept, slots) = the concept's own `encode` of the children's `encode` of the slots
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from adamx.storage.storage import Storage
 
 
 def decoded(concept: Concept, slots: Slots) -> Slots:
-    """Return one leaf's slots as the formula sees them, from the slots as they are stored."""
+    """Return one leaf's slots as the formula sees them, from the stored slots."""
     if isinstance(concept, Storage) and slots:
         slots = concept.decoded(slots)
     for child in concept.children:
@@ -28,7 +28,7 @@ def decoded(concept: Concept, slots: Slots) -> Slots:
 
 
 def encoded(concept: Concept, slots: Slots) -> Slots:
-    """Return one leaf's slots as they are stored, from the slots as the formula sees them."""
+    """Return one leaf's stored slots, from the slots as the formula sees them."""
     for child in concept.children:
         slots = encoded(child, slots)
     if isinstance(concept, Storage) and slots:
@@ -54,11 +54,11 @@ def moments(state: Mapping[str, Any], tx: Transformation) -> dict[str, Any]:
 
     Returns:
         For each slot, such as `mu` and `nu`, a tree shaped like the parameters: float32, or wider
-        where the parameter is. Slots that are not packed are the state's own arrays. What Optax's
-        stages and `master_weights` keep is left out.
+        for a wider parameter. Slots that are not packed are the state's own arrays. The entries of
+        Optax's stages and of `master_weights` are left out.
 
     Raises:
-        ValueError: if the state has not the slots of `tx`.
+        ValueError: if the state does not have the slots of `tx`.
 
     Example:
         >>> import adamx, jax.numpy as jnp
@@ -95,5 +95,5 @@ def decoded_slots(tx: Any, leaves: Leaves, state: Mapping[str, Any]) -> dict[str
 
 
 def _largest(slots: tuple[Any, ...]) -> Any:
-    """Return a leaf's largest slot: the one most like its parameter."""
+    """Return a leaf's largest slot, which is most like its parameter."""
     return max((x for x in slots if x is not None), key=lambda x: (x.ndim, x.size), default=None)

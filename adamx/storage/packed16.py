@@ -1,12 +1,12 @@
-"""Adam's two moments in 4 bytes: one uint32 an element.
+"""Adam's two moments in 4 bytes: one uint32 per element.
 
     bit  31 ... 24   23 ... 16   15     14 ... 7   6 ... 0
          v's         v's         m's    m's        m's
          exponent    8 bits      sign   exponent   7 bits
 
-m is a bfloat16. v is never negative and has no use for a sign, so that it gets one bit of precision
-more. Both have float32's range and are rounded stochastically (`adamx.core.rounding`): the averages
-are linear, so that they stay unbiased.
+m is a bfloat16. v is never negative and needs no sign, so it gets one more bit of precision. Both
+have float32's range and are rounded stochastically (`adamx.core.rounding`); since the averages are
+linear, they stay unbiased.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _HIGH = np.uint32(0xFFFF0000)
 
 
 class packed16(Storage):
-    """Keep `mu` and `nu` as one uint32 an element: 4 bytes a parameter where Adam needs 8.
+    """Store `mu` and `nu` as one uint32 per element: 4 bytes per parameter where Adam needs 8.
 
     Other slots stay as they are.
 
     Attributes:
-        inner: what keeps the slots `mu` and `nu`, such as `scale_by_adam()`; `nu` is never
+        inner: the concept with the slots `mu` and `nu`, such as `scale_by_adam()`; `nu` is never
             negative.
-        name: the slot that keeps the words: uint32, shaped like the parameter.
+        name: the slot of the words: uint32, shaped like the parameter.
 
     Raises:
-        ValueError: if `inner` does not keep `mu` and `nu`.
-        TypeError: at `init`, for float64 or complex parameters: their moments are no float32.
+        ValueError: if `inner` does not have `mu` and `nu`.
+        TypeError: at `init`, for float64 or complex parameters: their moments are not float32.
 
     Example:
         >>> import adamx, jax.numpy as jnp
@@ -55,7 +55,7 @@ class packed16(Storage):
 
     def encode(self, slots: Slots, bits: Slots) -> Slots:
         mu, nu = pair(self, slots)
-        # one word of noise for both, since each is right on average, and none where one of them is
+        # one word of noise for both, since each is right on average; no noise if one of them is
         # too large for it or not finite
         fits = jnp.maximum(jnp.abs(mu), nu) < _LARGEST
         half = jnp.full_like(bits["mu"], 16)
@@ -72,22 +72,22 @@ class packed16(Storage):
 
 
 def check_pair(storage: Any) -> None:
-    """Raise where a storage of two moments is given something that does not keep both."""
-    kept = storage.inner.slot_names()
-    if not {"mu", "nu"} <= set(kept):
+    """Raise unless the concept inside a storage of two moments has both."""
+    slots = storage.inner.slot_names()
+    if not {"mu", "nu"} <= set(slots):
         name = type(storage).__name__
         raise ValueError(
-            f"{name}: keeps mu and nu, Adam's two moments, in one word, and the slots here are "
-            f"{sorted(kept)}: bfloat16 keeps any slots, in 2 bytes each"
+            f"{name}: stores mu and nu, Adam's two moments, in one word, but the slots here are "
+            f"{sorted(slots)}: bfloat16 stores any slots, in 2 bytes each"
         )
 
 
 def pair(storage: Any, slots: Slots) -> tuple[jax.Array, jax.Array]:
-    """Return mu and nu; raise where they are not of float32."""
+    """Return mu and nu; raise unless they are float32."""
     for name in ("mu", "nu"):
         if slots[name].dtype != jnp.float32:
             raise TypeError(
-                f"{type(storage).__name__}: packs float32 moments, and this parameter's {name} is "
+                f"{type(storage).__name__}: packs float32 moments, but this parameter's {name} is "
                 f'{slots[name].dtype}: use moments="float32" for float64 and complex parameters'
             )
     return slots["mu"], slots["nu"]

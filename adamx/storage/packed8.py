@@ -1,25 +1,25 @@
-"""Adam's two moments in 2 bytes: one uint16 an element.
+"""Adam's two moments in 2 bytes: one uint16 per element.
 
     bit  15 ... 7   6         5 ... 0
          v's code   m's sign  code of |m| / sqrt(v)
 
 v + 2^-92 is a number of 7 exponent and 2 mantissa bits, up to 2^35.6, so that v = 0 has a code. m
-is kept as its ratio to the root of v, which is bounded: with m_0 = v_0 = 0, Cauchy and Schwarz give
-for every sequence of gradients
+is stored as its ratio to the root of v, which is bounded: with m_0 = v_0 = 0, Cauchy and Schwarz
+give for every sequence of gradients
 
     |m_t| <= c sqrt(v_t),    c = (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)),    where b1^2 < b2.
 
-The ratio is companded: with x = 223 / c * |m| / S, eight codes for each octave of 1 + x. S is the
-root of the rounded v, by halving a float's bits and less 2^-46, so that it is 0 where v is; it is
-at most 1.061 sqrt(v). m is divided and multiplied by the same S, so that it stays right. Whatever
-the rounding does, the decoded
+The ratio is companded: with x = 223 / c * |m| / S, each octave of 1 + x has eight codes. S, about
+the root of the rounded v, is computed by halving a float's bits and subtracting 2^-46, so that it
+is 0 for v = 0; it is at most 1.061 sqrt(v). m is divided and multiplied by the same S, so that no
+error remains. Whatever the rounding does, the decoded
 
     |m| <= 1.061 c sqrt(v):
 
-a v that is rounded down cannot make a step explode, which is what happens where v is rounded within
-a block. An infinite m keeps its sign, beside the largest v; where one of them is NaN, or v
-infinite, m is NaN. Both are rounded stochastically between two neighbours, on a scale that is
-linear there, so without bias, save that m fades out where v comes down to 2^-92.
+a v that is rounded down cannot make a step explode, as it does if v is rounded within a block. An
+infinite m keeps its sign, with the largest v; if one of them is NaN, or v infinite, m is NaN. Both
+are rounded stochastically between two neighbours, on a scale that is linear there, so without bias,
+except that m fades out as v falls to 2^-92.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from adamx.storage.storage import Storage
 ConstantDecay = Annotated[
     Scalar,
     dataclasses.replace(
-        DECAY, constant='the bound is that of constant decays: moments="packed16" needs none'
+        DECAY, constant='the bound needs constant decays: moments="packed16" takes schedules'
     ),
 ]
 _STEPS = 223.0  # 1 + x ends with the code 62: 224 = 2^7 * 1.75
-_ONE = np.uint32(1016)  # the bits of 1.0, cut as those of 1 + x are
-_FIRST = np.uint32(140)  # code k stands for the float32 with the bits (k + 140) << 21, less 2^-92
+_ONE = np.uint32(1016)  # the bits of 1.0, cut like the bits of 1 + x
+_FIRST = np.uint32(140)  # code k means the float32 with the bits (k + 140) << 21, minus 2^-92
 _FLOOR, _ROOT_OF_FLOOR, _TINY = 2.0**-92, 2.0**-46, 2.0**-126
 _LAST = np.uint32(510) + _FIRST
-_ROOT = np.uint32(0x1FC00000)  # half the exponent's offset: what halving a float's bits leaves out
-_INFINITE = np.uint32(510 << 7 | 63)  # m infinite, beside the largest v
+_ROOT = np.uint32(0x1FC00000)  # half the exponent's offset, to be added to a float's halved bits
+_INFINITE = np.uint32(510 << 7 | 63)  # m infinite, with the largest v
 _NAN = np.uint32(511 << 7 | 63)
 
 
@@ -63,7 +63,7 @@ def ratio_bound(b1: ConstantDecay, b2: ConstantDecay) -> Scalar:
         b2: decay of v, in [0, 1), above b1^2.
 
     Raises:
-        ValueError: if a decay is out of its range, or b1^2 >= b2, where there is no bound.
+        ValueError: if a decay is out of its range, or b1^2 >= b2, so that there is no bound.
 
     Example:
         >>> round(ratio_bound(0.9, 0.999), 3)
@@ -80,21 +80,20 @@ def ratio_bound(b1: ConstantDecay, b2: ConstantDecay) -> Scalar:
 
 
 class packed8(Storage):
-    """Keep `mu` and `nu` as one uint16 an element: 2 bytes a parameter where Adam needs 8.
+    """Store `mu` and `nu` as one uint16 per element: 2 bytes per parameter where Adam needs 8.
 
-    Other slots stay as they are. The spacing of v is 14 to 25 %, that of m about 10 %: a single
-    update is off by some 13 %, without bias; what that does to training is in
-    `docs/low-precision.md`.
+    Other slots stay as they are. The spacing is 14 to 25 % for v and about 10 % for m: a single
+    update is off by some 13 %, without bias; `docs/low-precision.md` shows the effect on training.
 
     Attributes:
-        inner: what keeps the slots `mu` and `nu`, averages of the gradient and of its square.
-        bound: the largest |mu| / sqrt(nu); what exceeds it is limited to it. `ratio_bound`
+        inner: the concept with the slots `mu` and `nu`, averages of the gradient and its square.
+        bound: the largest |mu| / sqrt(nu), to which larger ratios are limited. `ratio_bound`
             computes it from the decays.
-        name: the slot that keeps the words: uint16, shaped like the parameter.
+        name: the slot of the words: uint16, shaped like the parameter.
 
     Raises:
-        ValueError: if `inner` does not keep `mu` and `nu`, or the bound is not positive.
-        TypeError: at `init`, for float64 or complex parameters: their moments are no float32.
+        ValueError: if `inner` does not have `mu` and `nu`, or the bound is not positive.
+        TypeError: at `init`, for float64 or complex parameters: their moments are not float32.
 
     Example:
         >>> import adamx, jax.numpy as jnp
@@ -121,8 +120,8 @@ class packed8(Storage):
         odd = jnp.where(bits_of(size) == INFINITY, _INFINITE, _NAN)
         word = jnp.where(jnp.maximum(bits_of(size), bits_of(nu)) < INFINITY, word, odd)
         sign = (bits_of(mu) >> 25) & 64
-        # the last operation is an OR of two uint16: a conversion there would be fused into the
-        # kernel that reads the words, and XLA would copy them
+        # the last operation is an OR of two uint16: XLA would fuse a conversion into the kernel
+        # that reads the words, and copy them
         return others(slots) | {self.name: word.astype(jnp.uint16) | sign.astype(jnp.uint16)}
 
     def decode(self, stored: Slots) -> Slots:
@@ -138,5 +137,5 @@ class packed8(Storage):
 
 
 def _root(code: jax.Array) -> jax.Array:
-    """Return S, about the root of the number that a code, shifted by 20, stands for."""
+    """Return S, about the root of the number with this code, shifted by 20."""
     return from_bits(code + _ROOT) - _ROOT_OF_FLOOR

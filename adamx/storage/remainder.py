@@ -1,14 +1,14 @@
-"""A float32 number as a bfloat16 and what is missing: exactly, in 2 + 2 bytes.
+"""A float32 number as a bfloat16 and a remainder: exactly, in 2 + 2 bytes.
 
-    high = (bits + 0x8000) >> 16        the bfloat16 nearest to it, ties away from zero
+    high = (bits + 0x8000) >> 16        the nearest bfloat16, ties away from zero
     rest = bits - (high << 16)          from -2^15 to 2^15 - 1: an int16
     bits = (high << 16) + rest
 
 With ties to even it could not be exact: 65537 float32 numbers round to the bfloat16 0x3f80, one
-more than an int16 has values. Ties away from zero give each bfloat16 its 65536. For float16 there
-is no such remainder: 8.6e8 positive float32 numbers round to its zero.
+more than an int16 has values. With ties away from zero, each bfloat16 gets 65536. float16 has no
+such remainder: 8.6e8 positive float32 numbers round to its zero.
 
-One byte of rest instead of two makes a number of 24 bits, rounded stochastically.
+A remainder of one byte instead of two makes a number of 24 bits, rounded stochastically.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from adamx.core.rounding import INFINITY, SIGN, add_noise, bits_of, from_bits
 def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return float32 numbers as the nearest bfloat16 and an int16 remainder.
 
-    `join` gives back every number bit for bit, save that a NaN comes back as a NaN.
+    `join` returns every number bit for bit, but a NaN may become another NaN.
 
     Returns:
-        The rounded numbers, still in float32, and what is missing.
+        The rounded numbers, still in float32, and the remainder.
 
     Example:
         >>> high, rest = split(jnp.array([1.0, 1.001], jnp.float32))
@@ -42,21 +42,21 @@ def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def join(high: jax.Array, rest: jax.Array) -> jax.Array:
-    """Return the float32 numbers of which these are the halves.
+    """Return the float32 numbers from their two halves.
 
-    Where `high` was changed after `split`, to zero or infinity for instance, the rest is limited to
-    what fits it: the result rounds to `high`.
+    If `high` was changed after `split`, to zero or infinity for instance, the remainder is limited
+    so that the result rounds to `high`.
 
     Args:
         high: the rounded numbers, in bfloat16 or in float32.
-        rest: an int16 remainder, or an int8 one, which counts 256 as much.
+        rest: an int16 remainder, or an int8 one in units of 256.
     """
     wide = rest.astype(jnp.int32) * (256 if rest.dtype == jnp.int8 else 1)
     bits = bits_of(high.astype(jnp.float32))
     magnitude = bits & ~SIGN
     wide = jnp.where(magnitude == 0, jnp.maximum(wide, 0), wide)
     wide = jnp.where(magnitude == INFINITY, jnp.minimum(wide, 0), wide)
-    # beside a NaN any rest makes a NaN
+    # with a NaN any remainder makes a NaN
     return from_bits(bits + wide.astype(jnp.uint32))
 
 

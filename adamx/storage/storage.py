@@ -1,12 +1,12 @@
-"""A storage: how the slots of one array are kept from one step to the next.
+"""A storage: the format of one array's slots between two steps.
 
     stored_{t-1} --decode--> slots_{t-1} --accumulate--> slots_t --encode--> stored_t
     u'_t = emit(u_t, decode(stored_t))
 
-Arithmetic stays in float32; only what lies between the steps is narrow. What is emitted comes from
-what was stored, so that an update never uses a number that the next step will not see. A storage
-knows nothing of the formula that it wraps, and works on one element at a time: no blocks and no
-scales, the parameter's own shape and sharding.
+Arithmetic stays in float32; only the stored slots are narrow. The update is computed from the slots
+as they were stored, so it never uses a number that the next step will not see. A storage knows
+nothing of the formula that it wraps, and the storages here work on each element by itself: without
+blocks and scales, in the parameter's own shape and sharding.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Storage(Transformation):
     """The base of every storage: subclass it and define `encode` and `decode`.
 
     Attributes:
-        inner: what keeps the slots: an adamx transformation that acts on one array at a time.
+        inner: an adamx transformation with slots that acts on one array at a time.
 
     Raises:
         TypeError: in `grad` through a step, since a narrow format has no derivative.
-        ValueError: if `inner` reads the whole tree or keeps no slots.
+        ValueError: if `inner` reads the whole tree or has no slots.
 
     Example:
-        A format with a quarter of float32's bits, in five lines (with nearest rounding, which
-        an average with a long memory does not bear):
+        A format with a quarter of float32's bits, in five lines (it rounds to nearest, which is
+        not enough for an average with a long memory):
 
         >>> import adamx, jax.numpy as jnp
         >>> class float8(adamx.Storage):
@@ -59,24 +59,23 @@ class Storage(Transformation):
     def __post_init__(self) -> None:
         if not self.inner.slot_names():
             name = type(self).__name__
-            raise ValueError(f"{name}: {self.inner!r} keeps no slots, so there is nothing to store")
+            raise ValueError(f"{name}: {self.inner!r} has no slots, so there is nothing to store")
 
     def encode(self, slots: Slots, bits: Slots) -> Slots:
-        """Return what is kept of one array's slots.
+        """Return the stored form of one array's slots.
 
         Args:
-            slots: by name: float32 arrays (float64 or complex ones where the parameter is).
-            bits: by the same names: random bits, uint32, one word an element, of which the high
-                ones are random. Those of a slot depend on this slot alone, so that each can be
-                updated in place.
+            slots: float32 arrays by name (float64 or complex for such parameters).
+            bits: by the same names: uint32 words, one per element, whose high bits are random. A
+                slot's bits depend on this slot alone, so that each can be updated in place.
 
         Returns:
-            Arrays by name, of any dtypes and shapes; the names may be others.
+            Arrays by name, of any dtypes and shapes; the names may differ.
         """
         raise NotImplementedError
 
     def decode(self, stored: Slots) -> Slots:
-        """Return the slots that `encode` was given, as far as they were kept.
+        """Return the slots that `encode` got, as far as it stored them.
 
         Args:
             stored: the arrays that `encode` returned, in the same dtypes.
@@ -93,7 +92,7 @@ class Storage(Transformation):
     def _slot_names(self) -> tuple[str, ...]:
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         first = dict.fromkeys(self.inner.slot_names(), scalar)
-        if self.inner.stored_names():  # a storage in a storage: its slots have dtypes of their own
+        if self.inner.stored_names():  # a storage in a storage has slots of other dtypes
             first |= jax.eval_shape(self.inner.slots, scalar)
         return tuple(jax.eval_shape(self.encoded, first))
 
@@ -111,10 +110,10 @@ class Storage(Transformation):
         return self.inner.emit(u, self.decoded(slots, u.dtype), self._inside(step, u.dtype))
 
     def decoded(self, slots: Slots, compute: DTypeLike | None = None) -> Slots:
-        """Return all of a leaf's slots, with those of the inner concept decoded.
+        """Return all of a leaf's slots, with the inner concept's slots decoded.
 
         Args:
-            slots: the leaf's slots, this storage's as they are stored.
+            slots: the leaf's slots, with this storage's slots as they are stored.
             compute: the dtype to widen them to; None means float32, or wider if a slot is.
         """
         names = self.slot_names()
@@ -139,7 +138,7 @@ class Storage(Transformation):
 
 @jax.jit
 def _encoded(storage: Storage, slots: Slots) -> Slots:
-    """Encode outside a step: compiled, since operation by operation it takes a second a shape."""
+    """Encode outside a step: compiled, since uncompiled it takes a second per shape."""
     return hook(storage, "encode", slots, _bits(step_key(0), slots))
 
 
@@ -149,7 +148,7 @@ def _bits(key: jax.Array, slots: Slots) -> Slots:
 
 
 def _not_differentiable(name: str, slots: Slots) -> Slots:
-    """Return the slots; raise where a derivative with respect to them is asked for."""
+    """Return the slots; raise if a derivative with respect to them is taken."""
 
     @jax.custom_jvp
     def same(slots: Slots) -> Slots:
@@ -159,8 +158,8 @@ def _not_differentiable(name: str, slots: Slots) -> Slots:
     def refuse(primals: Any, tangents: Any) -> Any:
         del primals, tangents
         raise TypeError(
-            f"{name}: a step that rounds what it keeps has no derivative: differentiate through "
-            'one with moments="float32", the default'
+            f"{name}: a step that rounds its slots has no derivative: differentiate through a step "
+            'with moments="float32", the default'
         )
 
     return same(slots)

@@ -1,1 +1,1 @@
-"""What goes around a whole optimizer: one concept a file."""
+"""Wrappers around a whole optimizer, one in each file."""

@@ -1,12 +1,12 @@
 """Micro-batches: one step of the optimizer for the mean of several gradients.
 
-    a_1 = g_1,    a_k = a_{k-1} + g_k,    and the optimizer's step takes a_k / k, at k = every
+    a_1 = g_1,    a_k = a_{k-1} + g_k,    and the optimizer takes a step with a_k / k at k = every
 
-With gradients that are means over equally large micro-batches this is the step of the large batch.
-The sum is kept in float32 (float64 where the gradient is), whatever the gradient's dtype, in one
-slot; the optimizer's own slots are neither read nor written between its steps where `make_step`
-chooses between two compiled programs, one that adds and one that steps. The sum is not set to zero
-after a step, but overwritten by the next gradient: that would be one more pass over the memory.
+If the gradients are means over equally large micro-batches, this is the step of the large batch.
+The sum is kept in one slot in float32 (float64 for float64 gradients). `make_step` chooses between
+two compiled programs, one that adds and one that steps, so between its steps the optimizer's own
+slots are neither read nor written. Setting the sum to zero after a step would be one more pass over
+the memory; instead the next gradient overwrites it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class accumulate(Wrapper):
     `micro_step` (int32) the gradients since the last. Between steps the updates are zero.
 
     `make_step` runs the cheap program that adds, or the one that steps. `update` inside a program
-    of your own holds both and selects: at every micro-batch it moves the memory of a whole step.
+    of your own computes both and selects: every micro-batch moves the memory of a whole step.
 
-    A leaf without gradient in the last micro-batch takes no step, and its sum is dropped. `every`
-    may be changed in the middle of a sum: it is divided by the number of gradients in it.
+    A leaf without a gradient in the last micro-batch takes no step, and its sum is dropped. `every`
+    may change in the middle of a sum, which is divided by the number of gradients in it.
 
     Around `skip_nonfinite(...)` a bad gradient spoils its whole sum, and that step is skipped;
-    inside it, a bad micro-batch alone is left out.
+    inside `skip_nonfinite` only the bad micro-batch is left out.
 
     Attributes:
         tx: the whole optimizer, an adamx or Optax transformation.
@@ -101,7 +101,7 @@ class accumulate(Wrapper):
 
 
 class _add(Transformation):
-    """Between two steps: add a gradient to the sum, and move nothing."""
+    """Between two steps: add a gradient to the sum; no parameter moves."""
 
     def tree_names(self) -> tuple[str, ...]:
         return (SUM,)
@@ -116,21 +116,21 @@ class _add(Transformation):
 
 
 def _share(total: jax.Array, number: jax.Array) -> jax.Array:
-    """Return total / number, as a product: a quotient would be stored before it is used."""
+    """Return total / number as a product, since XLA would store a quotient before using it."""
     with real_times_complex(total.dtype):
         return (1 / number.astype(real_dtype(total.dtype))) * total
 
 
 def _added(leaves: Leaves, step: Step) -> list[Any]:
     """Return the sum so far with the updates added, leaf by leaf."""
-    kept = leaves.column(SUM, errors.entry(step.state, SUM))
+    before = leaves.column(SUM, errors.entry(step.state, SUM))
     first = errors.counter(step.state, MICRO) == 0
-    total = list(kept)
+    total = list(before)
     for i, (path, u) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
-        # a tree, where one None stands for a whole branch of the gradients
-        total[i] = jax.tree.map(lambda a: jnp.where(first, 0, a), kept[i])
+        # a tree, if the gradients have None in the place of a whole branch
+        total[i] = jax.tree.map(lambda a: jnp.where(first, 0, a), before[i])
         if u is not None:
-            slots = {} if kept[i] is None else {SUM: kept[i]}
+            slots = {} if before[i] is None else {SUM: before[i]}
             errors.check_slots(path, slots, {SUM: jax.eval_shape(zeros, u)})
             total[i] = total[i] + u.astype(total[i].dtype)
-    return step.select(total, kept)
+    return step.select(total, before)

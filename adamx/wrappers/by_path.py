@@ -2,8 +2,9 @@
 
     u'_leaf = (the transformation of the first pattern that matches the leaf's path)(u_leaf)
 
-Each leaf belongs to one group and goes through one kernel; the state is one: a slot is one tree,
-None where a leaf's group does not keep it, and a recorded scalar is a dict by pattern.
+Each leaf belongs to one group and goes through one kernel. All groups share one state: a slot is
+one tree, with None for the leaves of groups that do not have this slot, and a recorded scalar is a
+dict by pattern.
 """
 
 from __future__ import annotations
@@ -33,22 +34,23 @@ DEFAULT = "default"
 class by_path(Transformation):
     """Give each group of parameters a transformation of its own.
 
-    It stands anywhere in a top-level chain, or is the whole optimizer. What reads the whole tree,
-    such as `clip_by_global_norm`, reads the leaves of its group inside, and all in front of it.
+    It can be any stage of a top-level chain, or the whole optimizer. A concept that reads the whole
+    tree, such as `clip_by_global_norm`, reads only its group's leaves inside `by_path`, and all
+    leaves in a stage before it.
 
     Attributes:
-        patterns: what the groups' paths match, in order: the first match wins. As an argument,
-            `groups` maps each pattern (a string such as "*/bias", where * stands for any
-            characters, or a compiled regular expression; both match the whole path) or predicate (a
-            function of path and leaf, such as `lambda path, leaf: leaf.ndim == 2`) to a
-            transformation, to None for frozen parameters, which keep no state and do not move, or
-            to a dict of settings for the function given as `default`.
-        transformations: those of the groups; the last one is that of all other leaves. As an
+        patterns: the groups' patterns in order: the first match wins. As an argument, `groups` maps
+            each pattern (a string such as "*/bias", where * matches any characters, or a compiled
+            regular expression; both match the whole path) or predicate (a function of path and
+            leaf, such as `lambda path, leaf: leaf.ndim == 2`) to a transformation, to None for
+            frozen parameters, which have no state and do not move, or to a dict of settings for the
+            function given as `default`.
+        transformations: the groups' transformations; the last one is for all other leaves. As an
             argument, `default` is a transformation, None, or a function that makes one, such as
             `functools.partial(adamx.adamw, 1e-3)`.
 
     Raises:
-        TypeError: if a pattern, a group or the default is of none of these kinds.
+        TypeError: if a pattern, a group or the default is none of these.
         ValueError: if a group's transformation wraps the whole optimizer; at `init` and `update`,
             if a pattern matches no leaf.
 
@@ -73,21 +75,21 @@ class by_path(Transformation):
         *,
         default: optax.GradientTransformation | Callable[..., Any] | None,
     ) -> None:
-        """Make the groups' transformations from what was given for them."""
+        """Make the groups' transformations from the arguments."""
         if not isinstance(groups, Mapping):
             raise TypeError(f"by_path: groups must map patterns to groups, got {groups!r}")
         made = [_made(pattern, group, default) for pattern, group in groups.items()]
         self._set(patterns=tuple(groups))
         if len(set(self._labels)) < len(self._labels):
             raise ValueError(
-                f"by_path: patterns must differ, and {DEFAULT!r} names what no pattern matches, "
+                f"by_path: patterns must differ, and {DEFAULT!r} is the name of all other leaves, "
                 f"got {self._labels[:-1]}: '[d]efault' is a pattern for the path 'default'"
             )
         self._set(transformations=(*made, _made(DEFAULT, {}, default)))
         trees = self.tree_names()
         for tx in self.transformations:
             scalars = [name for name in tx.state_names() if name not in tx.tree_names()]
-            errors.check_disjoint(dict.fromkeys(trees), dict.fromkeys(scalars))
+            errors.check_disjoint(trees, scalars)
 
     def arguments(self) -> Iterator[tuple[str, Any]]:
         pairs = zip(self.patterns, self.transformations, strict=False)
@@ -98,7 +100,7 @@ class by_path(Transformation):
 
     @classmethod
     def check_argument(cls, name: str, value: Any) -> None:
-        pass  # `_made` does
+        pass  # `_made` checks it
 
     @property
     def place(self) -> str:  # pyright: ignore
@@ -123,7 +125,7 @@ class by_path(Transformation):
         return self.transformations[self._group(path, leaf)].for_leaf(path, leaf)
 
     def label(self, path: str, leaf: Any) -> str:
-        """Return the pattern of the group to which a leaf belongs, or "default"."""
+        """Return the pattern of a leaf's group, or "default"."""
         return self._labels[self._group(path, leaf)]
 
     def init_tree(self, leaves: Leaves) -> State:
@@ -134,12 +136,8 @@ class by_path(Transformation):
         return self._merged(leaves, groups, entries)
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
-        groups, values, emit, entries = (
-            self._groups(leaves),
-            list(leaves.values),
-            list(leaves.emit),
-            [],
-        )
+        groups, entries = self._groups(leaves), []
+        values, emit = list(leaves.values), list(leaves.emit)
         for label, (tx, part) in zip(self._labels, self._parts(leaves, groups), strict=True):
             inside = dataclasses.replace(step, state=self._of_group(step.state, label, tx))
             out, own = lifting.run(tx, part, inside)
@@ -161,8 +159,9 @@ class by_path(Transformation):
 
     def _parts(self, leaves: Leaves, groups: list[int]) -> list[tuple[Transformation, Leaves]]:
         """Return each group's transformation, and its leaves, with None in the place of others."""
+        pairs = list(zip(groups, leaves.values, strict=True))
         return [
-            (tx, leaves.with_values(_only(number, groups, leaves.values)))
+            (tx, leaves.with_values([x if group == number else None for group, x in pairs]))
             for number, tx in enumerate(self.transformations)
         ]
 
@@ -171,7 +170,7 @@ class by_path(Transformation):
         trees = tx.tree_names()
         own = {name: errors.entry(state, name) for name in tx.state_names()}
         by_label = {name: x for name, x in own.items() if name not in trees}
-        for name, x in by_label.items():  # one of another composition has no labels
+        for name, x in by_label.items():  # without labels in a state of another composition
             own[name] = errors.entry(x if isinstance(x, Mapping) else {name: x}, label)
         return {**state, **own}
 
@@ -191,10 +190,6 @@ class by_path(Transformation):
         return {name: leaves.tree(column) for name, column in columns.items()} | scalars
 
 
-def _only(number: int, groups: list[int], values: list[Any]) -> list[Any]:
-    return [x if g == number else None for g, x in zip(groups, values, strict=True)]
-
-
 def _called(default: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
     """Call the default with settings, which also replace positional arguments of a partial."""
     if isinstance(default, functools.partial) and default.args:
@@ -209,16 +204,13 @@ def _made(pattern: Any, group: Any, default: Any) -> Transformation:
     """Return the transformation of one group."""
     paths.check_pattern("by_path", pattern, predicates=True)
     if isinstance(group, Mapping):
-        if callable(default):
-            group = _called(default, group)
-        elif group:
+        if group and not callable(default):
             raise TypeError(
-                f"by_path: the group {paths.text(pattern)!r} has settings, {dict(group)!r}, and "
-                "default is no function to be called with them: write it as a function, such as "
+                f"by_path: the group {paths.text(pattern)!r} has settings, {dict(group)!r}, so "
+                "default must be a function that takes them, such as "
                 f"functools.partial(adamx.adamw, 1e-3), got {default!r}"
             )
-        else:
-            group = default
+        group = _called(default, group) if callable(default) else default
     if group is None:
         return set_to_zero()
     if not isinstance(group, optax.GradientTransformation):

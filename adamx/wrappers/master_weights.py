@@ -1,12 +1,12 @@
 """Masters: 16-bit parameters trained along the float32 trajectory.
 
     w_t     = w_{t-1} + u(g_t, w_{t-1}, ...)        in float32, whatever the optimizer inside
-    param_t = bfloat16(w_t)                         what the model sees
+    param_t = bfloat16(w_t)                         seen by the model
 
 A step of 1e-3 on a bfloat16 parameter of 1 is below half its spacing, 2^-8: added there it is lost,
-every time. So the optimizer works on w, and the update is what takes the old parameter to the new
-one. Of w only what the parameter lacks is kept: 16 bits of remainder (`adamx.storage.remainder`),
-or 8, or a whole float32.
+every time. So the optimizer works on w, and the update is the difference between the old and the
+new parameter. The state holds the bits of w that the parameter lacks: a remainder of 16 bits
+(`adamx.storage.remainder`) or of 8, or a whole float32.
 
 Source: Micikevicius et al. (2018), Mixed precision training, section 3.1,
 https://arxiv.org/abs/1710.03740
@@ -39,29 +39,28 @@ KEEP = ("remainder", "remainder8", "float32")
 class master_weights(Wrapper):
     """Let an optimizer work on float32 masters of 16-bit parameters.
 
-    The updates come out in float32, such that `optax.apply_updates(params, updates)` gives the
-    rounded masters in the parameters' dtype. Parameters of 32 bits and more are what they are, and
-    keep nothing.
+    The updates are float32, such that `optax.apply_updates(params, updates)` gives the rounded
+    masters in the parameters' dtype. Parameters of 32 bits and more are their own masters.
 
     With the remainder, parameter and remainder together are the float32 number, bit for bit, and
-    the masters follow the trajectory of the same optimizer on float32 parameters bit for bit, both
-    steps jitted. (One exception: where a step shrinks a parameter more than 2^15-fold, the float32
-    update cannot express the new value exactly: it is off by 2^-24 of the old one. And the claim
-    is about what the compiler of jax 0.10 makes of adamx's optimizers: around an Optax optimizer,
-    or compiled by jax 0.8, a product and a sum may be contracted in one program and not in the
-    other, which changes last bits.) A parameter that was changed outside, by clipping or averaging,
-    is adopted to within half its spacing; with "float32" exactly.
+    the masters follow the trajectory of the same optimizer on float32 parameters bit for bit, if
+    both steps are jitted. (One exception: if a step shrinks a parameter more than 2^15-fold, the
+    float32 update cannot express the new value exactly: it is off by 2^-24 of the old one. And the
+    claim holds for adamx's optimizers compiled by jax 0.10: around an Optax optimizer, or compiled
+    by jax 0.8, a product and a sum may be contracted in one program and not in the other, which
+    changes last bits.) A parameter that was changed outside, by clipping or averaging, is adopted
+    to within half its spacing; with "float32" exactly.
 
     Attributes:
         tx: the whole optimizer, an adamx or Optax transformation.
-        keep: what is kept for a bfloat16 parameter: "remainder", an int16; "remainder8", an int8,
-            so that masters have 24 bits and are rounded stochastically; or "float32", a copy. For
-            float16, which has no remainder, always the copy.
+        keep: the slot of a bfloat16 parameter: "remainder", an int16; "remainder8", an int8, so
+            that masters have 24 bits and are rounded stochastically; or "float32", a copy. float16,
+            which has no remainder, always gets the copy.
 
     Raises:
         TypeError: if `tx` is not a transformation; at `update`, if a parameter has another dtype
             than at `init`.
-        ValueError: if `keep` is none of these; at `update`, if it is called without params.
+        ValueError: if `keep` is none of these; at `update`, without params.
 
     Example:
         A thousand steps of 1e-3, each too small for a bfloat16:
@@ -93,7 +92,7 @@ class master_weights(Wrapper):
 
     def init_tree(self, leaves: Leaves) -> State:
         wide = leaves.with_values([None if p is None else _wide(p) for p in leaves.values])
-        own = {name: leaves.tree(column) for name, column in self.first_slots(leaves).items()}
+        own = self.first_slots(leaves)
         return disjoint(*(segment.init_tree(wide) for segment in self.inner.segments()), own)
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
@@ -127,14 +126,14 @@ class master_weights(Wrapper):
             found = {n: x[i].dtype for n, x in columns.items() if hasattr(x[i], "dtype")}
             if found != wanted:
                 raise TypeError(
-                    f"master_weights: leaf {path!r} is {param.dtype}, and init was given another "
-                    "dtype there: equinox.apply_updates returns float32 for 16-bit parameters, "
-                    "while adamx.apply_updates and optax.apply_updates keep the dtype"
+                    f"master_weights: leaf {path!r} is {param.dtype} and had another dtype at "
+                    "init: equinox.apply_updates returns float32 for 16-bit parameters, while "
+                    "adamx.apply_updates and optax.apply_updates keep the dtype"
                 )
         return super().own(leaves, step)
 
     def between(self) -> Between | None:
-        found = super().between()  # where nothing moves, the masters stay as well
+        found = super().between()  # if no parameter moves, the masters stay as well
         return found if found is None or found.moves else self.inner.between()
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
@@ -150,19 +149,16 @@ def _wide(x: jax.Array) -> jax.Array:
 def _close(
     keep: str, u: jax.Array, master: jax.Array, param: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, Slots]:
-    """Return the update that takes the parameter to the rounded new master, and what is kept."""
+    """Return the update from the parameter to the rounded new master, and the new slots."""
     new = master + u
     if param.dtype != jnp.bfloat16 or keep == "float32":
-        rounded, kept = new.astype(param.dtype), {"master": new}
-        return _wide(rounded) - _wide(param), kept
-    # A division by one, or by the NaN that the master is. XLA:CPU makes a kernel for each result
-    # and never repeats a division: so the new master is computed once, into 4 bytes of temporary
-    # memory. Else both results would share the root and the quotient inside u, in 12 bytes.
+        return _wide(new.astype(param.dtype)) - _wide(param), {"master": new}
+    # A division by one, or by the master if that is NaN. XLA:CPU makes a kernel for each result
+    # and never repeats a division, so it computes the new master once, into 4 bytes of temporary
+    # memory. Otherwise both results would share the root and the quotient inside u, in 12 bytes.
     new = new / jnp.where(jnp.isnan(master), master, 1)
     if keep == "remainder8":
         rounded, rest = split8(new, random_bits(step_key(count), new))
-        kept = {"remainder": rest}
     else:
         rounded, rest = split(new)
-        kept = {"remainder": rest}
-    return rounded - _wide(param), kept
+    return rounded - _wide(param), {"remainder": rest}

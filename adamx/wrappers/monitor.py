@@ -1,4 +1,4 @@
-"""What the optimizer does, in numbers: a few statistics of every n-th step, kept in the state.
+"""The optimizer in numbers: a few statistics of every n-th step, kept in the state.
 
     grad_norm, update_norm, param_norm    the root of the sum of squares of g, u and w
     update_mean                           the mean of |u|
@@ -6,8 +6,8 @@
     eps_share                             the share of elements with root(v^) < eps
     stuck_share                           the share of 16-bit elements with round(w + u) = w, u != 0
 
-for each group of leaves. The slots and the update are what the step made anyway; the sums read them
-once more, so that a step that measures takes several times as long, and the others take no longer.
+for each group of leaves. They are computed from the step's own slots and updates, which the sums
+read once more: a step that measures takes several times as long, the others take no longer.
 """
 
 from __future__ import annotations
@@ -44,23 +44,22 @@ Column = Sequence[Any]  # a value for each leaf of a group
 class monitor(Wrapper):
     """Keep statistics of every n-th step in the state, for `statistics` and any logger.
 
-    They are under `state["monitor"][name][group]`, float32 scalars, as of the last step that was
-    measured; `monitor_step` (int32) counts the steps since. Parameters and slots are those of the
-    optimizer without it, bit for bit. `make_step` runs a program that measures every n-th time and
-    one that does not otherwise; `update` in a program of your own branches, and there the update is
-    written to memory at every step.
+    `state["monitor"][name][group]` are float32 scalars of the last step that was measured;
+    `monitor_step` (int32) counts the steps since. Parameters and slots are bit for bit the same as
+    without it. Every n-th time `make_step` runs a program that measures, otherwise one that does
+    not; `update` in a program of your own branches, and writes the updates to memory at every step.
 
-    `signal_to_noise` is there where an `rms_scaling` has `mu` above and `nu` below, whatever they
-    are stored in (as they are, without bias correction); `eps_share` where one eps divides all
-    (`rms_scaling` with numbers, and no `running_max` below); the norms of parameters where `update`
-    is given them.
+    `signal_to_noise` exists if an `rms_scaling` has `mu` in its numerator and `nu` in its second
+    moment, in any storage (taken as they are, without bias correction); `eps_share` if there is one
+    eps for all leaves (`rms_scaling` with numbers, and no `running_max` in the second moment); the
+    norms of parameters if `update` gets them.
 
     Attributes:
         tx: the whole optimizer, an adamx or Optax transformation.
-        every: measure at every n-th update, >= 1. None measures never and leaves the statistics as
-            they are: the state is the same, so that it can be switched on and off.
-        groups: patterns of paths such as "*/bias"; a leaf belongs to the first that matches, and
-            to "others" where none does. ("*",) is the whole tree; None makes a group of each leaf.
+        every: measure at every n-th update, >= 1. None never measures and leaves the statistics as
+            they are: the state has the same entries, so measuring can be switched on and off.
+        groups: patterns of paths such as "*/bias"; a leaf belongs to the first that matches, or to
+            "others" if none does. ("*",) is the whole tree; None makes each leaf a group.
 
     Raises:
         TypeError: if `tx` is not a transformation, or a group not a pattern.
@@ -132,16 +131,14 @@ class monitor(Wrapper):
         state: Mapping[str, Any],
         before: Mapping[str, Any] | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Return the statistics by name and group; those of before where something is missing."""
+        """Return the statistics by name and group; the old ones where something is missing."""
         slots = decoded_slots(self.inner, leaves, state)
         none = [None if g is None else jnp.zeros_like(g) for g in leaves.values]
         updates = [z if u is None else u for u, z in zip(out.values, none, strict=True)]
         columns: dict[str, Column] = {"g": leaves.values, "u": updates}
         if leaves.params is not None:
             columns["w"] = leaves.params
-        for name in ("mu", "nu"):
-            if name in slots:
-                columns[name] = slots[name]
+        columns |= {name: slots[name] for name in ("mu", "nu") if name in slots}
         groups: dict[str, list[int]] = {}
         for i, path in enumerate(leaves.paths):
             groups.setdefault(self._group(path), []).append(i)
@@ -152,8 +149,7 @@ class monitor(Wrapper):
                 if all(key in columns for key in needed):
                     rows = [tuple(columns[key][i] for key in needed) for i in members]
                     rows = [row for row in rows if all(x is not None for x in row)]
-                    value = statistic(rows)
-                    if value is not None:
+                    if (value := statistic(rows)) is not None:
                         found.setdefault(name, {})[group] = value.astype(jnp.float32)
         if before is None:
             return found
@@ -182,13 +178,12 @@ class _count(Wrapper):
 
 
 Rows = list[tuple[jax.Array, ...]]
+Statistic = tuple[tuple[str, ...], Callable[[Rows], jax.Array | None]]
 
 
-def _statistics(
-    tx: Transformation, count: jax.Array
-) -> dict[str, tuple[tuple[str, ...], Callable[[Rows], jax.Array | None]]]:
-    """Return what each statistic is made from, and how; None where a group has nothing for it."""
-    kinds: dict[str, tuple[tuple[str, ...], Callable[[Rows], jax.Array | None]]] = {
+def _statistics(tx: Transformation, count: jax.Array) -> dict[str, Statistic]:
+    """Return each statistic's inputs and function, which gives None for a group without inputs."""
+    kinds: dict[str, Statistic] = {
         "grad_norm": (("g",), _norm),
         "update_norm": (("u",), _norm),
         "param_norm": (("w",), _norm),
@@ -208,10 +203,10 @@ def _statistics(
             scalings.add(scaling if known and not maximum else None)
     if len(scalings) == 1 and (only := scalings.pop()):
         eps, *decays = only
-        kept = one_minus_power(decays[0], count) if decays else jnp.ones([])
+        weight = one_minus_power(decays[0], count) if decays else jnp.ones([])
 
         def small(v: jax.Array) -> jax.Array:
-            return (jnp.sqrt(v / kept.astype(v.dtype)) < eps).astype(v.dtype)
+            return (jnp.sqrt(v / weight.astype(v.dtype)) < eps).astype(v.dtype)
 
         kinds["eps_share"] = ("nu",), _mean(small)
     return kinds
@@ -250,12 +245,12 @@ def statistics(state: Mapping[str, Any]) -> dict[str, float]:
     """Return every scalar in a state, by path, as Python numbers: ready for any logger.
 
     Args:
-        state: of any adamx transformation. That of `monitor` gives "grad_norm/dense/kernel" and so
-            on, and what follows from them: "update_to_param/..." = update_norm / param_norm, and
-            "step_size/..." = update_mean / learning_rate where there is one learning rate.
+        state: of any adamx transformation. A state of `monitor` gives "grad_norm/dense/kernel" and
+            so on, and two ratios: "update_to_param/..." = update_norm / param_norm, and
+            "step_size/..." = update_mean / learning_rate if there is one learning rate.
 
     Returns:
-        A flat dict. It waits for the step that made the state.
+        A flat dict. The call waits for the step that made the state.
 
     Raises:
         TypeError: if it is not a state of adamx.

@@ -1,11 +1,10 @@
-"""A step whose gradient is not finite is no step.
+"""Steps whose gradient is not finite are skipped.
 
     taken_t = every element of g_t is finite
-    state_t, w_t = the optimizer's where taken_t, else state_{t-1}, w_{t-1}
+    state_t, w_t = the optimizer's if taken_t, else state_{t-1}, w_{t-1}
 
-One NaN would otherwise stay in both averages for ever. The selection happens inside the kernels of
-the optimizer, which read and write what they do anyway; only g is read once more. No branch over
-the trees is compiled.
+One NaN would otherwise stay in both averages for ever. The optimizer's kernels select, and read and
+write no more than without it; only g is read once more. No branch over the trees is compiled.
 """
 
 from __future__ import annotations
@@ -32,12 +31,13 @@ COUNTERS = ("skipped", "consecutive_skipped")
 def all_finite(leaves: Sequence[jax.Array], before_clip: bool = False) -> jax.Array:
     """Say whether no element of the leaves is NaN or infinite.
 
-    A sum is finite only where all elements are (inf - inf is NaN); where it is not, one looks.
+    A finite sum has finite elements only (inf - inf is NaN). If it is not finite, each array is
+    checked.
 
     Args:
         leaves: arrays in compute dtype.
-        before_clip: whether a clip by the global norm comes next: its sum of squares serves as
-            well, so that both share one reading of the gradients.
+        before_clip: whether a clip by the global norm comes next: then its sum of squares is used,
+            so that both share one reading of the gradients.
 
     Example:
         >>> print(all_finite([jnp.array([3e38, 3e38])]), all_finite([jnp.array([1.0, jnp.nan])]))
@@ -45,13 +45,13 @@ def all_finite(leaves: Sequence[jax.Array], before_clip: bool = False) -> jax.Ar
     """
 
     def look() -> jax.Array:
-        # not a maximum: that of large or sharded arrays overlooks NaN, a sum nowhere; and not
-        # u * 0, which XLA:CPU would write to memory before it sums
+        # not max: XLA's can drop NaN in large or sharded arrays, sums never do; and not u * 0,
+        # which XLA:CPU would write to memory before it sums
         return jnp.array([jnp.sum(u - u) == 0 for u in leaves]).all()
 
     if before_clip:
         total = sum_of_all_squares(leaves)
-    else:  # a sum as it stands: XLA:CPU would write squares, or magnitudes, to memory first
+    else:  # a plain sum: XLA:CPU would write squares, or magnitudes, to memory first
         dtype = compute_dtype(*(u.dtype for u in leaves))
         sums = [jnp.sum(u).astype(dtype) for u in leaves]
         total = sum(sums, start=jnp.zeros([], dtype))
@@ -59,18 +59,17 @@ def all_finite(leaves: Sequence[jax.Array], before_clip: bool = False) -> jax.Ar
 
 
 class skip_nonfinite(Wrapper):
-    """Leave everything as it is in a step whose gradient holds a NaN or an infinity.
+    """Skip each step whose gradient has a NaN or an infinity.
 
-    In such a step the parameters, the slots, the count and with it the schedules, and all recorded
-    scalars stay what they are, bit for bit; the state counts it in `skipped` (int32, all so far)
-    and `consecutive_skipped` (int32, 0 after a finite gradient; it counts on when the guard has
-    given up).
+    In such a step the parameters, the slots, the count (and with it the schedules) and all recorded
+    scalars stay as they are, bit for bit. The state counts it in `skipped` (int32, all so far) and
+    `consecutive_skipped` (int32, 0 after a finite gradient; it counts on after `max_consecutive`).
 
     Attributes:
         tx: the whole optimizer, an adamx or Optax transformation, clips included.
-        max_consecutive: how many steps in a row are skipped; the next one is taken whatever its
-            gradient, which makes the parameters NaN and the trouble visible, as in
-            `optax.apply_if_finite`. None means that all are skipped.
+        max_consecutive: how many steps in a row are skipped at most; the next one is taken whatever
+            its gradient, so that the parameters become NaN and the trouble visible, as in
+            `optax.apply_if_finite`. None means no limit.
 
     Raises:
         TypeError: if `tx` is not a transformation.
