@@ -325,7 +325,7 @@ def test_params_are_needed():
         (
             lambda: adamx.chain(master_weights(adamx.sgd(0.1)), adamx.scale(2.0)),
             ValueError,
-            "has to be the last stage",
+            "must be the last stage",
         ),
         (lambda: master_weights(master_weights(adamx.sgd(0.1))), ValueError, "two stages keep"),
         (lambda: masters(jnp.ones(2), {"count": 0}), ValueError, "the state has no masters"),
