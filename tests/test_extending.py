@@ -194,6 +194,19 @@ def test_masters_follow_a_piece_of_ones_own_in_float32(name):
     chex.assert_trees_all_close(adamx.masters(params, state), wide, rtol=1e-6)  # FMA
 
 
+def test_a_wrapper_that_says_nothing_of_cheap_programs_gets_none():
+    """It may act on updates of zero too: make_step ends where one program for all calls ends."""
+    tx = lookahead(adamx.accumulate(adamx.sgd(0.5), 2), every=3)
+    step, one = adamx.make_step(tx), jax.jit(tx.update)
+    params, state = start(), tx.init(start())
+    a = jax.tree.map(jnp.copy, params), tx.init(params)
+    for t in range(6):
+        a = step(*a, gradients(t))
+        updates, state = one(gradients(t), state, params)
+        params = adamx.apply_updates(params, updates)
+    chex.assert_trees_all_close(a, (params, state), rtol=1e-6)  # FMA: one program or two
+
+
 def test_lookahead_is_optaxs():
     tx = lookahead(adamx.adamw(0.1, weight_decay=0.1), every=3)
     theirs = optax.lookahead(optax.adamw(0.1, weight_decay=0.1), 3, 0.5)

@@ -111,8 +111,12 @@ class Wrapper(Transformation):
                 errors.check_slots(path, slots, start(like))
         return found
 
-    def between(self) -> Between | None:
-        """Return the program between two full steps: the inner one's inside this wrapper."""
+    def inner_between(self) -> Between | None:
+        """Return the inner optimizer's program between two full steps, inside this wrapper.
+
+        A wrapper may return it as its own `between` if its `update_tree` gives the same for updates
+        that are None, without parameters, as for updates of zero.
+        """
         found = self.inner.between()
         return found and found._replace(tx=self.with_children([found.tx]))
 

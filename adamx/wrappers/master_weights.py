@@ -133,7 +133,7 @@ class master_weights(Wrapper):
         return super().own(leaves, step)
 
     def between(self) -> Between | None:
-        found = super().between()  # if no parameter moves, the masters stay as well
+        found = self.inner_between()  # if no parameter moves, the masters stay as well
         return found if found is None or found.moves else self.inner.between()
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

@@ -120,7 +120,7 @@ class monitor(Wrapper):
 
     def between(self) -> Between | None:
         if self.every == 1:
-            found = super().between()
+            found = self.inner_between()
             return found and found._replace(moves=True)  # it reads the parameters
         return Between(_count(self.inner), SINCE, self.every or sys.maxsize)
 
@@ -170,6 +170,9 @@ class _count(Wrapper):
 
     def start(self) -> State:
         return {SINCE: jnp.zeros([], jnp.int32)}
+
+    def between(self) -> Between | None:
+        return self.inner_between()
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
         since = errors.counter(step.state, SINCE)

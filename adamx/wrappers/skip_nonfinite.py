@@ -114,7 +114,7 @@ class skip_nonfinite(Wrapper):
         return leaves, entries | dict(zip(COUNTERS, counts, strict=True))
 
     def between(self) -> Between | None:
-        found = super().between()
+        found = self.inner_between()
         return found and found._replace(always_counts=False)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
