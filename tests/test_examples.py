@@ -319,6 +319,7 @@ def test_quickstart_explains_bad_arguments(quickstart, capsys, argv, message):
 # --- four optimizers -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_four_optimizers_states_what_is_true(four_optimizers, tmp_path):
     path = tmp_path / "four.png"
     facts = four_optimizers.main(["--output", str(path)])

@@ -163,7 +163,9 @@ AROUND = {
 
 
 @pytest.mark.parametrize("around", AROUND)
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(
+    "name", [n if n == "factored" else pytest.param(n, marks=pytest.mark.slow) for n in OWN]
+)
 def test_a_piece_of_ones_own_works_inside_the_wrappers(name, around):
     if around == "by_path" and name == "lookahead":
         with pytest.raises(ValueError, match="lookahead wraps the whole optimizer"):

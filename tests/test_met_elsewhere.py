@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from table import TRANSFORMATIONS
+from table import TRANSFORMATIONS, of_each_kind
 
 import adamx
 
@@ -66,7 +66,7 @@ def narrowed(state):
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, state)
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@of_each_kind
 def test_a_state_that_was_cast_is_refused_with_slot_and_dtypes(name):
     tx = TRANSFORMATIONS[name].make()
     state = tx.init(start())
@@ -138,5 +138,5 @@ def test_a_pickler_that_can_store_functions_is_left_to_do_so():
     back = cloudpickle.loads(cloudpickle.dumps(tx))
     a, b = (one.update(start(), one.init(start()), start())[0] for one in (tx, back))
     jax.tree.map(np.testing.assert_array_equal, a, b)
-    with pytest.raises(pickle.PicklingError, match="build the transformation anew"):
+    with pytest.raises(pickle.PicklingError, match="pickle cannot store"):
         pickle.dumps(tx)

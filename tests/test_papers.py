@@ -124,6 +124,7 @@ def test_the_page_has_a_section_by_each_script():
 # --- the shared training ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cell_of_the_grid_is_the_run_that_a_loop_makes():
     rng = np.random.default_rng(0)
     inputs, targets = jnp.asarray(rng.normal(size=(2, 12, 3)), jnp.float32)
@@ -229,6 +230,7 @@ def test_adamw_figures_put_one_piece_in_two_places():
     np.testing.assert_allclose(steps_of(of_library, [gradient] * 2, weight), steps["AdamW"])
 
 
+@pytest.mark.slow
 def test_normalised_networks_do_not_feel_the_scale_of_their_weights():
     first = adamw_figures.classifier(*adamw_figures.NETWORKS["normalised"])
     plain = adamw_figures.classifier(*adamw_figures.NETWORKS["plain"])
