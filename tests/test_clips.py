@@ -21,7 +21,9 @@ def emitted(tx, u, w=None):
 
 
 @pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-20, 1e-12, 1.0, 1e12, 1e20, 1e30, 1e38])
-@pytest.mark.parametrize("axes", [None, 0, (0, 1), ()])
+@pytest.mark.parametrize(
+    "axes", [None, *(pytest.param(axes, marks=pytest.mark.slow) for axes in (0, (0, 1), ()))]
+)
 def test_the_root_mean_square_is_right_at_any_scale(scale, axes):
     x = (np.random.default_rng(0).uniform(-1, 1, size=(4, 5)) * scale).astype(np.float32)
     wanted = np.sqrt(np.mean(np.square(x.astype(np.float64)), axis=axes, keepdims=True))
@@ -88,7 +90,14 @@ def test_a_complex_element_is_clipped_in_size_and_keeps_its_phase():
 
 
 @pytest.mark.parametrize(
-    "shape", [(), (1,), (7,), (1, 5), (5, 1), (3, 4), (2, 3, 4), (2, 3, 2, 4), (2, 1, 2, 3, 2)]
+    "shape",
+    [
+        *[(), (7,), (3, 4), (2, 3, 2, 4)],
+        *(
+            pytest.param(shape, marks=pytest.mark.slow)
+            for shape in [(1,), (1, 5), (5, 1), (2, 3, 4), (2, 1, 2, 3, 2)]
+        ),
+    ],
 )
 def test_the_units_of_an_adaptive_clip_are_those_of_optax(shape):
     generator = np.random.default_rng(1)

@@ -117,7 +117,9 @@ def assert_within(actual: np.ndarray, wanted: np.ndarray, measure: np.ndarray, u
 
 
 @runs_optax
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "name", [n if i % 2 else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(PAIRS)]
+)
 def test_an_optax_run_goes_on_in_adamx(name):
     measure, ulps = ulps_of(name)
     ours, theirs = runs()[name]["after"][0], runs()[name]["on"][1]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import draw
-from table import TRANSFORMATIONS, every
+from table import TRANSFORMATIONS, every, of_each_kind
 
 import adamx
 from adamx.core.concept import any_of, parts
@@ -41,7 +41,7 @@ def first_element(tx, grads, state):
 
 
 @promoted
-@every
+@of_each_kind
 def test_the_line_says_whether_an_update_depends_on_a_whole_leaf_or_tree(name):
     tx = TRANSFORMATIONS[name].make()
     grads = draw(PARAMS, 1)
