@@ -1,8 +1,12 @@
-"""Trees: filled with numbers, described, compared."""
+"""Trees: filled with numbers, described, compared; and which cases of many are fast."""
+
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 
 def draw(tree, seed=0):
@@ -42,3 +46,9 @@ def assert_close(a, b, ulps=32):
         np.testing.assert_allclose(x, y, rtol=0, atol=ulps * eps * largest)
 
     jax.tree.map(check, a, b)
+
+
+def thinned(values: Iterable[Any], keep: int = 2) -> list[Any]:
+    """Return the values of a parameter, of which each n-th is fast and the others are slow."""
+    slow = pytest.mark.slow
+    return [v if i % keep == 0 else pytest.param(v, marks=slow) for i, v in enumerate(values)]

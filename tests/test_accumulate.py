@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import thinned
 
 import adamx
 
@@ -38,7 +39,7 @@ def means(grads, every):
     "every",
     [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("how", ["two programs", "one program", "eager"])
+@pytest.mark.parametrize("how", thinned(["two programs", "one program", "eager"]))
 def test_micro_batches_make_the_step_of_the_large_batch(every, how):
     """SGD with momentum: linear, so that the mean's error is what is left.
 

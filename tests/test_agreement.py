@@ -45,6 +45,7 @@ from agreement import (
     rates,
     walk,
 )
+from helpers import thinned
 from recordings import IN_FAMILY, LEAVES, RECORDING, TORCH
 from reference import Trajectory
 
@@ -231,7 +232,7 @@ def test_sixty_steps_are_pytorchs(name: str, leaf: str) -> None:
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", thinned(PAIRS))
 def test_steps_are_optaxs_to_a_few_ulps(name: str) -> None:
     """In float32, with Optax's settings, and decays whose powers Optax computes well.
 
@@ -351,7 +352,7 @@ def error(tx: optax.GradientTransformation, method: Callable[..., Trajectory]) -
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("name", CLOSER)
+@pytest.mark.parametrize("name", thinned(CLOSER))
 def test_float32_is_at_least_as_close_to_the_truth_as_optax(name: str) -> None:
     """The truth is the reference in float64 on the same float32 gradients."""
     pair, share = CLOSER[name]

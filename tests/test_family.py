@@ -41,6 +41,7 @@ from agreement_family import (
     r,
     run_in_float32,
 )
+from helpers import thinned
 from recordings import IN_FAMILY, LEAVES, RECORDING
 
 import adamx
@@ -184,7 +185,9 @@ def bound_in_float32(measure: np.ndarray, sums: int) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("name", [*(name for name, pair in PAIRS.items() if pair.theirs), *CLIPS])
+@pytest.mark.parametrize(
+    "name", thinned([*(name for name, pair in PAIRS.items() if pair.theirs), *CLIPS])
+)
 def test_updates_are_optaxs(name: str) -> None:
     """In float32, from the first step to the 60th, with decays whose powers Optax computes well."""
     _, measure, sums = in_float32(name)

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import pytest
 from agreement import RATE, of_one_sign
+from helpers import thinned
 from recordings import IN_FAMILY, LEAVES, RECORDING, TORCH
 
 import adamx
@@ -247,7 +248,7 @@ def assert_goes_on(ours: Any, theirs: Any) -> None:
 
 
 @runs_optax
-@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("name", thinned(AROUND))
 def test_chains_masks_groups_and_wrappers_are_seen_through_both_ways(name):
     theirs, ours = AROUND[name]
     _, state = follow(theirs, theirs.init(TREE), 0, BEFORE)
@@ -534,7 +535,7 @@ def torch_runs() -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", TORCH)
+@pytest.mark.parametrize("name", thinned(TORCH, 3))
 def test_what_pytorch_kept_is_what_adamx_keeps(name):
     """The bound of test_agreement.py: 12 roundings a step and 10, of the same on magnitudes.
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import thinned
 
 import adamx
 from adamx.core.checks import ranges_of
@@ -505,7 +506,7 @@ PIECES: dict[str, Callable[[Any], adamx.Transformation]] = {
 }
 
 
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("double", thinned([False, True]))
 def test_a_schedule_may_give_any_kind_of_number(double: bool) -> None:
     """Also where a float64 would be wider than the parameters."""
     kinds = {
