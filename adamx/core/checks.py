@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Scalar = float | np.ndarray | jax.Array
+Scalar = float | int | np.number | np.ndarray | jax.Array
 """A hyperparameter: a number, a scalar array, or a tracer."""
 
 ScalarOrSchedule = Scalar | Callable[[Any], Any]

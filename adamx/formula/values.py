@@ -45,7 +45,7 @@ class Static:
     def __hash__(self) -> int:
         try:
             return hash(self.value)
-        except TypeError:
+        except Exception:  # a list has no hash, and a foreign value's may raise anything
             return hash(type(self.value))
 
 
@@ -54,7 +54,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, jax.Array | np.ndarray):
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, optax.GradientTransformation):
-        return repr(value) if dataclasses.is_dataclass(value) else factory_name(value)
+        return repr(value) if hasattr(value, "hyperparameters") else factory_name(value)
     if isinstance(value, np.generic):
         return repr(value.item())
     if isinstance(value, type) or not callable(value) or dataclasses.is_dataclass(value):

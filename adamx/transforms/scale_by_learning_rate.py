@@ -51,7 +51,7 @@ class scale_by_learning_rate(Transformation):
     def scalars(self, step: Step) -> Any:
         return scheduled(self.learning_rate, step.count)
 
-    def record(self, scalars: Any) -> Slots:
+    def record(self, scalars: Any) -> dict[str, Any]:
         return {"learning_rate": jnp.asarray(scalars, jnp.float32)}
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
