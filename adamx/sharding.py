@@ -20,10 +20,11 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from adamx.core.arithmetic import shared_axes
 from adamx.core.errors import describe
+from adamx.core.foreign import as_transformation
 
 
 def state_sharding(
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | optax.MultiSteps,
     params: Any,
     *,
     over: str | tuple[str, ...] | None = None,
@@ -58,8 +59,7 @@ def state_sharding(
         >>> tuple(state_sharding(adamx.adamw(1e-3), params, over="data")["mu"]["w"].spec)
         ('data', 'model')
     """
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(f"state_sharding: tx must be an adamx or Optax transformation, got {tx!r}")
+    tx = as_transformation(tx, "state_sharding: tx")
     axes = (over,) if isinstance(over, str) else tuple(over or ())
     known = {}
     for path, param in jax.tree_util.tree_flatten_with_path(params)[0]:

@@ -6,15 +6,18 @@ w_t = w_{t-1} + u_t, rounded to the parameter's dtype: to nearest, or up or down
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from adamx.core import errors, lifting
 from adamx.core.arithmetic import compute_dtype
+from adamx.core.foreign import as_transformation
 from adamx.core.lifting import Between
 from adamx.core.precision_warning import PrecisionWarning
 from adamx.core.rounding import mix, random_bits, round_stochastically, step_key
@@ -97,7 +100,10 @@ class StepFunction(Protocol):
 
 
 def make_step(
-    tx: optax.GradientTransformation, *, rounding: str = "nearest", out_shardings: Any = None
+    tx: optax.GradientTransformation | optax.MultiSteps,
+    *,
+    rounding: str = "nearest",
+    out_shardings: Any = None,
 ) -> StepFunction:
     """Return the jitted step `(params, state, grads) -> (params, state)`, which works in place.
 
@@ -106,6 +112,10 @@ def make_step(
     outputs first come, first served, by shape and dtype; with the gradients first, or the state
     before the params, every array would be copied, without a warning. Arguments that do not fit
     raise before anything is donated. A parameter whose gradient is None stays as it is.
+
+    An array that occurs twice, as tied weights do, or the first parameters that the first state of
+    a method such as `optax.contrib.prodigy` holds, is copied before it is donated. The step looks
+    for such arrays when params and state are not the ones that it returned last.
 
     Args:
         tx: any adamx or Optax transformation.
@@ -117,11 +127,12 @@ def make_step(
             which keeps both shardings if slots and parameters are sharded alike.
 
     Returns:
-        The jitted function. Keyword arguments are passed to `tx.update`. Its `init` is `tx.init`,
-        but with stochastic rounding it does not warn of 16-bit parameters. For a transformation
-        with cheaper calls between full steps, such as `accumulate` and `monitor`, it chooses among
-        several programs by a number in the state. `lower` returns the program that the call would
-        run or, for an abstract state, the program of a full step.
+        The jitted function. Keyword arguments are passed to `tx.update`; a function among them,
+        such as `value_fn` of `optax.lbfgs`, has to be a `jax.tree_util.Partial`. Its `init` is
+        `tx.init`, but with stochastic rounding it does not warn of 16-bit parameters. For a
+        transformation with cheaper calls between full steps, such as `accumulate` and `monitor`, it
+        chooses among several programs by a number in the state. `lower` returns the program that
+        the call would run or, for an abstract state, the program of a full step.
 
     Raises:
         TypeError: if `tx` is not a transformation, or must be one of adamx and is not.
@@ -136,8 +147,7 @@ def make_step(
         >>> params
         {'w': Array([0., 3.], dtype=float32)}
     """
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(f"make_step: tx must be an adamx or Optax transformation, got {tx!r}")
+    tx = as_transformation(tx, "make_step: tx")
     if rounding not in ROUNDINGS:
         raise ValueError(f"make_step: rounding must be one of {ROUNDINGS}, got {rounding!r}")
     if rounding == "stochastic" and not isinstance(tx, Transformation):
@@ -164,6 +174,7 @@ class _Step:
             self._between.append(found)
             tx = found.tx
         self._known: dict[str, tuple[Any, int]] = {}
+        self._last: list[Any] = []
 
     def init(self, params: Any) -> Any:
         with warnings.catch_warnings():
@@ -172,6 +183,8 @@ class _Step:
             return self._tx.init(params)
 
     def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
+        if grads is params or not self._made(params, state):
+            params, state = _apart((params, state), (grads, extra))
         numbers = self._numbers(state)
         chosen = self._choose(numbers)
         params, state = self._programs[chosen](params, state, grads, **extra)
@@ -180,6 +193,7 @@ class _Step:
                 self._known.pop(found.counter, None)
             else:
                 self._known[found.counter] = state[found.counter], (number + 1) % found.every
+        self._last = [x if x is None else weakref.ref(x) for x in map(_first, (params, state))]
         return params, state
 
     def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
@@ -193,6 +207,12 @@ class _Step:
     def _cache_size(self) -> int:
         """Return how many programs have been compiled, like a jitted function."""
         return sum(program._cache_size() for program in self._programs)
+
+    def _made(self, params: Any, state: Any) -> bool:
+        """Say whether the last call made these, so that no array occurs twice in them."""
+        before = [ref and ref() for ref in self._last]
+        now = [_first(params), _first(state)]
+        return len(before) == 2 and all(a is b for a, b in zip(before, now, strict=True))
 
     def _choose(self, numbers: list[int | None]) -> int:
         """Return the index of the program to run: the first that does everything that is due."""
@@ -214,6 +234,34 @@ class _Step:
                 number = int(jax.device_get(counter)) if concrete else None
             numbers.append(number)
         return numbers
+
+
+def _first(tree: Any) -> Any:
+    """Return the first array of a tree without a look at the others; None if it has none."""
+    level = jax.tree_util.default_registry.flatten_one_level(tree)
+    if level is None:
+        return tree
+    return next((x for x in map(_first, level[0]) if x is not None), None)
+
+
+def _apart(donated: Any, read: Any) -> Any:
+    """Return the donated trees with a copy of each array that occurs in them, or in `read`, before.
+
+    JAX donates no buffer twice, and none that the same call reads.
+    """
+    seen: set[Any] = set()
+
+    def one(x: Any, copy: bool) -> Any:
+        if not isinstance(x, jax.Array) or isinstance(x, Tracer) or x.is_deleted():
+            return x  # JAX says itself that one is deleted
+        buffers = {(s.device, s.data.unsafe_buffer_pointer()) for s in x.addressable_shards}
+        if copy and buffers & seen:
+            return jnp.copy(x)
+        seen.update(buffers)
+        return x
+
+    jax.tree.map(lambda x: one(x, copy=False), read)
+    return jax.tree.map(lambda x: one(x, copy=True), donated)
 
 
 def _program(tx: Any, rounding: str, out_shardings: Any, moves: bool = True) -> Any:

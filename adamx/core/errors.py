@@ -74,14 +74,19 @@ def flatten_like(treedef: Any, name: str, tree: Any, updates: list[Any]) -> list
         ) from None
 
 
-def check_shape(path: str, update: jax.Array, param: Any) -> jax.Array:
-    """Return the parameter as an array; raise unless the update has its shape and kind."""
+def check_param(path: str, update: jax.Array, param: Any) -> jax.Array:
+    """Return the parameter of an update as an array; raise unless there is one."""
     if param is None:
         raise ValueError(
             f"adamx: leaf {path!r} has an update, {describe(update)}, but params is None there: "
             "take the gradient with respect to the same tree that is passed as params"
         )
-    param = as_inexact(path, param)
+    return as_inexact(path, param)
+
+
+def check_shape(path: str, update: jax.Array, param: Any) -> jax.Array:
+    """Return the parameter as an array; raise unless the update has its shape and kind."""
+    param = check_param(path, update, param)
     if update.shape != param.shape:
         raise ValueError(
             f"adamx: leaf {path!r} has an update of shape {list(update.shape)} for a parameter of "
@@ -195,19 +200,32 @@ def _as_wide(x: Any, start: Any) -> bool:
     return here == there or wide >= 32
 
 
-def check_foreign(name: str, state: Any, fresh: Any) -> None:
-    """Raise unless a foreign stage's state has the tree and shapes of a fresh one."""
-    given, wanted = (
-        {p: None if x is None else list(jnp.shape(x)) for p, x in zip(*flatten(t)[:2], strict=True)}
-        for t in (state, fresh)
-    )
+def check_foreign_shapes(name: str, state: Any, fresh: Any) -> None:
+    """Raise if an entry of a foreign stage's state has another shape than in a fresh one."""
+    given, wanted = _shapes(state), _shapes(fresh)
+    for path in wanted.keys() & given.keys():
+        if given[path] != wanted[path]:
+            raise _misfit(name, path, given[path], wanted[path])
+
+
+def check_foreign_tree(name: str, state: Any, fresh: Any) -> None:
+    """Raise if a foreign stage's state has other entries than a fresh one."""
+    given, wanted = _shapes(state), _shapes(fresh)
     for path in {**wanted, **given}:
-        if given.get(path) != wanted.get(path):
-            raise ValueError(
-                f"adamx: leaf {path!r} of state[{name!r}] has shape {given.get(path, 'none')} "
-                f"where these parameters need {wanted.get(path, 'none')}: is it the state or the "
-                "gradient of another model?"
-            )
+        if (path in given) != (path in wanted):
+            raise _misfit(name, path, given.get(path, "none"), wanted.get(path, "none"))
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    paths, leaves, _ = flatten(tree)
+    return {p: [*jnp.shape(x)] for p, x in zip(paths, leaves, strict=True) if x is not None}
+
+
+def _misfit(name: str, path: str, given: Any, wanted: Any) -> ValueError:
+    return ValueError(
+        f"adamx: leaf {path!r} of state[{name!r}] has shape {given} where these parameters need "
+        f"{wanted}: is it the state or the gradient of another model?"
+    )
 
 
 def check_unique(names: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import optax
 
 from adamx.core import errors
 from adamx.core.lifting import Leaves, State
+from adamx.core.paths import flatten, leaves_by_path
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 from adamx.formula.expressions import Expr, call
@@ -45,9 +46,10 @@ class named(Transformation):
     name: str
     tx: optax.GradientTransformation
 
+    any_shapes = True
+
     def __post_init__(self) -> None:
-        if not isinstance(self.tx, optax.GradientTransformation):
-            raise TypeError(f"named: tx must be an Optax or adamx transformation, got {self.tx!r}")
+        self._set(tx=as_transformation(self.tx, "named: tx"))
 
     @classmethod
     def check_argument(cls, name: str, value: Any) -> None:
@@ -61,33 +63,80 @@ class named(Transformation):
         return f"{self.name}(...)" if self.name == factory_name(self.tx) else super().__repr__()
 
     def init_tree(self, leaves: Leaves) -> State:
-        state = self.tx.init(leaves.tree(leaves.values))
+        # a copy, since some states hold the parameters, or a key that the stage holds too
+        state = jax.tree.map(jnp.copy, self.tx.init(leaves.tree(leaves.values)))
         return {name: state for name in self.state_names()}
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
         tx = optax.with_extra_args_support(self.tx)
-        params = leaves.params_tree()
-        updates = leaves.tree(leaves.values)
+        params, updates = leaves.params_tree(), leaves.tree(leaves.values)
         fresh = jax.eval_shape(tx.init, updates if params is None else params)
         state = errors.entry(step.state, self.name) if self.state_names() else fresh
-        if None not in leaves.values:
-            errors.check_foreign(self.name, state, fresh)
-        updates, new = tx.update(updates, state, params, **step.extra)
-        state = step.select(_as_before(self.name, new, state), state)
-        values = leaves.column(self.name, updates)
+        errors.check_foreign_shapes(self.name, state, fresh)
+        try:
+            updates, new = tx.update(updates, state, params, **step.extra)
+        except (AttributeError, TypeError, ValueError):  # perhaps since the trees do not fit
+            self._check_kept(leaves, state, fresh)
+            errors.check_foreign_tree(self.name, state, fresh)
+            raise
+        self._check_kept(leaves, state, new)
+        if step.taken is not None:
+            self._check_selectable(new, state)
+        state = step.select(_in_dtypes_of(state, new), state)
+        values = self._values(leaves, updates)
         values = [None if u is None else step.emitted(u) for u in values]
         return leaves.with_values(values), {name: state for name in self.state_names()}
+
+    def _check_kept(self, leaves: Leaves, old: Any, new: Any) -> None:
+        """Raise if the state loses an entry in a step where a leaf has no update."""
+        if None in leaves.values and leaves_by_path(old).keys() - leaves_by_path(new).keys():
+            raise ValueError(
+                f"adamx: the stage {self.name!r} returned another tree as its state: where a "
+                "gradient is None, this Optax stage drops its entry: pass zeros, or leave the leaf "
+                "out at init too"
+            )
+
+    def _check_selectable(self, new: Any, old: Any) -> None:
+        """Raise if a skipped step could not keep the old state, of another tree or shape."""
+        same = jax.tree.structure(new) == jax.tree.structure(old)
+        if not same or jax.tree.map(jnp.shape, new) != jax.tree.map(jnp.shape, old):
+            raise ValueError(
+                f"adamx: the stage {self.name!r} returned a state of another tree than before: "
+                "where steps may be skipped, as in skip_nonfinite and accumulate, the first state "
+                "must have all entries: that of optax.snapshot has, that of optax.monitor has not"
+            )
+
+    def _values(self, leaves: Leaves, updates: Any) -> list[Any]:
+        """Return the outgoing updates; raise ValueError if they are another tree."""
+        paths, values, treedef = flatten(updates)
+        if treedef != leaves.treedef:
+            raise ValueError(
+                f"adamx: the stage {self.name!r} returned another tree as its updates, with the "
+                f"leaves {paths[:4]} for {leaves.paths[:4]}: the updates of all stages have the "
+                "parameters' tree, since they are added to the parameters"
+            )
+        return values
 
     def tree_names(self) -> tuple[str, ...]:
         return ()
 
     def state_names(self) -> tuple[str, ...]:
         """Return the entry's name, or nothing if the transformation has no memory."""
+        return (self.name,) if self._has_memory else ()
+
+    @functools.cached_property
+    def _has_memory(self) -> bool:
+        """Whether the first state holds an array, or a later one (as that of `optax.monitor`)."""
+        tx, like = optax.with_extra_args_support(self.tx), jax.ShapeDtypeStruct((), jnp.float32)
         try:
-            state = jax.eval_shape(self.tx.init, jax.ShapeDtypeStruct((), jnp.float32))
+            state = jax.eval_shape(tx.init, like)
         except Exception:  # init needs more than one scalar, so it may have memory
-            return (self.name,)
-        return (self.name,) if jax.tree.leaves(state) else ()
+            return True
+        try:
+            later = jax.eval_shape(lambda u, s: tx.update(u, s, u)[1], like, state)
+        except Exception:  # it needs more: the first state has to tell
+            later = None
+        return bool(jax.tree.leaves((state, later)))
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         return call(self.name, u)
@@ -96,34 +145,49 @@ class named(Transformation):
 class narrow(Transformation):
     """Cast the updates to the gradients' dtypes, as an Optax transformation expects them."""
 
+    any_shapes = True
+
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
         return leaves.narrowed(), {}
 
 
-def _as_before(name: str, new: Any, old: Any) -> Any:
+def _in_dtypes_of(old: Any, new: Any) -> Any:
     """Return a stage's new state in the dtypes that its init chose.
 
     Inside `accumulate`, and with stochastic rounding, the updates are wider than the gradients.
+    """
+    paths, values, treedef = flatten(new)
+    before = leaves_by_path(old)
+
+    def cast(path: str, x: Any) -> Any:
+        if x is None or path not in before:
+            return x
+        dtype = jnp.result_type(before[path])
+        return x if jnp.result_type(x) == dtype else jnp.asarray(x).astype(dtype)
+
+    return treedef.unflatten(map(cast, paths, values))
+
+
+def as_transformation(tx: Any, what: str) -> optax.GradientTransformation:
+    """Return a transformation as it is, or that of an `optax.MultiSteps`.
+
+    Args:
+        tx: the user's argument.
+        what: the names of the function and the argument, for the message.
 
     Raises:
-        ValueError: if the tree has changed: some Optax stages drop their entry for a leaf without
-            an update.
+        TypeError: if it is not a transformation.
     """
-    if jax.tree.structure(new) != jax.tree.structure(old):
-        raise ValueError(
-            f"adamx: the stage {name!r} returned another tree as its state: where a gradient is "
-            "None, this Optax stage drops its entry: pass zeros, or leave the leaf out at init too"
-        )
-
-    def cast(a: Any, b: Any) -> Any:
-        dtype = jnp.result_type(b)
-        return a if jnp.result_type(a) == dtype else jnp.asarray(a).astype(dtype)
-
-    return jax.tree.map(cast, new, old)
+    if isinstance(tx, optax.MultiSteps):
+        return tx.gradient_transformation()
+    if isinstance(tx, optax.GradientTransformation):
+        return tx
+    hint = ": write it as a call" if callable(tx) else ""
+    raise TypeError(f"{what} must be an adamx or Optax transformation, got {tx!r}{hint}")
 
 
 def as_concept(stage: Any, what: str) -> Transformation:
-    """Return the stage itself, or the foreign transformation under its factory's name.
+    """Return an adamx transformation itself, an Optax one under the name of its factory.
 
     Args:
         stage: the user's argument.
@@ -132,9 +196,5 @@ def as_concept(stage: Any, what: str) -> Transformation:
     Raises:
         TypeError: if it is not a transformation.
     """
-    if isinstance(stage, Transformation):
-        return stage
-    if isinstance(stage, optax.GradientTransformation):
-        return named(factory_name(stage), stage)
-    hint = ": write it as a call" if callable(stage) else ""
-    raise TypeError(f"{what} must be an adamx or Optax transformation, got {stage!r}{hint}")
+    tx = as_transformation(stage, what)
+    return tx if isinstance(tx, Transformation) else named(factory_name(tx), tx)

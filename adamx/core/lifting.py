@@ -82,7 +82,10 @@ class Leaves:
 
     def params_tree(self) -> Any:
         """Return the parameters that have an update as a tree; None without parameters."""
-        return None if self.params is None else self.tree(self.params)
+        if self.params is None:
+            return None
+        pairs = zip(self.params, self.values, strict=True)
+        return self.tree([None if u is None else param for param, u in pairs])
 
     def like(self) -> list[Any]:
         """Return the parameters if `update` got them, otherwise the updates."""
@@ -92,6 +95,12 @@ class Leaves:
         """Return the updates in their outgoing dtypes."""
         pairs = zip(self.values, self.emit, strict=True)
         return self.with_values([u if u is None or d is None else u.astype(d) for u, d in pairs])
+
+    def check_shapes(self) -> None:
+        """Raise unless each update has the shape and kind of its parameter."""
+        for path, u, param in zip(self.paths, self.values, self.params or (), strict=False):
+            if u is not None:
+                errors.check_shape(path, u, param)
 
     def with_values(self, values: list[Any]) -> Leaves:
         """Return the same leaves with other updates."""
@@ -108,7 +117,7 @@ def take_apart(updates: Any, params: Any) -> Leaves:
     column = None
     if params is not None:
         column = [
-            None if u is None else errors.check_shape(path, u, p)
+            None if u is None else errors.check_param(path, u, p)
             for path, u, p in zip(
                 paths, values, errors.flatten_like(treedef, "params", params, values), strict=True
             )
@@ -140,6 +149,8 @@ class Between(NamedTuple):
 
 class Stage(Concept):
     """A concept applied to a tree; transformations of whole trees override some of this."""
+
+    any_shapes = False  # whether it takes updates of other shapes than the parameters'
 
     def segments(self) -> list[Any]:
         """Return the parts that run one after the other over the whole tree."""
@@ -276,12 +287,18 @@ def run(tx: Stage, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
 
     Returns:
         The new leaves, and the segments' entries of the state.
+
+    Raises:
+        ValueError: if an update has another shape than its parameter where a concept reads it.
     """
     new: State = {}
     for segment in tx.segments():
+        if not segment.any_shapes:
+            leaves.check_shapes()
         here = dataclasses.replace(step, state={**step.state, **new})
         leaves, entries = hook(segment, "update_tree", leaves, here)
         new |= entries
+    leaves.check_shapes()
     return leaves, new
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from adamx.core.identity import identity
-from adamx.core.paths import Pattern, check_all_used, matches, paths_of
+from adamx.core.paths import Pattern, check_all_used, flatten, matches, paths_of
 from adamx.core.transformation import Transformation
 
 
@@ -32,8 +32,8 @@ def settle(concept: Any, tree: Any) -> Transformation:
 
     Args:
         concept: a concept with a field `mask`: None (all leaves), a tree of bools shaped like the
-            parameters or a prefix of them, a function that makes one from the parameters, a
-            pattern of paths, or a tuple or list of patterns.
+            parameters or a prefix of them (or in other containers, with the same paths), a function
+            that makes one from the parameters, a pattern of paths, or a tuple or list of patterns.
         tree: the parameters.
 
     Raises:
@@ -49,16 +49,38 @@ def settle(concept: Any, tree: Any) -> Transformation:
         check_all_used(name, patterns, tree)
         chosen = {path for path in paths if any(matches(p, path) for p in patterns)}
     else:
-        try:
-            full = jax.tree.broadcast(mask, tree, is_leaf=lambda x: x is None)
-        except ValueError as error:
-            raise ValueError(
-                f"{name}: mask must be a tree of bools that is a prefix of the parameters' tree, "
-                f"or patterns of paths; False is the mask of no leaf: {error}"
-            ) from None
-        flags = jax.tree.leaves(full, is_leaf=lambda x: x is None)
-        chosen = {path for path, flag in zip(paths, flags, strict=True) if flag}
+        chosen = {path for path, flag in zip(paths, _flags(name, mask, tree), strict=True) if flag}
     return _masked(concept.replace(mask=None), frozenset(chosen))
+
+
+def _flags(name: str, mask: Any, tree: Any) -> list[Any]:
+    """Return the flag of each leaf of a tree, from a mask that is a prefix of it.
+
+    In other containers the mask is matched by path: Flax NNX calls `init` with a State of Variables
+    and `update` with a State of arrays, and a mask may be either, or a dict.
+    """
+    try:
+        full = jax.tree.broadcast(mask, tree, is_leaf=lambda x: x is None)
+        return jax.tree.leaves(full, is_leaf=lambda x: x is None)
+    except ValueError:
+        flags = dict(zip(paths_of(mask), flatten(mask)[1], strict=True))
+    above = {path: _above(path, flags) for path in paths_of(tree)}
+    missing = [path for path, entry in above.items() if entry not in flags]
+    extra = sorted(flags.keys() - set(above.values()))
+    if missing or extra:
+        raise ValueError(
+            f"{name}: mask must be a tree of bools that is a prefix of the parameters' tree, or "
+            f"patterns of paths; False is the mask of no leaf: it says nothing of {missing[:4]}, "
+            f"and the parameters have no {extra[:4]}"
+        )
+    return [flags[entry] for entry in above.values()]
+
+
+def _above(path: str, flags: dict[str, Any]) -> str:
+    """Return the path that has a flag and leads to this one, or this one itself."""
+    steps = path.split("/")
+    leading = ("/".join(steps[:depth]) for depth in range(len(steps) + 1))
+    return next((p for p in leading if p in flags), path)
 
 
 def _patterns(mask: Any) -> tuple[Pattern, ...] | None:

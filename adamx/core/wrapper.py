@@ -73,6 +73,10 @@ class Wrapper(Transformation):
         """The optimizer inside."""
         return self.children[0]
 
+    @property
+    def any_shapes(self) -> bool:  # pyright: ignore
+        return self.inner.segments()[0].any_shapes
+
     def slots(self, param: jax.Array) -> Slots:
         """Return the start values of the wrapper's own slots for one leaf."""
         return {}

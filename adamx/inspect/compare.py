@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adamx.core.foreign import as_transformation
 from adamx.core.paths import leaves_by_path
 
 
@@ -84,8 +85,8 @@ _SHOWN = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def compare(
-    tx_a: optax.GradientTransformation,
-    tx_b: optax.GradientTransformation,
+    tx_a: optax.GradientTransformation | optax.MultiSteps,
+    tx_b: optax.GradientTransformation | optax.MultiSteps,
     params: Any,
     gradients: Iterable[Any] | Callable[[int], Any],
     *,
@@ -120,11 +121,7 @@ def compare(
         >>> found.params[-1].ulps, found.first_beyond(ulps=0)
         (0.0, None)
     """
-    for argument, tx in (("tx_a", tx_a), ("tx_b", tx_b)):
-        if not isinstance(tx, optax.GradientTransformation):
-            raise TypeError(
-                f"compare: {argument} must be an adamx or Optax transformation, got {tx!r}"
-            )
+    tx_a, tx_b = as_transformation(tx_a, "compare: tx_a"), as_transformation(tx_b, "compare: tx_b")
     if callable(gradients):
         if steps is None:
             raise ValueError("compare: steps must be given if gradients is a function, got None")

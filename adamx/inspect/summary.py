@@ -21,7 +21,7 @@ import optax
 
 from adamx.core import errors
 from adamx.core.concept import any_of, parts
-from adamx.core.foreign import as_concept, named
+from adamx.core.foreign import as_concept, as_transformation, named
 from adamx.core.paths import flatten
 from adamx.core.precision_warning import PrecisionWarning
 from adamx.core.transformation import Transformation
@@ -156,7 +156,9 @@ class Summary:
         return [*rows, ("scalars in the state", "", _text(self.scalars))]
 
 
-def summary(tx: optax.GradientTransformation, params: Any, *, by: str = "group") -> Summary:
+def summary(
+    tx: optax.GradientTransformation | optax.MultiSteps, params: Any, *, by: str = "group"
+) -> Summary:
     """Return the cost and the formula of an optimizer for these parameters; allocate nothing.
 
     Args:
@@ -199,6 +201,7 @@ def summary(tx: optax.GradientTransformation, params: Any, *, by: str = "group")
             m_0 = 0
             b = 0.9, lr = 0.1
     """
+    tx = as_transformation(tx, "summary: tx")
     concept = as_concept(tx, "summary: tx")
     if by not in ("group", "leaf"):
         raise ValueError(f"summary: by must be 'group' or 'leaf', got {by!r}")

@@ -26,6 +26,7 @@ import optax
 from adamx.core import errors
 from adamx.core.concept import parts
 from adamx.core.errors import describe
+from adamx.core.foreign import as_transformation
 from adamx.core.lifting import State
 from adamx.core.paths import leaves_by_path
 from adamx.core.transformation import Transformation
@@ -261,7 +262,8 @@ def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any
         >>> print(found.count, found.mu, found.nu)
         1 [ 2. -4.] [ 4. 16.]
     """
-    if isinstance(tx, Transformation) or not isinstance(tx, optax.GradientTransformation):
+    tx = as_transformation(tx, "to_optax: tx")
+    if isinstance(tx, Transformation):
         raise TypeError(f"to_optax: tx must be the Optax transformation to go on with, got {tx!r}")
     errors.check_state(state)
     count = state["count"]

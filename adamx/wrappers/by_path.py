@@ -98,6 +98,8 @@ class by_path(Transformation):
         yield "", Verbatim("{\n    " + lines.rstrip().replace("\n", "\n    ") + "\n}")
         yield "default", self.transformations[-1]
 
+    any_shapes = True  # each group looks for itself
+
     @classmethod
     def check_argument(cls, name: str, value: Any) -> None:
         pass  # `_made` checks it
@@ -122,72 +124,98 @@ class by_path(Transformation):
         return super().for_tree(tree)
 
     def for_leaf(self, path: str, leaf: jax.Array) -> Any:
-        return self.transformations[self._group(path, leaf)].for_leaf(path, leaf)
+        return self.transformations[self._number(path, leaf)].for_leaf(path, leaf)
 
     def label(self, path: str, leaf: Any) -> str:
         """Return the pattern of a leaf's group, or "default"."""
-        return self._labels[self._group(path, leaf)]
+        return self._labels[self._number(path, leaf)]
 
     def init_tree(self, leaves: Leaves) -> State:
         groups = self._groups(leaves)
-        entries = []
-        for tx, part in self._parts(leaves, groups):
-            entries.append(disjoint(*(segment.init_tree(part) for segment in tx.segments())))
-        return self._merged(leaves, groups, entries)
+        entries = [
+            disjoint(*(segment.init_tree(group.leaves) for segment in group.tx.segments()))
+            for group in groups
+        ]
+        return _merged(leaves, groups, entries)
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
         groups, entries = self._groups(leaves), []
         values, emit = list(leaves.values), list(leaves.emit)
-        for label, (tx, part) in zip(self._labels, self._parts(leaves, groups), strict=True):
-            inside = dataclasses.replace(step, state=self._of_group(step.state, label, tx))
-            out, own = lifting.run(tx, part, inside)
-            for i, u in enumerate(out.values):
-                if u is not None:
-                    values[i], emit[i] = u, out.emit[i]
+        for group in groups:
+            inside = dataclasses.replace(step, state=group.state(leaves, step.state))
+            out, own = lifting.run(group.tx, group.leaves, inside)
+            for i, u, dtype in zip(group.places, out.values, out.emit, strict=True):
+                values[i], emit[i] = u, dtype
             own.pop("count", None)  # one for all groups
             entries.append(own)
         out = dataclasses.replace(leaves, values=values, emit=emit)
-        return out, self._merged(leaves, groups, entries)
+        return out, _merged(leaves, groups, entries)
 
-    def _groups(self, leaves: Leaves) -> list[int]:
-        """Return the number of each leaf's group."""
-        return [self._group(path, x) for path, x in zip(leaves.paths, leaves.like(), strict=True)]
-
-    def _group(self, path: str, leaf: Any) -> int:
+    def _number(self, path: str, leaf: Any) -> int:
         found = (i for i, p in enumerate(self.patterns) if paths.matches(p, path, leaf))
         return next(found, len(self.patterns))
 
-    def _parts(self, leaves: Leaves, groups: list[int]) -> list[tuple[Transformation, Leaves]]:
-        """Return each group's transformation, and its leaves, with None in the place of others."""
-        pairs = list(zip(groups, leaves.values, strict=True))
-        return [
-            (tx, leaves.with_values([x if group == number else None for group, x in pairs]))
-            for number, tx in enumerate(self.transformations)
-        ]
+    def _groups(self, leaves: Leaves) -> list[_Group]:
+        """Return the groups in the order of their transformations."""
+        places: list[list[int]] = [[] for _ in self.transformations]
+        for i, (path, leaf) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
+            places[self._number(path, leaf)].append(i)
+        each = zip(self._labels, self.transformations, places, strict=True)
+        return [_Group(label, tx, where, _only(leaves, where)) for label, tx, where in each]
 
-    def _of_group(self, state: Mapping[str, Any], label: str, tx: Transformation) -> State:
-        """Return the state as one group sees it: the common trees, and its own scalars."""
-        trees = tx.tree_names()
-        own = {name: errors.entry(state, name) for name in tx.state_names()}
-        by_label = {name: x for name, x in own.items() if name not in trees}
-        for name, x in by_label.items():  # without labels in a state of another composition
-            own[name] = errors.entry(x if isinstance(x, Mapping) else {name: x}, label)
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """One group of a tree: its label, its transformation, its leaves and their places."""
+
+    label: str
+    tx: Transformation
+    places: list[int]
+    leaves: Leaves
+
+    def state(self, everyones: Leaves, state: Mapping[str, Any]) -> State:
+        """Return the state as this group sees it: its leaves' slots, and its own scalars."""
+        own = {name: errors.entry(state, name) for name in self.tx.state_names()}
+        for name, x in own.items():
+            if name in self.tx.tree_names():
+                column = everyones.column(name, x)
+                own[name] = self.leaves.tree([column[i] for i in self.places])
+            else:  # without labels in a state of another composition
+                own[name] = errors.entry(x if isinstance(x, Mapping) else {name: x}, self.label)
         return {**state, **own}
 
-    def _merged(self, leaves: Leaves, groups: list[int], entries: list[State]) -> State:
-        """Return one state: each leaf's slots from its group, the scalars by the group's label."""
-        scalars: State = {}
-        columns: dict[str, list[Any]] = {}
-        each = zip(self._labels, self.transformations, entries, strict=True)
-        for number, (label, tx, own) in enumerate(each):
-            for name, entry in own.items():
-                if name not in tx.tree_names():
-                    scalars.setdefault(name, {})[label] = entry
-                    continue
-                mine = columns.setdefault(name, [None] * len(groups))
-                for i, x in enumerate(leaves.treedef.flatten_up_to(entry)):
-                    mine[i] = x if groups[i] == number else mine[i]
-        return {name: leaves.tree(column) for name, column in columns.items()} | scalars
+
+def _only(leaves: Leaves, places: list[int]) -> Leaves:
+    """Return some of the leaves, in a tree with `optax.MaskedNode` in the place of the others.
+
+    So does `optax.multi_transform`: to some Optax methods None is a leaf with another meaning.
+    """
+
+    def some(column: list[Any]) -> list[Any]:
+        return [column[i] for i in places]
+
+    tree: list[Any] = [optax.MaskedNode()] * len(leaves.paths)
+    for i in places:
+        tree[i] = 0
+    treedef = jax.tree.structure(leaves.tree(tree))
+    params = None if leaves.params is None else some(leaves.params)
+    lists = some(leaves.paths), some(leaves.values), params, some(leaves.came), some(leaves.emit)
+    return Leaves(*lists, treedef)
+
+
+def _merged(leaves: Leaves, groups: list[_Group], entries: list[State]) -> State:
+    """Return one state: each leaf's slots from its group, the scalars by the group's label."""
+    scalars: State = {}
+    columns: dict[str, list[Any]] = {}
+    for group, own in zip(groups, entries, strict=True):
+        for name, entry in own.items():
+            if name not in group.tx.tree_names():
+                scalars.setdefault(name, {})[group.label] = entry
+                continue
+            column = columns.setdefault(name, [None] * len(leaves.paths))
+            for i, x in zip(group.places, group.leaves.treedef.flatten_up_to(entry), strict=True):
+                column[i] = x
+    return {name: leaves.tree(column) for name, column in columns.items()} | scalars
 
 
 def _called(default: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
@@ -213,7 +241,7 @@ def _made(pattern: Any, group: Any, default: Any) -> Transformation:
         group = _called(default, group) if callable(default) else default
     if group is None:
         return set_to_zero()
-    if not isinstance(group, optax.GradientTransformation):
+    if not isinstance(group, optax.GradientTransformation | optax.MultiSteps):
         raise TypeError(
             f"by_path: the group {paths.text(pattern)!r} must be a transformation, a dict of "
             f"settings, or None for frozen, got {group!r}"
