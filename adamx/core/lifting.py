@@ -127,6 +127,7 @@ class Between(NamedTuple):
         every: the value of the counter at which the next full step is due.
         moves: whether it moves the parameters; False means that its updates are None.
         always_counts: whether each call raises the counter; False if a step may be skipped.
+        ended_by: an extra argument of `update`, a bool, that makes the next full step due.
     """
 
     tx: Stage
@@ -134,6 +135,7 @@ class Between(NamedTuple):
     every: int
     moves: bool = True
     always_counts: bool = True
+    ended_by: str = ""
 
 
 class Stage(Concept):
