@@ -208,13 +208,13 @@ def test_make_step_ends_where_one_program_for_all_calls_ends(name, dtype):
     params = jax.tree.map(lambda p: p.astype(dtype), start())
     a: Any = jax.tree.map(jnp.copy, params), tx.init(params)
     b: Any = params, tx.init(params)
-    step, one = adamx.make_step(tx), one_program(tx)
+    steps: Any = adamx.make_step(tx), one_program(tx)
     ends = {1: True, 4: np.True_, 7: jnp.array(True), 10: jnp.array(False), 12: True}
     for t, g in enumerate(gradients(16)):
         bad = jnp.nan if t in (4, 9) and "skip" in name else 1
         g = jax.tree.map(lambda x, bad=bad: (bad * x).astype(dtype), g)
         extra: Any = {"weight": t % 4, "last": ends.get(t, False)}
-        a, b = step(*a, g, **extra), one(*b, g, **extra)
+        a, b = steps[0](*a, g, **extra), steps[1](*b, g, **extra)
         chex.assert_trees_all_equal(a, b)
     assert int(a[1]["count"]) >= 4
 
@@ -275,6 +275,7 @@ def test_its_own_arguments_are_its_own_and_the_others_go_on():
     outer = optax.chain(optax.identity(), tx)
     w = jnp.zeros(1)
     state = outer.init(w)
+    updates: Any = None
     for factor, last in ((100.0, False), (3.0, True)):
         extra: Any = {"weight": 2, "last": last, "factor": factor}
         updates, state = outer.update(jnp.ones(1), state, w, **extra)
@@ -325,10 +326,10 @@ def test_a_run_resumes_in_the_middle_of_a_weighted_sum():
     for t, g in enumerate(grads[:6]):
         a = step(*a, g, weight=t + 1, last=False)
     b: Any = jax.tree.map(jnp.asarray, jax.device_get(a))
-    fresh = adamx.make_step(tx)
+    fresh: Any = adamx.make_step(tx)
     for t, g in enumerate(grads[6:]):
         extra: Any = {"weight": 7 * (t + 1), "last": t == 1}
-        a, b = step(*a, g, **extra), fresh(*b, g, **extra)
+        a, b = step(a[0], a[1], g, **extra), fresh(*b, g, **extra)
     chex.assert_trees_all_equal(a, b)
     assert int(b[1]["count"]) == 2
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from adamx.core import errors, lifting
+from adamx.core.adjustable import adjustable
 from adamx.core.checks import as_float, ranges_of
 from adamx.core.lifting import Stage, State
 
@@ -116,8 +117,9 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         @functools.wraps(make)
         def init_and_check(self: Any, *args: Any, **kwargs: Any) -> None:
             make(self, *args, **kwargs)
-            for name in _ranges(cls):
-                self._set(**{name: as_float(getattr(self, name))})
+            for name in ranges_of(cls):
+                value = as_float(getattr(self, name))
+                self._set(**{name: value.called(name) if isinstance(value, adjustable) else value})
             errors.check_unique(self.state_names())
 
         cls.__init__ = init_and_check
@@ -135,8 +137,8 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
 
         Transformations of whole trees override this.
         """
-        if name in _ranges(cls):
-            _ranges(cls)[name].check(cls.__name__, name, value)
+        if name in ranges_of(cls):
+            ranges_of(cls)[name].check(cls.__name__, name, value)
         if isinstance(value, optax.GradientTransformation):
             if not isinstance(value, Transformation):
                 raise TypeError(
@@ -171,6 +173,5 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         return optax.GradientTransformationExtraArgs(*pair)._replace(**kwargs)
 
 
-_ranges = functools.cache(ranges_of)
 _compiled_init = jax.jit(lifting.init)
 _compiled_update = jax.jit(lifting.update)

@@ -67,6 +67,10 @@ class Value:
             )
         return made[key]
 
+    def with_fields(self, **fields: Any) -> Any:
+        """Return this value with other fields, unchecked."""
+        return _build(type(self), _fields(self) | fields)
+
     def arguments(self) -> Iterator[tuple[str, Any]]:
         """Yield the constructor's arguments: names, "" for positional ones, and values."""
         for number, field in enumerate(dataclasses.fields(self)):  # pyright: ignore
