@@ -261,6 +261,7 @@ def test_without_it_the_entry_is_a_record_and_is_overwritten():
     assert "overwritten" in str(adamx.scale_by_learning_rate.__doc__)
 
 
+@pytest.mark.filterwarnings("ignore:jax.array_ref is deprecated:DeprecationWarning")  # by Flax
 def test_a_rate_is_set_in_an_optimizer_of_flax_nnx():
     from flax import nnx
 
