@@ -45,6 +45,7 @@ from adamx.core.paths import all_but
 from adamx.core.precision_warning import PrecisionWarning
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
+from adamx.core.value import as_pytree
 from adamx.core.wrapper import Wrapper
 from adamx.inspect.audit import Audit, audit
 from adamx.inspect.compare import Comparison, compare
@@ -165,6 +166,7 @@ __all__ = [
     "all_but",
     "amsgrad",
     "apply_updates",
+    "as_pytree",
     "audit",
     "bfloat16",
     "bias_correction",

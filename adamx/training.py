@@ -6,7 +6,7 @@ w_t = w_{t-1} + u_t, rounded to the parameter's dtype: to nearest, or up or down
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,7 @@ def _added(param: jax.Array, update: jax.Array, rounding: str, count: Any) -> ja
     return round_stochastically(total, noise, param.dtype)
 
 
+@runtime_checkable
 class StepFunction(Protocol):
     """The result of `make_step`."""
 

@@ -111,7 +111,10 @@ def test_each_parameter_is_described_and_nothing_else(function):
     if thing in (adamx.Transformation, adamx.PrecisionWarning):
         return  # the base class takes any fields, and a warning its message
     parameters = [name for name in inspect.signature(thing).parameters if name != "_"]
-    fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
+    if hasattr(thing, "hyperparameters"):
+        fields = thing.hyperparameters()
+    else:
+        fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
     assert list(described(thing)) in (parameters, [field.name for field in fields])
 
 

@@ -26,6 +26,10 @@ def first_update(tx, grads=PARAMS):
     return tx.update(grads, tx.init(PARAMS), PARAMS)[0]
 
 
+def update_of(tree):
+    return first_update(tree.tx)
+
+
 def schedule(step):
     return 0.1 / (1 + jnp.asarray(step, jnp.float32))
 
@@ -346,7 +350,7 @@ def test_pickles(name, protocol):
 def test_copies_of_arrays_have_their_values(again):
     tx = adamx.chain(adamx.scale(ARRAY), adamx.scale(jnp.float32(3.0)))
     copied = again(tx)
-    assert jax.tree.leaves(copied) == [0.5, 3.0]
+    assert jax.tree.leaves(adamx.as_pytree(copied)) == [0.5, 3.0]
     assert copied != tx  # arrays compare by identity
     np.testing.assert_array_equal(first_update(copied), 1.5 * PARAMS)
 
@@ -469,13 +473,14 @@ def test_is_compiled_once_for_all_values_of_an_array():
     traces = []
 
     @jax.jit
-    def update(tx, grads):
+    def update(tree, grads):
         traces.append(1)
-        return first_update(tx, grads)
+        return first_update(tree.tx, grads)
 
     for rate in (0.5, 0.25):
-        np.testing.assert_array_equal(update(adamx.sgd(jnp.float32(rate)), PARAMS), -rate * PARAMS)
-        np.testing.assert_array_equal(update(adamx.sgd(rate), PARAMS), -rate * PARAMS)
+        for x in (jnp.float32(rate), rate):
+            tree = adamx.as_pytree(adamx.sgd(x))
+            np.testing.assert_array_equal(update(tree, PARAMS), -rate * PARAMS)
     assert len(traces) == 3  # once for arrays, and once for each number
 
 
@@ -508,34 +513,43 @@ def test_is_a_field_of_a_module_and_of_a_struct(tx):
     assert struct.tx is STATIC
 
 
-def test_its_leaves_are_its_arrays():
-    assert jax.tree.leaves(adamx.adamw(schedule, mask=not_vectors)) == []
+def test_it_has_no_leaves_and_as_pytree_has_its_arrays():
+    static = adamx.adamw(schedule, mask=not_vectors)
+    assert adamx.as_pytree(static).tx is static
     b2, rate = jnp.float32(0.99), jnp.float32(0.1)
-    leaves = jax.tree.leaves(adamx.adam(rate, b2=b2))
+    dynamic = adamx.adam(rate, b2=b2)
+    assert jax.tree.leaves((static, dynamic, adamx.as_pytree(static))) == []
+    leaves = jax.tree.leaves(adamx.as_pytree(dynamic))
     assert [x is y for x, y in zip(leaves, (b2, b2, rate), strict=True)] == [True] * 3
-    doubled = jax.tree.map(lambda x: 2 * x, DYNAMIC)
+    assert adamx.as_pytree(dynamic).tx == dynamic
+    doubled = jax.tree.map(lambda x: 2 * x, adamx.as_pytree(DYNAMIC)).tx
     assert type(doubled) is adamx.chain
     np.testing.assert_array_equal(first_update(doubled), -PARAMS)
+    with pytest.raises(TypeError, match=r"^as_pytree: tx must be an adamx transf.* got 0\.1"):
+        adamx.as_pytree(0.1)
 
 
 def test_is_stacked_by_vmap_and_vmapped_over():
     rates = jnp.array([0.5, 0.25, 0.0])
-    stacked = jax.vmap(lambda rate: adamx.sgd(rate))(rates)
-    assert repr(stacked) == "chain(scale_by_learning_rate(float32[3]))"
+    stacked = jax.vmap(lambda rate: adamx.as_pytree(adamx.sgd(rate)))(rates)
+    assert repr(stacked) == "as_pytree(chain(scale_by_learning_rate(float32[3])))"
     expected = -rates[:, None] * PARAMS[None]
-    np.testing.assert_array_equal(jax.vmap(first_update)(stacked), expected)
+    np.testing.assert_array_equal(jax.vmap(update_of)(stacked), expected)
     np.testing.assert_array_equal(jax.vmap(lambda r: first_update(adamx.sgd(r)))(rates), expected)
-    np.testing.assert_array_equal(jax.lax.map(first_update, stacked), expected)
+    np.testing.assert_array_equal(jax.lax.map(update_of, stacked), expected)
 
 
 def test_has_derivatives_with_respect_to_its_arrays():
-    slope = jax.grad(lambda tx: jnp.sum(first_update(tx)))(DYNAMIC)
+    slope = jax.grad(lambda tree: jnp.sum(update_of(tree)))(adamx.as_pytree(DYNAMIC))
     np.testing.assert_array_equal(jax.tree.leaves(slope), [-jnp.sum(PARAMS)])
 
 
 def test_is_a_carry_of_scan():
-    tx, _ = jax.lax.scan(lambda tx, _: (jax.tree.map(lambda x: x / 2, tx), None), DYNAMIC, length=2)
-    np.testing.assert_array_equal(first_update(tx), -0.125 * PARAMS)
+    def halved(tree, _):
+        return jax.tree.map(lambda x: x / 2, tree), None
+
+    tree, _ = jax.lax.scan(halved, adamx.as_pytree(DYNAMIC), length=2)
+    np.testing.assert_array_equal(update_of(tree), -0.125 * PARAMS)
 
 
 # ------------------------------------------------------------------------------- as a named tuple
@@ -564,16 +578,19 @@ def test_replace_gives_an_optax_pair():
         tx._replace(unknown=1)
 
 
-def test_dataclasses_replace_builds_and_checks_anew():
-    assert dataclasses.replace(adamx.ema(0.9), decay=0.5) == adamx.ema(0.5)
-    scaling = dataclasses.replace(cast(adamx.rms_scaling, adamx.scale_by_adam()), eps=1.0)
+def test_replace_builds_and_checks_anew():
+    assert adamx.ema(0.9).replace(decay=0.5) == adamx.ema(0.5)
+    scaling = cast(adamx.rms_scaling, adamx.scale_by_adam()).replace(eps=1.0)
     assert scaling == adamx.scale_by_adam(eps=1.0)
     with pytest.raises(ValueError, match=r"^ema: decay must be in \[0, 1\), got 1.5"):
-        dataclasses.replace(adamx.ema(0.9), decay=1.5)
+        adamx.ema(0.9).replace(decay=1.5)
 
 
 def test_is_frozen():
     tx: Any = adamx.ema(0.9)
     with pytest.raises(dataclasses.FrozenInstanceError):
         tx.decay = 0.5
-    assert [field.name for field in dataclasses.fields(tx)] == ["decay", "dtype", "name", "initial"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        del tx.decay
+    names = [field.name for field in adamx.ema.hyperparameters()]
+    assert names == ["decay", "dtype", "name", "initial"]

@@ -26,7 +26,7 @@ import numpy as np
 
 from adamx.core.adjustable import adjustable
 
-Scalar = float | np.ndarray | jax.Array
+Scalar = float | int | np.number | np.ndarray | jax.Array
 """A hyperparameter: a number, a scalar array, or a tracer."""
 
 ScalarOrSchedule = Scalar | Callable[[Any], Any]

@@ -75,7 +75,7 @@ class Concept(Value):
         """
         return self.scalars(step)
 
-    def record(self, scalars: Any) -> Slots:
+    def record(self, scalars: Any) -> dict[str, Any]:
         """Return the scalars that the state records, by name."""
         return {}
 

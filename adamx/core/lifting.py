@@ -42,6 +42,7 @@ from adamx.core.concept import (
 from adamx.core.paths import flatten
 from adamx.core.precision_warning import warn_of_rounding
 from adamx.core.step import LeafStep, Step
+from adamx.core.value import as_pytree
 
 State = dict[str, Any]
 
@@ -330,7 +331,7 @@ def leaf_kernel(
         def seen(slots: Slots) -> Slots:
             return {name: x if name in as_stored else wide(x) for name, x in slots.items()}
 
-        concept = jax.tree.map(wide, tx)
+        concept = jax.tree.map(wide, as_pytree(tx)).tx
         own, inner = jax.tree.map(wide, scalars)
         u, param, old = wide(u), jax.tree.map(wide, param), seen(slots)
         here = LeafStep(step.count, own, inner, old, param, came)

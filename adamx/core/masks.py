@@ -7,7 +7,6 @@ on the leaves whose mask is True and leaves the others as they are.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 from typing import Any
 
@@ -59,7 +58,7 @@ def settle(concept: Any, tree: Any) -> Transformation:
             ) from None
         flags = jax.tree.leaves(full, is_leaf=lambda x: x is None)
         chosen = {path for path, flag in zip(paths, flags, strict=True) if flag}
-    return _masked(dataclasses.replace(concept, mask=None), frozenset(chosen))
+    return _masked(concept.replace(mask=None), frozenset(chosen))
 
 
 def _patterns(mask: Any) -> tuple[Pattern, ...] | None:

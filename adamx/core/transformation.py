@@ -3,7 +3,7 @@
 A concept is a subclass of `Transformation` whose annotated fields are its hyperparameters. It is
 also an `optax.GradientTransformationExtraArgs`. Its layers, each a file of its own:
 
-    core/value.py           a frozen dataclass that compares, pickles and prints, and a pytree
+    core/value.py           an immutable value that compares, pickles and prints
     core/concept.py         the methods that it may define for one array
     core/lifting.py         from one array to any tree
     core/transformation.py  `init` and `update`
@@ -11,10 +11,9 @@ also an `optax.GradientTransformationExtraArgs`. Its layers, each a file of its 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +23,24 @@ from adamx.core import errors, lifting
 from adamx.core.adjustable import adjustable
 from adamx.core.checks import as_float, ranges_of
 from adamx.core.lifting import Stage, State
+from adamx.core.value import as_pytree
+
+T = TypeVar("T", bound="Transformation")
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
 class Transformation(Stage, optax.GradientTransformationExtraArgs):
     """The base of every concept: subclass it, annotate the hyperparameters, define some methods.
 
-    A subclass becomes a frozen dataclass without a decorator. Concepts held in fields, or in tuples
-    in fields, are its children. Their slots, scalars and variants are handled by the base class, so
-    a concept made of concepts defines only `accumulate` and `emit`, and only `emit` if each child
-    reads the same incoming update.
+    The annotated fields are the constructor's arguments, as in a frozen dataclass. Concepts held in
+    fields, or in tuples in fields, are its children. Their slots, scalars and variants are handled
+    by the base class, so a concept made of concepts defines only `accumulate` and `emit`, and only
+    `emit` if each child reads the same incoming update.
 
     Two transformations are equal if they were built alike: the same class, equal numbers, the same
-    (identical) arrays and functions. Hash and equality never raise.
+    (identical) arrays and functions. Hash and equality never raise. `tx.replace(eps=1e-6)` returns
+    another one. As a pytree a transformation has no leaves; `adamx.as_pytree` makes its arrays
+    leaves.
 
     Example:
         The sign of an average, in ten lines:
@@ -73,10 +77,11 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         Warns:
             PrecisionWarning: if the parameters have 16 bits and the optimizer has no masters.
         """
-        many = lifting.is_concrete(self, params) and lifting.on_many_devices(params)
+        tree = as_pytree(self)
+        many = lifting.is_concrete(tree, params) and lifting.on_many_devices(params)
         # compiled, it puts the scalars on all devices
-        state = (_compiled_init if many else lifting.init)(self, params)
-        held = set(map(id, jax.tree.leaves((self, params))))
+        state = _compiled_init(tree, params) if many else lifting.init(self, params)
+        held = set(map(id, jax.tree.leaves((tree, params))))
         return jax.tree.map(lambda x: jnp.copy(x) if id(x) in held else x, state)
 
     def update(  # pyright: ignore
@@ -101,11 +106,12 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
             ValueError: if the trees or shapes of updates, params and state do not fit.
             TypeError: if the dtype of a leaf is neither floating nor complex.
         """
-        if lifting.is_concrete(self, updates, state, extra):
+        tree = as_pytree(self)
+        if lifting.is_concrete(tree, updates, state, extra):
             if not lifting.is_concrete(params):  # an unfiltered module: drop leaves without update
                 params = lifting.take_apart(updates, params).params_tree()
             if lifting.is_concrete(params):
-                return _compiled_update(self, updates, state, params, extra)
+                return _compiled_update(tree, updates, state, params, extra)
         return lifting.update(self, updates, state, params, extra)
 
     # ------------------------------------------------------------------------- how it is made
@@ -116,6 +122,8 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
 
         @functools.wraps(make)
         def init_and_check(self: Any, *args: Any, **kwargs: Any) -> None:
+            if _is_pair(args):  # `__new__` returned a transformation that is complete
+                return
             make(self, *args, **kwargs)
             for name in ranges_of(cls):
                 value = as_float(getattr(self, name))
@@ -124,12 +132,22 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
 
         cls.__init__ = init_and_check
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        fields = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore
+    def __new__(cls: type[T], *args: Any, **kwargs: Any) -> T:  # noqa: D102
+        if _is_pair(args):
+            return cls._make(args)
+        fields = [field.name for field in cls.hyperparameters()]
         given = [*zip(fields, args, strict=False), *kwargs.items()]
         for name, value in (*given, *(("", value) for value in args[len(fields) :])):
             cls.check_argument(name, value)
-        return tuple.__new__(cls)
+        return cls._new()
+
+    @classmethod
+    def _new(cls) -> Any:
+        items = _Item("init"), _Item("update")
+        instance = tuple.__new__(cls, items)
+        for item in items:
+            item.owner = instance
+        return instance
 
     @classmethod
     def check_argument(cls, name: str, value: Any) -> None:
@@ -151,13 +169,13 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
                     "of a top-level adamx.chain, but not a part of another concept"
                 )
             return
-        types = {field.name: field.type for field in dataclasses.fields(cls)}  # pyright: ignore
+        types = {field.name: field.type for field in cls.hyperparameters()}
         if types.get(name) in ("Transformation", Transformation):
             raise TypeError(
                 f"{cls.__name__}: {name} must be an adamx transformation, got {value!r}"
             )
 
-    # Subclasses a NamedTuple only for `isinstance`; `__iter__` defines unpacking.
+    # A named tuple (init, update) to those who unpack it, or build it anew from its items.
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:  # pyright: ignore
         return iter((self.init, self.update))
@@ -168,10 +186,52 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
     def __getitem__(self, index: Any) -> Any:
         return (self.init, self.update)[index]
 
+    @classmethod
+    def _make(cls, iterable: Any) -> Any:  # pyright: ignore
+        """Return the transformation whose methods these are, or Optax's pair of two others."""
+        init, update = (f.method if isinstance(f, _Item) else f for f in iterable)
+        owner = getattr(init, "__self__", None)
+        if isinstance(owner, Transformation) and (init, update) == tuple(owner):
+            return owner
+        return optax.GradientTransformationExtraArgs(init, update)
+
     def _replace(self, **kwargs: Any) -> Any:  # pyright: ignore
         pair: Any = (self.init, self.update)
         return optax.GradientTransformationExtraArgs(*pair)._replace(**kwargs)
 
 
-_compiled_init = jax.jit(lifting.init)
-_compiled_update = jax.jit(lifting.update)
+class _Item:
+    """`tx.init` or `tx.update` for those who read a tuple's memory, such as optree."""
+
+    owner: Any
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def method(self) -> Callable[..., Any]:
+        return getattr(self.owner, self._name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.method(*args, **kwargs)
+
+
+def _is_pair(args: tuple[Any, ...]) -> bool:
+    """Say whether the arguments are (init, update), one of them at least an adamx method."""
+    own = Transformation.init, Transformation.update
+    return len(args) == 2 and any(
+        isinstance(function, _Item) or getattr(function, "__func__", None) is method
+        for function, method in zip(args, own, strict=True)
+    )
+
+
+@jax.jit
+def _compiled_init(tree: as_pytree, params: Any) -> State:
+    return lifting.init(tree.tx, params)
+
+
+@jax.jit
+def _compiled_update(
+    tree: as_pytree, updates: Any, state: State, params: Any, extra: Any
+) -> tuple[Any, State]:
+    return lifting.update(tree.tx, updates, state, params, extra)

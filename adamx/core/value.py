@@ -1,8 +1,12 @@
-"""A value: immutable, equal to every value built alike, and a pytree of its arrays.
+"""A value: immutable, and equal to every value that was built alike.
 
-A subclass of `Value` is a frozen dataclass without a decorator. Values held in its fields, or in
-tuples in its fields, are its children. The arrays among the fields are its leaves as a pytree; all
-other fields are static and belong to the key under which JAX caches compiled programs.
+The annotated fields of a subclass of `Value` are its hyperparameters. Values held in them, or in
+tuples in them, are its children.
+
+JAX, and everything else that looks into trees or for dataclasses, sees one thing: a pytree without
+leaves, which is a part of the key under which a program is compiled. So a value may be a static
+argument, a field of any module, or an entry of a config, and nobody donates, casts or saves the
+arrays that it holds. Whoever wants those, for vmap, grad or a compiled argument, says `as_pytree`.
 """
 
 from __future__ import annotations
@@ -10,10 +14,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import pickle
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -21,25 +26,52 @@ import numpy as np
 from adamx.core.printing import constructor_call
 from adamx.formula.values import Static, function_name
 
-_DYNAMIC, _MADE = "__dynamic__", "__made__"
+V = TypeVar("V")
+
+_MADE = "__made__"
 _MOST_MADE = 16
 
 
 class Value:
     """The base of all objects built from hyperparameters; see `adamx.Transformation`."""
 
+    _declared: Any = object  # the hidden dataclass that declares a class's fields
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        dataclasses.dataclass(init="__init__" not in vars(cls), repr=False, eq=False, frozen=True)(
-            cls
-        )
-        jax.tree_util.register_pytree_node(cls, _flatten, _unflatten)
+        names = inspect.get_annotations(cls)
+        hidden = {name: vars(cls)[name] for name in names if name in vars(cls)}
+        hidden |= {"__annotations__": names, "__post_init__": Value.__post_init__}
+        hidden |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        made: Any = type(cls.__name__, (cls._declared,), hidden)
+        cls._declared = dataclasses.dataclass(repr=False, eq=False, frozen=True)(made)
+        if "__init__" not in vars(cls):
+            cls.__init__ = made.__init__
+        jax.tree_util.register_static(cls)
+
+    def __post_init__(self) -> None:
+        """Check and convert the fields, once they are set."""
+
+    @classmethod
+    def _new(cls) -> Any:
+        """Return an instance without fields."""
+        return object.__new__(cls)
+
+    @classmethod
+    def hyperparameters(cls) -> tuple[dataclasses.Field[Any], ...]:
+        """Return the fields' names, types and defaults, in order."""
+        return dataclasses.fields(cls._declared)
+
+    @property
+    def _held(self) -> dict[str, Any]:
+        """The fields' values, by name."""
+        return {field.name: vars(self)[field.name] for field in self.hyperparameters()}
 
     @property
     def children(self) -> tuple[Any, ...]:
         """The values held in this one's fields, in order."""
         found: list[Value] = []
-        for value in _fields(self).values():
+        for value in self._held.values():
             many = value if type(value) is tuple else (value,)
             found += [v for v in many if isinstance(v, Value)]
         return tuple(found)
@@ -54,27 +86,23 @@ class Value:
             if len(made) == _MOST_MADE:
                 made.pop(next(iter(made)))
             new = iter(children)
-            made[key] = _build(
-                type(self),
-                {
-                    name: tuple(next(new) if isinstance(v, Value) else v for v in value)
-                    if type(value) is tuple
-                    else next(new)
-                    if isinstance(value, Value)
-                    else value
-                    for name, value in _fields(self).items()
-                },
-            )
+            made[key] = self._mapped(lambda x: next(new) if isinstance(x, Value) else x)
         return made[key]
+
+    def replace(self: V, **fields: Any) -> V:
+        """Return a value with some other hyperparameters, built and checked anew."""
+        return type(self)(**self._held | fields)  # pyright: ignore
+
+    __replace__ = replace  # for copy.replace
 
     def with_fields(self, **fields: Any) -> Any:
         """Return this value with other fields, unchecked."""
-        return _build(type(self), _fields(self) | fields)
+        return _build(type(self), self._held | fields)
 
     def arguments(self) -> Iterator[tuple[str, Any]]:
         """Yield the constructor's arguments: names, "" for positional ones, and values."""
-        for number, field in enumerate(dataclasses.fields(self)):  # pyright: ignore
-            value = getattr(self, field.name)
+        for number, field in enumerate(self.hyperparameters()):
+            value = vars(self)[field.name]
             if field.default is dataclasses.MISSING or Static(value) != Static(field.default):
                 yield ("" if number == 0 else field.name), value
 
@@ -82,25 +110,81 @@ class Value:
         """Set fields in `__init__` or `__post_init__`."""
         vars(self).update(fields)
 
+    def _mapped(self, change: Callable[[Any], Any]) -> Any:
+        """Return this value with a function applied to each field, and to each item of a tuple."""
+        new = {
+            name: tuple(map(change, x)) if type(x) is tuple else change(x)
+            for name, x in self._held.items()
+        }
+        return _build(type(self), new)
+
+    @functools.cached_property
+    def _apart(self) -> tuple[list[Any], Value]:
+        """The arrays held here and in the children, and this value with a hole for each."""
+        arrays: list[Any] = []
+
+        def taken(x: Any) -> Any:
+            if isinstance(x, Value):
+                inner, x = x._apart
+                arrays.extend(inner)
+            elif isinstance(x, jax.Array | np.ndarray):
+                arrays.append(x)
+                return _HOLE
+            return x
+
+        like = self._mapped(taken)
+        return arrays, like if arrays else self
+
+    def _filled(self, arrays: Iterator[Any]) -> Any:
+        """Return this value with an array in each hole."""
+
+        def put(x: Any) -> Any:
+            if isinstance(x, Value):
+                return x._filled(arrays)
+            return next(arrays) if x is _HOLE else x
+
+        return self._mapped(put)
+
+    @functools.cached_property
+    def _key(self) -> tuple[Any, ...]:
+        return (type(self), *map(_compared, self._held.values()))
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
+
     def __eq__(self, other: object) -> bool:
-        if type(self) is not type(other):
-            return False
-        mine, my_def = jax.tree.flatten(self)
-        theirs, their_def = jax.tree.flatten(other)
-        return my_def == their_def and all(a is b for a, b in zip(mine, theirs, strict=True))
+        return self is other or (isinstance(other, Value) and self._key == other._key)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     def __hash__(self) -> int:
-        leaves, treedef = jax.tree.flatten(self)
-        return hash((type(self), treedef, *map(id, leaves)))
+        return self._hash
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise dataclasses.FrozenInstanceError(
+            f"{type(self).__name__} cannot be changed: replace({name}=...) returns another one"
+        )
+
+    def __delattr__(self, name: str) -> NoReturn:
+        self.__setattr__(name, None)
 
     def __repr__(self) -> str:
         return constructor_call(self)
 
+    def __pdoc__(self, **_: Any) -> Any:  # for Equinox's pretty-printer
+        from wadler_lindig import TextDoc
+
+        return TextDoc(repr(self))
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from treescope.repr_lib import render_object_constructor
+
+        return render_object_constructor(type(self), self._held, path, subtree_renderer)
+
     def __reduce__(self) -> Any:
-        for name, value in _fields(self).items():
+        for name, value in self._held.items():
             for held in value if isinstance(value, tuple) else (value,):
                 if callable(held) and not _can_be_pickled(held) and not _in_a_larger_pickler():
                     function = held.func if isinstance(held, functools.partial) else held
@@ -110,48 +194,107 @@ class Value:
                         "pickle cannot store: save the arguments instead, and build the "
                         "transformation again"
                     )
-        return _build, (type(self), _fields(self))
+        return _build, (type(self), self._held)
 
     def __copy__(self) -> Any:
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _build(type(self), copy.deepcopy(_fields(self), memo))
+        return _build(type(self), copy.deepcopy(self._held, memo))
 
-    @functools.cached_property
-    def _flat(self) -> tuple[list[Any], Any]:
-        fields = _fields(self)
-        dynamic = vars(self).get(_DYNAMIC)  # known if JAX replaced the arrays by other objects
-        if dynamic is None:
-            dynamic = tuple(name for name, value in fields.items() if _is_dynamic(value))
-        static = tuple((name, Static(v)) for name, v in fields.items() if name not in dynamic)
-        return [fields[name] for name in dynamic], (type(self), dynamic, static)
+
+@jax.tree_util.register_pytree_node_class
+class as_pytree:
+    """A transformation as a pytree of the arrays among its hyperparameters.
+
+    A transformation by itself is a pytree without leaves: a compiled function has its arrays as
+    constants, and is compiled again for other arrays. Give the function `as_pytree(tx)` and read
+    `.tx` inside, and its arrays are traced, mapped over, differentiated, or carried by a scan.
+
+    Args:
+        tx: an adamx transformation. Arrays in its fields, and in the fields of its parts, become
+            the leaves, in order; numbers, schedules, masks and Optax stages do not.
+
+    Raises:
+        TypeError: if `tx` is not an adamx transformation.
+
+    Example:
+        Two rates side by side, and a derivative with respect to the rate:
+
+        >>> import adamx, jax.numpy as jnp
+        >>> def moved(tree):
+        ...     tx, w = tree.tx, jnp.array(1.0)
+        ...     return w + tx.update(jnp.array(2.0), tx.init(w), w)[0]
+        >>> rates = jnp.array([0.5, 0.25])
+        >>> jax.vmap(moved)(as_pytree(adamx.sgd(rates)))
+        Array([0. , 0.5], dtype=float32)
+        >>> jax.grad(moved)(as_pytree(adamx.sgd(rates[0]))).tx
+        chain(scale_by_learning_rate(float32[]))
+    """
+
+    def __init__(self, tx: Any) -> None:  # noqa: D107
+        if not isinstance(tx, Value):
+            raise TypeError(f"as_pytree: tx must be an adamx transformation, got {tx!r}")
+        self._arrays, self._like = tx._apart
+
+    @property
+    def tx(self) -> Any:
+        """The transformation, with the leaves as its arrays."""
+        return self._like._filled(iter(self._arrays)) if self._arrays else self._like
+
+    def __repr__(self) -> str:
+        return f"as_pytree({self.tx!r})"
+
+    def tree_flatten(self) -> tuple[list[Any], Value]:
+        """Return the arrays, and the transformation with a hole for each."""
+        return self._arrays, self._like
+
+    @classmethod
+    def tree_unflatten(cls, like: Value, arrays: Any) -> Any:
+        """Return a pytree like another one, with other leaves."""
+        new = object.__new__(cls)
+        new._arrays, new._like = list(arrays), like
+        return new
+
+
+class _Hole:
+    def __repr__(self) -> str:
+        return "_"
+
+    def __reduce__(self) -> str:
+        return "_HOLE"
+
+
+_HOLE = _Hole()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Same:
+    """A box that compares by identity."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _compared(value: Any) -> Any:
+    """Return the object by which a field is compared and hashed: an array by its identity."""
+    if type(value) is tuple:
+        return tuple(map(_compared, value))
+    if isinstance(value, Value):
+        return value
+    return (_Same if isinstance(value, jax.Array | np.ndarray) else Static)(value)
 
 
 def _build(cls: Any, fields: dict[str, Any]) -> Any:
     """Make an instance from fields that have been checked already."""
-    instance = tuple.__new__(cls) if issubclass(cls, tuple) else object.__new__(cls)
+    instance = cls._new()
     vars(instance).update(fields)
     return instance
-
-
-def _flatten(value: Value) -> tuple[list[Any], Any]:
-    return value._flat
-
-
-def _unflatten(aux: Any, children: Any) -> Any:
-    cls, dynamic, static = aux
-    fields = dict(zip(dynamic, children, strict=True)) | {name: box.value for name, box in static}
-    return _build(cls, fields | {_DYNAMIC: dynamic})
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {field.name: vars(value)[field.name] for field in dataclasses.fields(value)}
-
-
-def _is_dynamic(value: Any) -> bool:
-    many = value if type(value) is tuple else (value,)
-    return bool(many) and all(isinstance(v, Value | jax.Array | np.ndarray) for v in many)
 
 
 def _can_be_pickled(function: Any) -> bool:

@@ -47,7 +47,7 @@ class Static:
     def __hash__(self) -> int:
         try:
             return hash(self.value)
-        except TypeError:
+        except Exception:  # a list has no hash, and a foreign value's may raise anything
             return hash(type(self.value))
 
 
@@ -56,7 +56,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, jax.Array | np.ndarray):
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, optax.GradientTransformation):
-        return repr(value) if dataclasses.is_dataclass(value) else factory_name(value)
+        return repr(value) if hasattr(value, "hyperparameters") else factory_name(value)
     if isinstance(value, adjustable):
         return repr(value)
     if isinstance(value, np.generic):

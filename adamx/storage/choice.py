@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from adamx.core.transformation import Transformation
 from adamx.storage.bfloat16 import bfloat16
 from adamx.storage.packed8 import packed8, ratio_bound
 from adamx.storage.packed16 import packed16
 
-Moments = str | Callable[[Transformation], Transformation]
+Name = Literal["float32", "bfloat16", "packed16", "packed8"]
+
+Moments = Name | Callable[[Transformation], Transformation]
 """The name of a storage, or a function that wraps a transformation in one."""
 
-NAMES = ("float32", "bfloat16", "packed16", "packed8")
+NAMES = get_args(Name)
 
 
 def stored(

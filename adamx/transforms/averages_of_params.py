@@ -119,7 +119,7 @@ class ema_of_params(Transformation):
             return (1 - self.decay) / past, past
         return (1 - jnp.asarray(scheduled(self.decay, step.count), past.dtype)) / past, past
 
-    def record(self, scalars: Any) -> Slots:
+    def record(self, scalars: Any) -> dict[str, Any]:
         return {self._correction: scalars[1]} if callable(self.decay) else {}
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:

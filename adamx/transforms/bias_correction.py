@@ -122,7 +122,7 @@ class bias_correction(Transformation):
     def scalars(self, step: Step) -> jax.Array:
         return weight_of_past(self.decay, step, self.name)
 
-    def record(self, scalars: Any) -> Slots:
+    def record(self, scalars: Any) -> dict[str, Any]:
         return {self.name: scalars} if callable(self.decay) else {}
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:

@@ -72,7 +72,7 @@ class clip_by_global_norm(Transformation):
         beyond = norm > limit
         return jnp.where(beyond, limit / jnp.where(beyond, norm, 1), 1), norm
 
-    def record(self, scalars: Any) -> Slots:
+    def record(self, scalars: Any) -> dict[str, Any]:
         _, norm = scalars
         return {} if self.recorded_as is None else {self.recorded_as: norm}
 

@@ -12,7 +12,6 @@ Source: Zhang et al. (2024), Algorithms 1 and 3, https://arxiv.org/abs/2406.1679
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -69,7 +68,7 @@ class ema_of_mean_squares(Transformation):
     def for_leaf(self, path: str, leaf: jax.Array) -> Transformation:
         if not callable(self.axes):
             return self
-        return dataclasses.replace(self, axes=tuple(self.axes(path, leaf)))
+        return self.replace(axes=tuple(self.axes(path, leaf)))
 
     def slots(self, param: jax.Array) -> Slots:
         # a reduction keeps the slot of a sharded parameter sharded along the other axes

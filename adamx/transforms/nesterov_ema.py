@@ -75,7 +75,7 @@ class nesterov_ema(Transformation):
             beyond = one_minus_power(decay, step.count.astype(float) + 1)
         return decay, 1 - decay, tomorrow / beyond, (1 - decay) / past, past
 
-    def record(self, scalars: Any) -> Slots:
+    def record(self, scalars: Any) -> dict[str, Any]:
         return {self._correction: scalars[-1]} if callable(self.decay) else {}
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:

@@ -54,7 +54,7 @@ class scale_by_learning_rate(Transformation):
     def scalars(self, step: Step) -> Any:
         return scheduled(self.learning_rate, step.count)
 
-    def record(self, scalars: Any) -> Slots:
+    def record(self, scalars: Any) -> dict[str, Any]:
         if any(value.name == RATE for value in self.adjustables.values()):
             return {}  # the state has it already
         return {RATE: jnp.asarray(scalars, jnp.float32)}

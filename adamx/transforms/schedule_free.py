@@ -107,7 +107,7 @@ class schedule_free(Transformation):
         total = total * shrunk**self.weight_lr_power + 1
         return {"share": 1 / total.astype(float), "weight_sum": total, "max_lr": new, "b1": self.b1}
 
-    def record(self, scalars: Any) -> Slots:
+    def record(self, scalars: Any) -> dict[str, Any]:
         return {name: scalars[name] for name in ("weight_sum", "max_lr", "b1")}
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:

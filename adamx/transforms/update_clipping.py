@@ -69,7 +69,7 @@ class update_clipping(Transformation):
     def scalars(self, step: Step) -> jax.Array:
         return weight_of_past(self.decay, step, CORRECTION)
 
-    def record(self, scalars: Any) -> Slots:
+    def record(self, scalars: Any) -> dict[str, Any]:
         return {CORRECTION: scalars} if callable(self.decay) else {}
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:

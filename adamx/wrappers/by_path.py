@@ -73,7 +73,7 @@ class by_path(Transformation):
 
     def __init__(
         self,
-        groups: Mapping[Pattern | Predicate, Any],
+        groups: Mapping[Any, Any],
         *,
         default: optax.GradientTransformation | Callable[..., Any] | None,
     ) -> None:
