@@ -346,6 +346,14 @@ def test_a_grid_is_the_runs_of_each():
     assert far(runs[0, 0], runs[0, 1]) and far(runs[0, 1], runs[1, 1])
 
 
+def test_a_transformation_is_an_argument_by_its_arrays():
+    ns = client("A transformation as an argument")
+    for i, rate in enumerate((1e-3, 3e-3, 1e-2)):
+        alone = ns["moved"](adamx.as_pytree(adamx.sgd(rate)))
+        near(row(ns["each"], i), alone)
+    assert far(row(ns["each"], 0), row(ns["each"], 2))
+
+
 # --------------------------------------------------------------------------------- Optax's wrappers
 
 

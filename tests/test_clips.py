@@ -55,12 +55,14 @@ def test_the_derivative_of_a_norm_is_finite_at_zero_and_right_elsewhere():
     def f(x):
         return norm(x).reshape(())
 
-    np.testing.assert_array_equal(jax.grad(f)(jnp.zeros(3)), 0)
+    slope = jax.jit(jax.grad(f))
+    along = jax.jit(lambda x: jax.jvp(f, (x,), (x,))[1])
+    np.testing.assert_array_equal(slope(jnp.zeros(2)), 0)
     for scale in (1.0, 1e-30, 1e30):
         x = jnp.array([3.0, 4.0]) * scale
-        np.testing.assert_allclose(jax.grad(f)(x), [0.6, 0.8], rtol=1e-6)
-        np.testing.assert_allclose(jax.jvp(f, (x,), (x,))[1], 5 * scale, rtol=1e-6)
-        together = jax.vmap(jax.grad(f))(jnp.stack([x, jnp.zeros(2)]))
+        np.testing.assert_allclose(slope(x), [0.6, 0.8], rtol=1e-6)
+        np.testing.assert_allclose(along(x), 5 * scale, rtol=1e-6)
+        together = jax.vmap(slope)(jnp.stack([x, jnp.zeros(2)]))
         np.testing.assert_allclose(together, [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
 
 

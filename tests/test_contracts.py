@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, draw, spec
+from helpers import assert_close, draw, spec, thinned
 from jax.sharding import NamedSharding, PartitionSpec
 from table import TRANSFORMATIONS, every, of_each_kind
 
@@ -80,7 +80,7 @@ def test_is_an_optax_transformation_and_unpacks_like_one(name):
 
 
 @every
-@pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("dtype", thinned(FLOATING), ids=lambda d: d.__name__)
 def test_keeps_structure_shape_and_dtype(name, dtype):
     tx, params = TRANSFORMATIONS[name].make(), example(dtype)
     if TRANSFORMATIONS[name].packed and dtype == jnp.complex64:
@@ -101,7 +101,7 @@ def test_says_what_it_keeps(name):
     assert sorted(trees) == sorted(tx.tree_names())
 
 
-@every
+@of_each_kind
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 def test_keeps_wide_slots_for_16_bit_parameters(name, dtype):
     case = TRANSFORMATIONS[name]
@@ -115,7 +115,7 @@ def test_keeps_wide_slots_for_16_bit_parameters(name, dtype):
             assert wide or slot in case.half_slots, (slot, leaf.dtype)
 
 
-@every
+@of_each_kind
 @pytest.mark.usefixtures("x64")
 def test_float64_stays_float64(name):
     tx, params = TRANSFORMATIONS[name].make(), example(jnp.float64)
@@ -135,7 +135,7 @@ def test_float64_stays_float64(name):
             assert not jax.tree.leaves(tree)
 
 
-@every
+@of_each_kind
 @pytest.mark.usefixtures("x64")
 def test_float32_parameters_stay_float32_with_x64(name):
     tx, params = TRANSFORMATIONS[name].make(), example(jnp.float32)
@@ -223,6 +223,8 @@ def test_derivative_is_finite_everywhere_also_at_zero(name, way):
         return sum(jnp.sum(u) for u in jax.tree.leaves(updates))
 
     grads = jax.tree.map(jnp.zeros_like, params)
+    if way == "op by op" and not TRANSFORMATIONS[name].foreign:
+        grads["b"] = None  # half as long
     with jax.disable_jit(way == "op by op"):
         if TRANSFORMATIONS[name].narrow:
             with pytest.raises(TypeError, match=r'no derivative.*moments="float32"'):
@@ -379,7 +381,7 @@ def test_finite_in_finite_out_for_16_bit_gradients_of_any_value(name, way):
             grads = grads / jnp.asarray(16, dtype)
         with jax.disable_jit(way == "op by op"):
             state = tx.init(grads)
-            for _ in range(3):
+            for _ in range(2):
                 updates, state = tx.update(grads, state, grads)
                 for leaf in jax.tree.leaves((updates, state)):
                     assert jnp.isfinite(leaf).all(), (dtype, updates, state)

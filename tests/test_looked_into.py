@@ -51,7 +51,8 @@ def test_it_is_neither_a_dataclass_nor_a_tree_of_anything(name):
 def test_it_is_rebuilt_from_its_items(name):
     tx: Any = TRANSFORMATIONS[name].make()
     assert type(tx)(*tx) is tx and type(tx)._make(tx) is tx
-    assert optree.tree_map(lambda function: function, {"tx": tx})["tx"] is tx
+    trees: Any = {"tx": tx}
+    assert optree.tree_map(lambda function: function, trees)["tx"] is tx
 
 
 def test_with_another_function_it_becomes_optaxs_pair():
@@ -106,7 +107,7 @@ def test_as_pytree_maps_and_differentiates_inside_jit(name):
     def moved(tree):
         tx, params = tree.tx, start()
         updates, _ = tx.update(params, tx.init(params), params)
-        return sum(jnp.sum(u) for u in jax.tree.leaves(updates))
+        return jnp.stack([jnp.sum(u) for u in jax.tree.leaves(updates)]).sum()
 
     rates = jnp.array([0.5, 0.25])
     trees = jax.vmap(lambda x: adamx.as_pytree(ARRAYS[name](x)))(rates)

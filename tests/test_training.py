@@ -104,6 +104,7 @@ def test_hyperparameters_can_be_mapped_over():
 
 @pytest.mark.usefixtures("x64")
 def test_hyperparameters_can_be_differentiated():
+    @jax.jit
     def loss(rate, decay):
         tx = adamx.adam(rate, b1=decay)
         params, state = start(), tx.init(start())

@@ -143,11 +143,15 @@ class Concept(Value):
     @functools.cached_property
     def recorded_names(self) -> tuple[str, ...]:
         """The names of the scalars that this concept and its children record in the state."""
-        names: list[str] = []
-        if self.overrides("record"):
-            scalar = jax.ShapeDtypeStruct((), jnp.float32)
-            names += jax.eval_shape(lambda leaf: _first_of_own(self, [leaf]), scalar)
-        return (*names, *(name for child in self.children for name in child.recorded_names))
+        children = (name for child in self.children for name in child.recorded_names)
+        return (*self._own_recorded_names, *children)
+
+    @functools.cached_property
+    def _own_recorded_names(self) -> tuple[str, ...]:
+        if not self.overrides("record"):
+            return ()
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        return tuple(jax.eval_shape(lambda leaf: _first_of_own(self, [leaf]), scalar))
 
     @property
     def adjustables(self) -> dict[str, adjustable]:
@@ -212,14 +216,16 @@ def recorded(tx: Concept, scalars: Scalars) -> Slots:
 
 def first_recorded(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
     """Return the recorded scalars' initial values; scalars that read the tree start at zero."""
-    own = _first_of_own(tx, leaves)
+    own: Slots = {}
+    if tx._own_recorded_names:
+        scheduled = any(map(callable, tx._held.values()))  # then a few operations: one program
+        first = _compiled_first_of_own if scheduled else _first_of_own
+        own = first(tx, leaves if tx.overrides("tree_scalars") else [])
     return disjoint(own, *(first_recorded(child, leaves) for child in tx.children))
 
 
 def _first_of_own(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
     step = Step(count=jnp.ones([], jnp.int32))
-    if not tx.overrides("record"):
-        return {}
     now = tx.adjusted(step.state)
     if not tx.overrides("tree_scalars"):
         return _recorded(tx, hook(now, "scalars", step))
@@ -227,6 +233,9 @@ def _first_of_own(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
         lambda leaves: _recorded(tx, hook(now, "tree_scalars", step, leaves)), leaves
     )
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+_compiled_first_of_own = jax.jit(_first_of_own, static_argnums=0)
 
 
 def _recorded(tx: Concept, own: Any) -> Slots:

@@ -6,6 +6,7 @@ outside the Adam family are left to Optax.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -52,7 +53,7 @@ class named(Transformation):
     def check_argument(cls, name: str, value: Any) -> None:
         pass  # any transformation will do
 
-    @property
+    @functools.cached_property
     def children(self) -> tuple[Transformation, ...]:
         return ()
 

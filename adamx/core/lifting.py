@@ -46,6 +46,7 @@ from adamx.core.value import as_pytree
 
 State = dict[str, Any]
 
+_MANY_LEAVES = 64  # compiling their start costs as much as some hundred calls of it
 _MAX_COUNT = np.iinfo(np.int32).max
 
 
@@ -185,10 +186,13 @@ class Stage(Concept):
     def first_slots(self, leaves: Leaves) -> State:
         """Return the slots' start values: by name, a tree each."""
         columns: dict[str, list[Any]] = {n: [None] * len(leaves.paths) for n in self.slot_names()}
+        varies = any_of(self, lambda concept: concept.overrides("for_leaf"))
+        many = len(leaves.paths) > _MANY_LEAVES and is_concrete(leaves.values)
+        start = _compiled_slots if many else _slots
         for i, (path, param) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
-            if param is not None:
-                concept = hook(self, "for_leaf", path, param)
-                for name, value in hook(concept, "slots", param).items():
+            if param is not None and columns:
+                concept: Any = hook(self, "for_leaf", path, param) if varies else self
+                for name, value in start(as_pytree(concept), param).items():
                     if name not in columns:
                         raise ValueError(
                             f"{type(concept).__name__}.slots: started {name!r} for leaf {path!r}, "
@@ -343,6 +347,13 @@ def leaf_kernel(
         return step.emitted(out.astype(compute)), stored
 
     return kernel
+
+
+def _slots(tree: as_pytree, param: jax.Array) -> Slots:
+    return hook(tree.tx, "slots", param)
+
+
+_compiled_slots = jax.jit(_slots)
 
 
 def is_concrete(*trees: Any) -> bool:

@@ -89,8 +89,10 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
     ) -> tuple[Any, State]:
         """Return the outgoing updates and the new state.
 
-        Called with arrays it compiles itself; inside jit, vmap, grad or scan it is traced.
-        Nothing is donated: the caller's arrays stay usable.
+        Called with arrays it compiles itself, as `jax.jit` would: Python code in a schedule or a
+        mask runs once for each compilation, and later changes of objects that it reads are not
+        seen. Inside jit, vmap, grad or scan it is traced. Nothing is donated: the caller's arrays
+        stay usable.
 
         Args:
             updates: the gradients: a pytree shaped like the parameters, of any floating dtype;
@@ -225,13 +227,17 @@ def _is_pair(args: tuple[Any, ...]) -> bool:
     )
 
 
-@jax.jit
-def _compiled_init(tree: as_pytree, params: Any) -> State:
+def init(tree: as_pytree, params: Any) -> State:
+    """Return the state before the first step; the name is the compiled program's."""
     return lifting.init(tree.tx, params)
 
 
-@jax.jit
-def _compiled_update(
+def update(
     tree: as_pytree, updates: Any, state: State, params: Any, extra: Any
 ) -> tuple[Any, State]:
+    """Return (outgoing updates, new state); the name is the compiled program's."""
     return lifting.update(tree.tx, updates, state, params, extra)
+
+
+_compiled_init = jax.jit(init)
+_compiled_update = jax.jit(update)

@@ -67,7 +67,7 @@ class Value:
         """The fields' values, by name."""
         return {field.name: vars(self)[field.name] for field in self.hyperparameters()}
 
-    @property
+    @functools.cached_property
     def children(self) -> tuple[Any, ...]:
         """The values held in this one's fields, in order."""
         found: list[Value] = []
@@ -109,6 +109,7 @@ class Value:
     def _set(self, **fields: Any) -> None:
         """Set fields in `__init__` or `__post_init__`."""
         vars(self).update(fields)
+        vars(self).pop("children", None)
 
     def _mapped(self, change: Callable[[Any], Any]) -> Any:
         """Return this value with a function applied to each field, and to each item of a tuple."""

@@ -18,9 +18,10 @@ from adamx.core.adjustable import adjustable
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Static:
-    """A box that compares by the value's ==, or by identity where == gives no plain bool.
+    """A box that compares by type and the value's ==, or by identity where == gives no plain bool.
 
-    0.0 and -0.0 differ, since they make different programs.
+    0.0 and -0.0 differ, and so do 1 and 1.0, since they make different programs. A function object
+    that has no hash may be changed after it was used, so it is equal to itself alone.
 
     Example:
         >>> Static(0.5) == Static(0.5), Static({"w": True}) == Static({"w": True})
@@ -37,10 +38,12 @@ class Static:
         a, b = self.value, other.value
         if a is b:
             return True
-        if isinstance(a, numbers.Real) and isinstance(b, numbers.Real) and a == b:
-            return math.copysign(1, a) == math.copysign(1, b)
+        if type(a) is not type(b) or (callable(a) and type(a).__hash__ is None):
+            return False
         try:
-            return type(a) is type(b) and bool(a == b)
+            if isinstance(a, numbers.Real) and a == b:
+                return math.copysign(1, a) == math.copysign(1, b)
+            return bool(a == b)
         except Exception:  # a foreign value's __eq__ may raise anything; then identity decides
             return False
 
