@@ -35,6 +35,7 @@ Every transformation is an `optax.GradientTransformationExtraArgs`, and `chain` 
 transformation as a stage.
 """
 
+from adamx.core.adjustable import adjustable
 from adamx.core.arithmetic import zeros
 from adamx.core.chain import chain
 from adamx.core.combine import combine
@@ -160,6 +161,7 @@ __all__ = [
     "add_decayed_weights",
     "additive_average_of_squares",
     "ademamix",
+    "adjustable",
     "adopt",
     "all_but",
     "amsgrad",

@@ -185,7 +185,7 @@ class _Step:
     def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
         if grads is params or not self._made(params, state):
             params, state = _apart((params, state), (grads, extra))
-        numbers = self._numbers(state)
+        numbers = self._numbers(state, extra)
         chosen = self._choose(numbers)
         params, state = self._programs[chosen](params, state, grads, **extra)
         for i, (found, number) in enumerate(zip(self._between, numbers, strict=True)):
@@ -197,7 +197,7 @@ class _Step:
         return params, state
 
     def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
-        chosen = self._choose(self._numbers(state))
+        chosen = self._choose(self._numbers(state, extra))
         return self._programs[chosen].lower(params, state, grads, **extra)
 
     def trace(self, params: Any, state: Any, grads: Any, **extra: Any) -> Any:
@@ -221,8 +221,12 @@ class _Step:
                 return i  # program i is right for any number
         return len(self._between)
 
-    def _numbers(self, state: Any) -> list[int | None]:
-        """Return the counters; None for one that a trace or vmap hides."""
+    def _numbers(self, state: Any, extra: dict[str, Any]) -> list[int | None]:
+        """Return the counters; None for one that a trace or vmap hides.
+
+        A counter whose full step is asked for stands at its end; None if an array on the device
+        says so or not.
+        """
         if self._between:
             errors.check_state(state)
         numbers: list[int | None] = []
@@ -232,6 +236,11 @@ class _Step:
             if counter is not array:
                 concrete = lifting.is_concrete(counter)
                 number = int(jax.device_get(counter)) if concrete else None
+            ended = extra.get(found.ended_by, False)
+            if not isinstance(ended, bool | np.bool_):
+                number = None
+            elif ended and number is not None:
+                number = found.every - 1
             numbers.append(number)
         return numbers
 

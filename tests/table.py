@@ -241,6 +241,12 @@ TRANSFORMATIONS: dict[str, Case] = {
     "ema_of_params": Case(
         lambda: adamx.chain(adamx.adamw(0.1), adamx.ema_of_params(0.9)),
     ),
+    "adamw_adjustable": Case(
+        lambda: adamx.adamw(
+            adamx.adjustable(0.1), b1=adamx.adjustable(0.5), weight_decay=adamx.adjustable(0.25)
+        ),
+        kind="hyperparameters in the state",
+    ),
     "adamw_independent": Case(lambda: adamx.adamw_independent(0.1, multiplier=_schedule)),
     "adam_scheduled_decays": Case(lambda: adamx.adam(0.1, b1=_rising, b2=_rising)),
     "adam_nesterov_scheduled": Case(lambda: adamx.adam(0.1, b1=_rising, nesterov=True)),

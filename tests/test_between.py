@@ -15,19 +15,21 @@ from adamx.inspect.program import read_program
 EVERY = 4
 
 
-def accumulated(**kwargs):
-    return adamx.accumulate(adamx.adamw(0.1), EVERY, **kwargs)
+def accumulated():
+    return adamx.accumulate(adamx.adamw(0.1), EVERY)
 
 
-AROUND = {
-    "alone": accumulated,
-    "in a chain": lambda: adamx.chain(accumulated()),
-    "monitor": lambda: adamx.monitor(accumulated(), every=100, groups=("*",)),
-    "master_weights": lambda: adamx.master_weights(accumulated()),
-    "skip_nonfinite": lambda: adamx.skip_nonfinite(accumulated()),
-    "monitor, skip_nonfinite, masters": lambda: adamx.monitor(
-        adamx.skip_nonfinite(adamx.master_weights(accumulated())), every=100, groups=("*",)
+OUTSIDE: dict[str, Any] = {
+    "alone": lambda tx: tx,
+    "in a chain": adamx.chain,
+    "monitor": lambda tx: adamx.monitor(tx, every=100, groups=("*",)),
+    "master_weights": adamx.master_weights,
+    "skip_nonfinite": adamx.skip_nonfinite,
+    "monitor, skip_nonfinite, masters": lambda tx: adamx.monitor(
+        adamx.skip_nonfinite(adamx.master_weights(tx)), every=100, groups=("*",)
     ),
+}
+AROUND = {name: lambda around=around: around(accumulated()) for name, around in OUTSIDE.items()} | {
     "monitor inside": lambda: adamx.accumulate(
         adamx.monitor(adamx.adamw(0.1), every=2, groups=("*",)), EVERY
     ),

@@ -880,7 +880,7 @@ def test_a_stage_that_was_not_called_is_reported_as_such(stage):
 
 
 @pytest.mark.parametrize("tx", [adamx.adam, "adam", None])
-def test_named_and_make_step_and_compare_need_a_transformation(tx):
+def test_named_and_make_step_and_compare_need_a_transformation(tx: Any):
     given = re.escape(repr(tx)) + (": write it as a call" if callable(tx) else "")
     with pytest.raises(TypeError, match=f"^named: tx must be an .* transformation, got {given}$"):
         adamx.named("inner", tx)

@@ -88,6 +88,8 @@ class Follower:
         if here in self.formula.values:
             value: Any = self.formula.values[here]
             step = self.t - 1 + (name.shift or 0)  # as schedules count
+            if isinstance(value, adamx.adjustable):
+                return float(np.float32(value.value))  # the entry, as long as nobody sets it
             return value if isinstance(value, float) else float(value(step))
         if name.shift == -1:
             start = self.formula.starts.get(here, Expr("number", (0.0,)))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import optax
 
-from adamx.core.concept import Slots, accumulated, emitted, parts
+from adamx.core.concept import Slots, accumulated, all_adjustables, emitted, parts
 from adamx.core.foreign import as_concept, named, narrow
 from adamx.core.lifting import Between
 from adamx.core.step import LeafStep
@@ -91,7 +91,11 @@ class chain(Transformation):
         return tuple(name for stage in self.stages for name in stage.tree_names())
 
     def state_names(self) -> tuple[str, ...]:
-        return tuple(name for stage in self.stages for name in stage.state_names())
+        names: list[str] = []
+        for stage in self.stages:
+            shared = all_adjustables(stage)  # which several stages may read
+            names += [name for name in stage.state_names() if name not in shared]
+        return (*names, *all_adjustables(self))
 
     def segments(self) -> list[Transformation]:
         runs: list[list[Transformation]] = []

@@ -24,11 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamx.core.adjustable import adjustable
+
 Scalar = float | int | np.number | np.ndarray | jax.Array
 """A hyperparameter: a number, a scalar array, or a tracer."""
 
 ScalarOrSchedule = Scalar | Callable[[Any], Any]
-"""The same, or a function of the step number, which is 0 in the first step."""
+"""The same, or a function of the step number, which is 0 in the first step, or an adjustable."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,6 +57,8 @@ class Range:
             return
         kinds = "a number or a scalar array" + (" or a schedule" if self.schedule else "")
         where = f"{function}: {argument} must be"
+        if isinstance(value, adjustable) and self.schedule:
+            value = value.value
         if callable(value) and self.schedule:
             return
         if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.itemsize > 2:
@@ -82,6 +86,27 @@ class Range:
         if not (self.low <= number and below and math.isfinite(number)):
             raise ValueError(f"{where} {self.text}, got {value!r}")
 
+    def limited(self, value: Any) -> Any:
+        """Return a float, or a floating-point array, limited to the range; NaN and infinity stay.
+
+        A compiled schedule may end a hair outside: `optax.linear_schedule(1.0, 0.0, n)` ends at
+        -3e-8 for more than half of all n, and a negative decay is a NaN for ever. At an end that
+        does not belong to the range the result is the nearest number inside.
+
+        Example:
+            >>> DECAY.limited(jnp.array([-3e-8, 0.5, 1.0]))
+            Array([0.        , 0.5       , 0.99999994], dtype=float32)
+        """
+        if not isinstance(value, float) and not jnp.issubdtype(value.dtype, jnp.floating):
+            return value
+        info = jnp.finfo(jnp.result_type(value))
+        low = max(self.low, float(info.tiny)) if self.low > 0 else self.low
+        below = np.nextafter(info.dtype.type(self.high), info.dtype.type(0))
+        high = float(below) if self.open_above else self.high
+        choose = (lambda c, a, b: a if c else b) if isinstance(value, float) else jnp.where
+        value = value if math.isinf(low) else choose(value < low, low, value)
+        return value if math.isinf(high) else choose(value > high, high, value)
+
 
 DECAY = Range(0.0, 1.0, "in [0, 1)", open_above=True)
 
@@ -94,6 +119,7 @@ Finite = Annotated[Scalar, Range(-math.inf, math.inf, "finite")]
 FiniteOrSchedule = Annotated[ScalarOrSchedule, Range(-math.inf, math.inf, "finite", schedule=True)]
 
 
+@functools.cache
 def ranges_of(annotated: Any) -> dict[str, Range]:
     """Return the ranges in the annotations of a function or of a concept's fields, by name.
 
@@ -144,7 +170,6 @@ def as_float(value: Any) -> Any:
 def checked(factory: Callable[P, R]) -> Callable[P, R]:
     """Check a factory's arguments in its own name against the ranges in its annotations."""
     signature = inspect.signature(factory)
-    ranges = functools.cache(lambda: ranges_of(factory))
 
     @functools.wraps(factory)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -153,8 +178,11 @@ def checked(factory: Callable[P, R]) -> Callable[P, R]:
         except TypeError as error:
             raise TypeError(f"{factory.__name__}: {error}") from None
         bound.apply_defaults()
-        for argument, range_ in ranges().items():
-            range_.check(factory.__name__, argument, bound.arguments[argument])
-        return factory(*args, **kwargs)
+        for argument, range_ in ranges_of(factory).items():
+            value = bound.arguments[argument]
+            range_.check(factory.__name__, argument, value)
+            if isinstance(value, adjustable):
+                bound.arguments[argument] = value.called(argument)
+        return factory(*bound.args, **bound.kwargs)
 
     return wrapper

@@ -10,6 +10,7 @@ without knowing the formula: `emit` computes the update from the slots as they w
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core import errors
+from adamx.core.adjustable import adjustable
 from adamx.core.arithmetic import compute_dtype, is_inexact, widen
+from adamx.core.checks import ranges_of
 from adamx.core.step import LeafStep, Step
 from adamx.core.value import Value
 from adamx.formula.expressions import Expr, call
@@ -36,6 +39,7 @@ class Concept(Value):
     """
 
     place = "anywhere"  # in a chain; or "last", or "outermost": around the whole optimizer
+    scoped = False  # whether each child has entries of its own in the state, as in `by_path`
     takes_steps = False  # whether it turns a chain into an optimizer
 
     def slots(self, param: jax.Array) -> Slots:
@@ -149,6 +153,21 @@ class Concept(Value):
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         return tuple(jax.eval_shape(lambda leaf: _first_of_own(self, [leaf]), scalar))
 
+    @property
+    def adjustables(self) -> dict[str, adjustable]:
+        """The concept's own arguments that are read from the state, by field."""
+        fields = ((name, getattr(self, name)) for name in ranges_of(type(self)))
+        return {name: value for name, value in fields if isinstance(value, adjustable)}
+
+    def adjusted(self, state: Mapping[str, Any]) -> Any:
+        """Return this concept with schedules that give what a state has for its adjustables."""
+        ranges = ranges_of(type(self))
+        found = {
+            field: functools.partial(_always, ranges[field].limited(held(value, state)))
+            for field, value in self.adjustables.items()
+        }
+        return self.with_fields(**found) if found else self
+
 
 def accumulated(concept: Concept, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
     """Return a concept's changed slots; raise unless they are like their start values."""
@@ -178,11 +197,12 @@ def hook(concept: Concept, name: str, *args: Any) -> Any:
 
 def scalars_of(tx: Concept, step: Step, leaves: Sequence[jax.Array] | None) -> Scalars:
     """Return the scalars of a concept and its children; the first child may read the tree too."""
+    now = tx.adjusted(step.state)
     if leaves is not None and tx.overrides("tree_scalars"):
         wide = [widen(u, compute_dtype(u.dtype)) for u in leaves]
-        own = hook(tx, "tree_scalars", step, wide)
+        own = hook(now, "tree_scalars", step, wide)
     else:
-        own = hook(tx, "scalars", step)
+        own = hook(now, "scalars", step)
     inner = [scalars_of(child, step, None if i else leaves) for i, child in enumerate(tx.children)]
     return own, tuple(inner)
 
@@ -206,10 +226,11 @@ def first_recorded(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
 
 def _first_of_own(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
     step = Step(count=jnp.ones([], jnp.int32))
+    now = tx.adjusted(step.state)
     if not tx.overrides("tree_scalars"):
-        return _recorded(tx, hook(tx, "scalars", step))
+        return _recorded(tx, hook(now, "scalars", step))
     shapes = jax.eval_shape(
-        lambda leaves: _recorded(tx, hook(tx, "tree_scalars", step, leaves)), leaves
+        lambda leaves: _recorded(tx, hook(now, "tree_scalars", step, leaves)), leaves
     )
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
@@ -226,6 +247,36 @@ def _recorded(tx: Concept, own: Any) -> Slots:
     }
 
 
+def held(value: adjustable, state: Mapping[str, Any]) -> jax.Array:
+    """Return what a state has for an adjustable; its first value if the state is empty."""
+    if not state:
+        return value.first()
+    return jnp.asarray(errors.scalar(state, str(value.name))).astype(jnp.float32)
+
+
+def _always(value: Any, count: Any) -> Any:
+    del count
+    return value
+
+
+def all_adjustables(tx: Concept) -> dict[str, adjustable]:
+    """Return what a concept and its children read from the state, by name.
+
+    Raises:
+        ValueError: if two have one name and are not the same.
+    """
+    inside = (all_adjustables(child).values() for child in (() if tx.scoped else tx.children))
+    found: dict[str, adjustable] = {}
+    for value in itertools.chain(tx.adjustables.values(), *inside):
+        first = found.setdefault(str(value.name), value)
+        if first is not value:
+            raise ValueError(
+                f"adamx: two arguments keep {value.name!r} in the state, {value!r} and {first!r}: "
+                f"give one of them another name, adjustable({value.value!r}, name=...)"
+            )
+    return found
+
+
 def parts(tx: Concept) -> Iterator[Any]:
     """Yield a concept, its children, and theirs."""
     yield tx
@@ -239,9 +290,10 @@ def any_of(tx: Concept, holds: Callable[[Any], bool]) -> bool:
 
 
 def disjoint(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge dictionaries that must have no name in common."""
+    """Merge dictionaries that must have no name in common, unless for the same adjustable."""
     merged: dict[str, Any] = {}
     for part in parts:
-        errors.check_disjoint(merged, part)
+        shared = {n for n, x in part.items() if isinstance(x, adjustable) and merged.get(n) is x}
+        errors.check_disjoint(merged, part.keys() - shared)
         merged |= part
     return merged

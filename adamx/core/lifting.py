@@ -22,16 +22,19 @@ import numpy as np
 from jax.core import Tracer
 
 from adamx.core import errors
+from adamx.core.adjustable import adjustable
 from adamx.core.arithmetic import compute_dtype, is_inexact, placed_like, real_times_complex, widen
 from adamx.core.concept import (
     Concept,
     Scalars,
     Slots,
     accumulated,
+    all_adjustables,
     any_of,
     disjoint,
     emitted,
     first_recorded,
+    held,
     hook,
     recorded,
     scalars_of,
@@ -138,6 +141,7 @@ class Between(NamedTuple):
         every: the value of the counter at which the next full step is due.
         moves: whether it moves the parameters; False means that its updates are None.
         always_counts: whether each call raises the counter; False if a step may be skipped.
+        ended_by: an extra argument of `update`, a bool, that makes the next full step due.
     """
 
     tx: Stage
@@ -145,6 +149,7 @@ class Between(NamedTuple):
     every: int
     moves: bool = True
     always_counts: bool = True
+    ended_by: str = ""
 
 
 class Stage(Concept):
@@ -162,7 +167,7 @@ class Stage(Concept):
 
     def state_names(self) -> tuple[str, ...]:
         """Return the names of this transformation's entries in the state, `count` aside."""
-        return (*self.tree_names(), *self.recorded_names)
+        return (*self.tree_names(), *self.recorded_names, *all_adjustables(self))
 
     @property
     def leafwise(self) -> bool:
@@ -185,7 +190,9 @@ class Stage(Concept):
         present = [p for p in leaves.values if p is not None]
         if any_of(self, lambda concept: concept.takes_steps):
             warn_of_rounding(present)
-        return disjoint(self.first_slots(leaves), first_recorded(self, present))
+        return disjoint(
+            self.first_slots(leaves), first_recorded(self, present), all_adjustables(self)
+        )
 
     def first_slots(self, leaves: Leaves) -> State:
         """Return the slots' start values: by name, a tree each."""
@@ -246,7 +253,8 @@ class Stage(Concept):
         for name, x in scalars.items():  # the dtype stays, also with wider gradients
             errors.check_recorded(name, before[name], x)
             scalars[name] = x.astype(jnp.result_type(before[name]))
-        return leaves.with_values(out), entries | step.select(scalars, before)
+        kept = {name: held(value, step.state) for name, value in all_adjustables(self).items()}
+        return leaves.with_values(out), entries | kept | step.select(scalars, before)
 
 
 def init(tx: Stage, params: Any) -> State:
@@ -254,6 +262,8 @@ def init(tx: Stage, params: Any) -> State:
     leaves = take_apart(params, None)
     segments = hook(tx, "for_tree", params).segments()
     entries = disjoint(*(segment.init_tree(leaves) for segment in segments))
+    if any_of(tx, lambda concept: bool(concept.adjustables)):
+        entries = jax.tree.map(lambda x: x.first() if isinstance(x, adjustable) else x, entries)
     return {"count": jnp.zeros([], jnp.int32)} | entries
 
 

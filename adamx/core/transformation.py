@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from adamx.core import errors, lifting
+from adamx.core.adjustable import adjustable
 from adamx.core.checks import as_float, ranges_of
 from adamx.core.lifting import Stage, State
 from adamx.core.value import as_pytree
@@ -126,8 +127,9 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
             if _is_pair(args):  # `__new__` returned a transformation that is complete
                 return
             make(self, *args, **kwargs)
-            for name in _ranges(cls):
-                self._set(**{name: as_float(getattr(self, name))})
+            for name in ranges_of(cls):
+                value = as_float(getattr(self, name))
+                self._set(**{name: value.called(name) if isinstance(value, adjustable) else value})
             errors.check_unique(self.state_names())
 
         cls.__init__ = init_and_check
@@ -155,8 +157,8 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
 
         Transformations of whole trees override this.
         """
-        if name in _ranges(cls):
-            _ranges(cls)[name].check(cls.__name__, name, value)
+        if name in ranges_of(cls):
+            ranges_of(cls)[name].check(cls.__name__, name, value)
         if isinstance(value, optax.GradientTransformation):
             if not isinstance(value, Transformation):
                 raise TypeError(
@@ -223,9 +225,6 @@ def _is_pair(args: tuple[Any, ...]) -> bool:
         isinstance(function, _Item) or getattr(function, "__func__", None) is method
         for function, method in zip(args, own, strict=True)
     )
-
-
-_ranges = functools.cache(ranges_of)
 
 
 def init(tree: as_pytree, params: Any) -> State:

@@ -95,6 +95,10 @@ class Value:
 
     __replace__ = replace  # for copy.replace
 
+    def with_fields(self, **fields: Any) -> Any:
+        """Return this value with other fields, unchecked."""
+        return _build(type(self), self._held | fields)
+
     def arguments(self) -> Iterator[tuple[str, Any]]:
         """Yield the constructor's arguments: names, "" for positional ones, and values."""
         for number, field in enumerate(self.hyperparameters()):

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from adamx.core.adjustable import adjustable
 from adamx.formula.expressions import (
     ONE,
     ZERO,
@@ -207,7 +208,7 @@ class Formula:
         lines = [f"    {what} = {value}" for what, value in self.definitions.items()]
         starts = [f"{at_start(what)} = {at_start(start)}" for what, start in self.starts.items()]
         values = [
-            f"{what} = {value_text(value)}{'(t - 1)' if callable(value) else ''}"
+            f"{what} = {value_text(value)}{'(t - 1)' if _of_step(value) else ''}"
             for what, value in self.values.items()
         ]
         lines += ["    " + ", ".join(line) for line in (starts, values) if line]
@@ -220,6 +221,10 @@ class Formula:
         rows = [f"{latex(following(W))} &\\leftarrow {latex(self.step)}"]
         rows += [f"{latex(what)} &= {latex(value)}" for what, value in self.definitions.items()]
         return "\\begin{aligned}\n" + " \\\\\n".join(rows) + "\n\\end{aligned}"
+
+
+def _of_step(value: Any) -> bool:
+    return callable(value) and not isinstance(value, adjustable)
 
 
 def applied(function: Callable[..., Any], *args: Expr) -> Expr:

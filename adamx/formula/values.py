@@ -13,6 +13,8 @@ import jax
 import numpy as np
 import optax
 
+from adamx.core.adjustable import adjustable
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Static:
@@ -58,6 +60,8 @@ def value_text(value: Any) -> str:
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, optax.GradientTransformation):
         return repr(value) if hasattr(value, "hyperparameters") else factory_name(value)
+    if isinstance(value, adjustable):
+        return repr(value)
     if isinstance(value, np.generic):
         return repr(value.item())
     if isinstance(value, type) or not callable(value) or dataclasses.is_dataclass(value):

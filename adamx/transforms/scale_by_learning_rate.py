@@ -21,6 +21,8 @@ from adamx.core.transformation import Transformation
 from adamx.formula.expressions import Expr
 from adamx.formula.symbols import Symbols
 
+RATE = "learning_rate"
+
 
 class scale_by_learning_rate(Transformation):
     """Multiply the updates by minus the learning rate, and record the rate in the state.
@@ -28,7 +30,8 @@ class scale_by_learning_rate(Transformation):
     Attributes:
         learning_rate: a number, array or schedule, >= 0. A schedule is a function of the step's
             number, 0 at the first. The state has the rate last used (before the first step, the
-            first) as `state["learning_rate"]`, float32.
+            first) as `state["learning_rate"]`, float32. What you write there is overwritten, unless
+            this is `adjustable(...)`.
         flip_sign: False multiplies by plus the learning rate.
 
     Raises:
@@ -52,7 +55,9 @@ class scale_by_learning_rate(Transformation):
         return scheduled(self.learning_rate, step.count)
 
     def record(self, scalars: Any) -> dict[str, Any]:
-        return {"learning_rate": jnp.asarray(scalars, jnp.float32)}
+        if any(value.name == RATE for value in self.adjustables.values()):
+            return {}  # the state has it already
+        return {RATE: jnp.asarray(scalars, jnp.float32)}
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return (-step.scalars if self.flip_sign else step.scalars) * u

@@ -69,6 +69,8 @@ class by_path(Transformation):
     patterns: tuple[Pattern | Predicate, ...]
     transformations: tuple[Transformation, ...]
 
+    scoped = True
+
     def __init__(
         self,
         groups: Mapping[Any, Any],
