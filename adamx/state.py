@@ -216,7 +216,7 @@ def _count(name: str, value: Any, first: jax.Array) -> jax.Array:
     negative ones too.
     """
     if isinstance(value, Tracer) and jnp.issubdtype(value.dtype, jnp.integer):
-        return value.astype(first.dtype)  # its value is not known
+        return value.astype(jnp.int32)  # its value is not known
     given = np.asarray(value)
     if not jnp.issubdtype(given.dtype, jnp.integer) and not _is_floating(given):
         raise TypeError(
@@ -232,8 +232,8 @@ def _count(name: str, value: Any, first: jax.Array) -> jax.Array:
             "the number, put it in as an int32"
         )
     if isinstance(value, jax.Array):  # where it is
-        return value.astype(first.dtype)
-    return jnp.asarray(given.astype(first.dtype))
+        return value.astype(jnp.int32)
+    return jnp.asarray(given.astype(np.int32))
 
 
 def _may_be_rounded(value: Any) -> bool:

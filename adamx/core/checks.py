@@ -1,7 +1,8 @@
 """Clear errors for bad arguments, raised at construction.
 
 A hyperparameter may be a Python or NumPy number, an array or a tracer. Numbers are checked against
-their range. Arrays and tracers pass, since reading them would stop a trace or wait for the device.
+their range. Arrays and tracers pass, since reading them would stop a trace or wait for the device;
+if the argument may be a schedule, they are limited to its range in each step, as schedules are.
 
 A range is part of the type: `b1: Decay = 0.9`. A concept's fields are checked at construction, a
 factory's arguments by `checked`.
@@ -82,6 +83,27 @@ class Range:
         if not (self.low <= number and below and math.isfinite(number)):
             raise ValueError(f"{where} {self.text}, got {value!r}")
 
+    def limited(self, value: Any) -> Any:
+        """Return a float, or a floating-point array, limited to the range; NaN and infinity stay.
+
+        A compiled schedule may end a hair outside: `optax.linear_schedule(1.0, 0.0, n)` ends at
+        -3e-8 for more than half of all n, and a negative decay is a NaN for ever. At an end that
+        does not belong to the range the result is the nearest number inside.
+
+        Example:
+            >>> DECAY.limited(jnp.array([-3e-8, 0.5, 1.0]))
+            Array([0.        , 0.5       , 0.99999994], dtype=float32)
+        """
+        if not isinstance(value, float) and not jnp.issubdtype(value.dtype, jnp.floating):
+            return value
+        info = jnp.finfo(jnp.result_type(value))
+        low = max(self.low, float(info.tiny)) if self.low > 0 else self.low
+        below = np.nextafter(info.dtype.type(self.high), info.dtype.type(0))
+        high = float(below) if self.open_above else self.high
+        choose = (lambda c, a, b: a if c else b) if isinstance(value, float) else jnp.where
+        value = value if math.isinf(low) else choose(value < low, low, value)
+        return value if math.isinf(high) else choose(value > high, high, value)
+
 
 DECAY = Range(0.0, 1.0, "in [0, 1)", open_above=True)
 
@@ -94,6 +116,7 @@ Finite = Annotated[Scalar, Range(-math.inf, math.inf, "finite")]
 FiniteOrSchedule = Annotated[ScalarOrSchedule, Range(-math.inf, math.inf, "finite", schedule=True)]
 
 
+@functools.cache
 def ranges_of(annotated: Any) -> dict[str, Range]:
     """Return the ranges in the annotations of a function or of a concept's fields, by name.
 
@@ -144,7 +167,6 @@ def as_float(value: Any) -> Any:
 def checked(factory: Callable[P, R]) -> Callable[P, R]:
     """Check a factory's arguments in its own name against the ranges in its annotations."""
     signature = inspect.signature(factory)
-    ranges = functools.cache(lambda: ranges_of(factory))
 
     @functools.wraps(factory)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -153,7 +175,7 @@ def checked(factory: Callable[P, R]) -> Callable[P, R]:
         except TypeError as error:
             raise TypeError(f"{factory.__name__}: {error}") from None
         bound.apply_defaults()
-        for argument, range_ in ranges().items():
+        for argument, range_ in ranges_of(factory).items():
             range_.check(factory.__name__, argument, bound.arguments[argument])
         return factory(*args, **kwargs)
 

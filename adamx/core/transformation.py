@@ -116,7 +116,7 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         @functools.wraps(make)
         def init_and_check(self: Any, *args: Any, **kwargs: Any) -> None:
             make(self, *args, **kwargs)
-            for name in _ranges(cls):
+            for name in ranges_of(cls):
                 self._set(**{name: as_float(getattr(self, name))})
             errors.check_unique(self.state_names())
 
@@ -135,8 +135,8 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
 
         Transformations of whole trees override this.
         """
-        if name in _ranges(cls):
-            _ranges(cls)[name].check(cls.__name__, name, value)
+        if name in ranges_of(cls):
+            ranges_of(cls)[name].check(cls.__name__, name, value)
         if isinstance(value, optax.GradientTransformation):
             if not isinstance(value, Transformation):
                 raise TypeError(
@@ -171,6 +171,5 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         return optax.GradientTransformationExtraArgs(*pair)._replace(**kwargs)
 
 
-_ranges = functools.cache(ranges_of)
 _compiled_init = jax.jit(lifting.init)
 _compiled_update = jax.jit(lifting.update)

@@ -49,7 +49,7 @@ class scale_by_learning_rate(Transformation):
     takes_steps = True
 
     def scalars(self, step: Step) -> Any:
-        return scheduled(self.learning_rate, step.count)
+        return scheduled(self, "learning_rate", step.count)
 
     def record(self, scalars: Any) -> Slots:
         return {"learning_rate": jnp.asarray(scalars, jnp.float32)}
