@@ -35,7 +35,6 @@ Every transformation is an `optax.GradientTransformationExtraArgs`, and `chain` 
 transformation as a stage.
 """
 
-from adamx.core.adjustable import adjustable
 from adamx.core.arithmetic import zeros
 from adamx.core.chain import chain
 from adamx.core.combine import combine
@@ -47,6 +46,7 @@ from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
 from adamx.core.value import as_pytree
 from adamx.core.wrapper import Wrapper
+from adamx.formula.adjustable import adjustable
 from adamx.inspect.audit import Audit, audit
 from adamx.inspect.compare import Comparison, compare
 from adamx.inspect.plots import plot

@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from adamx.core import lifting
 from adamx.core.concept import Slots
@@ -35,17 +37,22 @@ class Adaptation:
     Attributes:
         filled: paths in the state that were not saved and got their start values.
         dropped: paths that were saved and have no place in the state.
+        rounded: paths of counts that were saved in a dtype without every whole number up to them,
+            such as 1000 in bfloat16: they may have been rounded when they were cast.
     """
 
     filled: tuple[str, ...]
     dropped: tuple[str, ...]
+    rounded: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if not self.filled and not self.dropped:
-            return "adapt_state: everything was carried over."
-        said = [f"filled in {len(self.filled)}: {_some(self.filled)}."] if self.filled else []
-        said += [f"dropped {len(self.dropped)}: {_some(self.dropped)}."] if self.dropped else []
-        return "adapt_state: " + " ".join(said)
+        kinds = {
+            "filled in": self.filled,
+            "dropped": self.dropped,
+            "carried over, but perhaps rounded when saved,": self.rounded,
+        }
+        said = [f"{kind} {len(paths)}: {_some(paths)}." for kind, paths in kinds.items() if paths]
+        return "adapt_state: " + (" ".join(said) or "everything was carried over.")
 
 
 def _some(paths: tuple[str, ...]) -> str:
@@ -58,7 +65,8 @@ def adapt_state(
     """Return the state that `tx` needs, with all entries that it shares with `saved`.
 
     Leaves are matched by path ("mu/dense/kernel") and cast to the dtype that `tx` uses for them.
-    The count and the recorded scalars are carried over too, so schedules continue.
+    The count and the recorded scalars are carried over too, so schedules continue. A count that was
+    saved in another dtype must still be a whole number.
 
     If the two use different storages, `saved_by` says how to read the saved slots: they are
     decoded, carried over and encoded anew, rounded once, without bias. Leaves that `tx` would
@@ -72,15 +80,16 @@ def adapt_state(
             `moments=`, or other decays with "packed8", whose words depend on them. None otherwise.
 
     Returns:
-        The state, and the filled and dropped paths; with `saved_by`, by the names in the formula,
-        such as `mu`.
+        The state, and the filled, dropped and perhaps rounded paths; with `saved_by`, by the names
+        in the formula, such as `mu`.
 
     Raises:
-        TypeError: if `saved` has no `count`, so it is not a state of adamx.
-        ValueError: if a saved leaf differs in shape from the parameter's slot, or is complex and
-            the slot is real (the state of another model); if a storage changes and `saved_by`
-            is not given, or did not make `saved`; if `keep` of `master_weights` changes; or if two
-            leaves have one path.
+        TypeError: if `saved` has no `count`, so it is not a state of adamx; or if a count is no
+            number.
+        ValueError: if a count is not a whole number from 0 to 2^31 - 1; if a saved leaf differs in
+            shape from the parameter's slot, or is complex and the slot is real (the state of
+            another model); if a storage changes and `saved_by` is not given, or did not make
+            `saved`; if `keep` of `master_weights` changes; or if two leaves have one path.
 
     Example:
         >>> import adamx
@@ -117,7 +126,9 @@ def adapt_state(
             for name, x in _stored(tx.for_leaf(path, param), path, first, words, seen).items():
                 columns[name][i] = x
     slots = {name: leaves.tree(column) for name, column in columns.items()}
-    return {name: slots[name] if name in slots else after[name] for name in start}, adaptation
+    rounded = tuple(name for name in misfit.rounded if name not in adaptation.dropped)
+    state = {name: slots[name] if name in slots else after[name] for name in start}
+    return state, dataclasses.replace(adaptation, rounded=rounded)
 
 
 def _stored(concept: Any, path: str, first: Slots, words: Slots, seen: Slots) -> Slots:
@@ -158,7 +169,7 @@ def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
             "adapt_state: saved must be a state of adamx, with 'count' at the top, "
             f"got {describe(saved)} with {sorted(old)[:4]}"
         )
-    filled = {}
+    filled, rounded = {}, []
 
     def carried(name: str, first: Any) -> Any:
         if first is None:
@@ -172,6 +183,10 @@ def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
                 f"adapt_state: {name!r} was saved with shape {list(jnp.shape(value))} and has "
                 f"shape {list(first.shape)} here: is it the state of another model?"
             )
+        if first.dtype == jnp.int32:
+            if _may_be_rounded(value):
+                rounded.append(name)
+            return _count(name, value, first)
         value = jnp.asarray(value)
         if value.dtype == first.dtype:
             return value
@@ -180,7 +195,7 @@ def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
                 f"adapt_state: {name!r} was saved as {value.dtype} and is {first.dtype} here: is "
                 "it the state of another model?"
             )
-        if first.dtype != jnp.int32 and (_is_word(value) or _is_word(first)):
+        if _is_word(value) or _is_word(first):
             raise _kept_otherwise(name, first, name, value)
         return value.astype(first.dtype)
 
@@ -191,7 +206,46 @@ def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
         other = lost.get(_place(name))
         if other and (_is_word(first) or _is_word(old[other])):
             raise _kept_otherwise(name, first, other, old[other])
-    return state, Adaptation(tuple(filled), tuple(sorted(old)))
+    return state, Adaptation(tuple(filled), tuple(sorted(old)), tuple(rounded))
+
+
+def _count(name: str, value: Any, first: jax.Array) -> jax.Array:
+    """Return a saved count as int32; raise unless it is one.
+
+    The counts of adamx are at the top of the state. An Optax stage may keep other whole numbers,
+    negative ones too.
+    """
+    if isinstance(value, Tracer) and jnp.issubdtype(value.dtype, jnp.integer):
+        return value.astype(jnp.int32)  # its value is not known
+    given = np.asarray(value)
+    if not jnp.issubdtype(given.dtype, jnp.integer) and not _is_floating(given):
+        raise TypeError(
+            f"adapt_state: {name!r} must be a whole number, got {value!r}, {describe(value)}"
+        )
+    most = np.iinfo(np.int32).max
+    least = -most - 1 if "/" in name or np.any(np.asarray(first) < 0) else 0
+    wide = given.astype(np.float64)  # integers that it rounds are out of range all the same
+    if not np.all((wide == np.floor(wide)) & (wide >= least) & (wide <= most)):
+        raise ValueError(
+            f"adapt_state: {name!r} must be a whole number from {least} to {most}, and was saved "
+            f"as {given} in {given.dtype}: was the whole state cast, or is it damaged? If you know "
+            "the number, put it in as an int32"
+        )
+    if isinstance(value, jax.Array):  # where it is
+        return value.astype(jnp.int32)
+    return jnp.asarray(given.astype(np.int32))
+
+
+def _may_be_rounded(value: Any) -> bool:
+    """Say whether a number's dtype lacks some of the whole numbers up to it."""
+    if isinstance(value, Tracer) or not _is_floating(given := np.asarray(value)):
+        return False
+    holds_all = 2.0 ** (jnp.finfo(given.dtype).nmant + 1)
+    return bool(np.any(np.abs(given.astype(np.float64)) >= holds_all))
+
+
+def _is_floating(x: np.ndarray) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _place(name: str) -> tuple[str, bool]:

@@ -9,6 +9,8 @@ import pytest
 from table import TRANSFORMATIONS
 
 # what they assert is explained as in a test
+collect_ignore = ["typed.py"]  # for pyright: it holds mistakes
+
 pytest.register_assert_rewrite("agreement", "agreement_family", "helpers", "recordings", "scripts")
 
 # the script that recorded the trajectories; it needs PyTorch, the tests need only what it wrote

@@ -5,7 +5,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -880,8 +880,9 @@ def test_a_stage_that_was_not_called_is_reported_as_such(stage):
 
 
 @pytest.mark.parametrize("tx", [adamx.adam, "adam", None])
-def test_named_and_make_step_and_compare_need_a_transformation(tx: Any):
+def test_named_and_make_step_and_compare_need_a_transformation(tx):
     given = re.escape(repr(tx)) + (": write it as a call" if callable(tx) else "")
+    tx = cast(Any, tx)
     with pytest.raises(TypeError, match=f"^named: tx must be an .* transformation, got {given}$"):
         adamx.named("inner", tx)
     with pytest.raises(TypeError, match=f"^make_step: tx must be an .*, got {given}$"):

@@ -40,11 +40,17 @@ def all_bit_patterns():
 
 @jax.jit
 def broken(bits):
-    """Where a number is not what was split, or its half not a bfloat16 nearest to it."""
+    """Where a number is not what was split, or its half not a bfloat16 nearest to it.
+
+    Finite numbers that would round to infinity count as the largest that does not.
+    """
     x = from_bits(bits)
     high, rest = split(x)
     back = join(high.astype(BF16), rest)
-    same = (bits_of(back) == bits) | (jnp.isnan(x) & jnp.isnan(back))
+    over = jnp.isfinite(x) & (bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F7F7FFF))
+    kept = jnp.where(over, bits & np.uint32(0x80000000) | np.uint32(0x7F7F7FFF), bits)
+    same = (bits_of(back) == kept) | (jnp.isnan(x) & jnp.isnan(back))
+    same &= jnp.isinf(high) == jnp.isinf(x)
     near = bits_of(high) & np.uint32(0xFFFF) == 0
     # |x - high| <= half a spacing, in units of the last place of float32
     rest = rest.astype(jnp.int32)

@@ -1,7 +1,8 @@
 """Clear errors for bad arguments, raised at construction.
 
 A hyperparameter may be a Python or NumPy number, an array or a tracer. Numbers are checked against
-their range. Arrays and tracers pass, since reading them would stop a trace or wait for the device.
+their range. Arrays and tracers pass, since reading them would stop a trace or wait for the device;
+if the argument may be a schedule, they are limited to its range in each step, as schedules are.
 
 A range is part of the type: `b1: Decay = 0.9`. A concept's fields are checked at construction, a
 factory's arguments by `checked`.
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamx.core.adjustable import adjustable
+from adamx.formula.adjustable import adjustable
 
 Scalar = float | int | np.number | np.ndarray | jax.Array
 """A hyperparameter: a number, a scalar array, or a tracer."""

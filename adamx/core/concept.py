@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core import errors
-from adamx.core.adjustable import adjustable
 from adamx.core.arithmetic import compute_dtype, is_inexact, widen
 from adamx.core.checks import ranges_of
 from adamx.core.step import LeafStep, Step
 from adamx.core.value import Value
+from adamx.formula.adjustable import adjustable
 from adamx.formula.expressions import Expr, call
 from adamx.formula.symbols import Symbols
 
@@ -161,9 +161,8 @@ class Concept(Value):
 
     def adjusted(self, state: Mapping[str, Any]) -> Any:
         """Return this concept with schedules that give what a state has for its adjustables."""
-        ranges = ranges_of(type(self))
         found = {
-            field: functools.partial(_always, ranges[field].limited(held(value, state)))
+            field: functools.partial(_always, held(value, state))
             for field, value in self.adjustables.items()
         }
         return self.with_fields(**found) if found else self

@@ -22,7 +22,6 @@ import numpy as np
 from jax.core import Tracer
 
 from adamx.core import errors
-from adamx.core.adjustable import adjustable
 from adamx.core.arithmetic import compute_dtype, is_inexact, placed_like, real_times_complex, widen
 from adamx.core.concept import (
     Concept,
@@ -43,6 +42,7 @@ from adamx.core.paths import flatten
 from adamx.core.precision_warning import warn_of_rounding
 from adamx.core.step import LeafStep, Step
 from adamx.core.value import as_pytree
+from adamx.formula.adjustable import adjustable
 
 State = dict[str, Any]
 

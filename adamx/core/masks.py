@@ -40,10 +40,11 @@ def settle(concept: Any, tree: Any) -> Transformation:
         ValueError: if the mask does not fit the tree, or a pattern matches none of its leaves.
     """
     name = type(concept).__name__
+    if concept.mask is None or not (paths := paths_of(tree)):  # any mask fits a tree without leaves
+        return concept
     mask = concept.mask(tree) if _is_function(concept.mask) else concept.mask
     if mask is None:
         return concept
-    paths = paths_of(tree)
     patterns = _patterns(mask)
     if patterns is not None:
         check_all_used(name, patterns, tree)

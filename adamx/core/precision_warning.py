@@ -1,4 +1,4 @@
-"""A warning for 16-bit parameters that small steps would not change."""
+"""A warning for parameters of 16 bits or fewer that small steps would not change."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from adamx.core.rounding import NARROW
+
 
 class PrecisionWarning(UserWarning):
-    """An optimizer got 16-bit parameters, in which small steps are rounded away.
+    """An optimizer got parameters of 16 bits or fewer, in which small steps are rounded away.
 
     Example:
         >>> import adamx, jax.numpy as jnp, warnings
@@ -24,19 +26,26 @@ class PrecisionWarning(UserWarning):
 
 
 def warn_of_rounding(params: Sequence[jax.Array]) -> None:
-    """Warn if some of the parameters to which an optimizer adds its steps have 16 bits.
+    """Warn if some of the parameters to which an optimizer adds its steps have 16 bits or fewer.
+
+    It recommends what these dtypes can do: float8 cannot be rounded stochastically.
 
     Inside `master_weights` the parameters are float32 masters, so there is no warning.
     """
     narrow = [p.dtype for p in params if jnp.finfo(p.dtype).bits < 32]
     if not narrow:
         return
+    said = ""
+    if all(dtype in NARROW for dtype in narrow):
+        said = (
+            ", or round without bias: with step = adamx.make_step(tx, rounding='stochastic') and "
+            "state = step.init(params), or with adamx.apply_updates(..., rounding='stochastic')"
+        )
     warnings.warn(
-        f"adamx: {len(narrow)} of the parameters' leaves are {narrow[0]}: a step smaller than "
-        f"{float(jnp.finfo(narrow[0]).eps) / 2:.1g} of a parameter is rounded away when it is "
-        "added. Keep the lost bits with adamx.master_weights(tx), or round without bias: with "
-        "step = adamx.make_step(tx, rounding='stochastic') and state = step.init(params), or with "
-        "adamx.apply_updates(..., rounding='stochastic')",
+        f"adamx: {len(narrow)} of the parameters' leaves are "
+        f"{' or '.join(sorted(set(map(str, narrow))))}: a step smaller than "
+        f"{max(float(jnp.finfo(dtype).eps) for dtype in narrow) / 2:.1g} of a parameter is rounded "
+        f"away when it is added. Keep the lost bits with adamx.master_weights(tx){said}",
         PrecisionWarning,
         stacklevel=_levels_up(),
     )

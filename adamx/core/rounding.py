@@ -26,6 +26,8 @@ from jax.typing import DTypeLike
 INFINITY = np.uint32(0x7F800000)
 LARGEST = np.uint32(0x7F7FFFFF)
 SIGN = np.uint32(0x80000000)
+NARROW = (np.dtype(jnp.bfloat16), np.dtype(jnp.float16))
+"""The dtypes to which float32 is rounded stochastically."""
 
 
 def bits_of(x: jax.Array) -> jax.Array:
@@ -133,12 +135,12 @@ def round_stochastically(x: jax.Array, noise: jax.Array, dtype: DTypeLike) -> ja
         >>> print(round_stochastically(jnp.full(4, 1 + 2**-9), noise, jnp.bfloat16))
         [1 1 1 1.00781]
     """
-    if dtype == jnp.bfloat16:
-        return from_bits(add_noise(x, noise, 16) & np.uint32(0xFFFF0000)).astype(dtype)
-    if dtype != jnp.float16:
+    if np.dtype(dtype) not in NARROW:
         raise TypeError(
             f"round_stochastically: dtype must be bfloat16 or float16, got {np.dtype(dtype)}"
         )
+    if dtype == jnp.bfloat16:
+        return from_bits(add_noise(x, noise, 16) & np.uint32(0xFFFF0000)).astype(dtype)
     # float16 has 13 bits less, and below 2^-14 the fixed spacing 2^-24
     rounded = from_bits(add_noise(x, noise, 13) & np.uint32(0xFFFFE000))
     steps = jnp.abs(x) * 2.0**24

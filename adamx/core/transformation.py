@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import optax
 
 from adamx.core import errors, lifting
-from adamx.core.adjustable import adjustable
 from adamx.core.checks import as_float, ranges_of
 from adamx.core.lifting import Stage, State
 from adamx.core.value import as_pytree
+from adamx.formula.adjustable import adjustable
 
 T = TypeVar("T", bound="Transformation")
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from adamx.core.adjustable import adjustable
+from adamx.formula.adjustable import adjustable
 from adamx.formula.expressions import (
     ONE,
     ZERO,

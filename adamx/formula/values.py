@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from adamx.core.adjustable import adjustable
+from adamx.formula.adjustable import adjustable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,7 +4,8 @@
     "remainder8"   w = join(param, int8)       24 bits
     "float32"      w                           a copy
 
-The formats of the remainders are in `adamx.storage.remainder`.
+The formats of the remainders are in `adamx.storage.remainder`. The parameter of a finite master is
+finite: the nearest number of its dtype. From infinity no finite update would lead back.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from adamx.core import lifting
 from adamx.core.arithmetic import compute_dtype
@@ -40,8 +42,20 @@ def joined(param: jax.Array, slots: Slots) -> jax.Array:
         return join(param, slots["remainder"])
     if "master" in slots:
         copy, wide = slots["master"], param.astype(compute_dtype(param.dtype))
-        return jnp.where(copy.astype(param.dtype) == param, copy, wide)
+        return jnp.where(rounded(copy, param.dtype) == param, copy, wide)
     return param
+
+
+def rounded(master: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Return the parameter of a master that is a copy: the nearest finite number, or infinity.
+
+    Example:
+        >>> rounded(jnp.array([1e6, 0.5, jnp.inf]), jnp.float16).tolist()
+        [65504.0, 0.5, inf]
+    """
+    largest = float(jnp.finfo(dtype).max)
+    limited = jnp.clip(master, -largest, largest)
+    return jnp.where(jnp.isinf(master), master, limited).astype(dtype)
 
 
 def masters(params: Any, state: Mapping[str, Any]) -> Any:

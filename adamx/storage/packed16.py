@@ -87,8 +87,10 @@ def pair(storage: Any, slots: Slots) -> tuple[jax.Array, jax.Array]:
     for name in ("mu", "nu"):
         if slots[name].dtype != jnp.float32:
             raise TypeError(
-                f"{type(storage).__name__}: packs float32 moments, but this parameter's {name} is "
-                f'{slots[name].dtype}: use moments="float32" for float64 and complex parameters'
+                f"{type(storage).__name__}: packs float32 moments, but {name} of a parameter of "
+                f"this dtype, or of a gradient without its parameter, is {slots[name].dtype}: use "
+                'moments="float32" for float64 and complex parameters; for such gradients of '
+                "float32 parameters call update(grads, state, params)"
             )
     return slots["mu"], slots["nu"]
 

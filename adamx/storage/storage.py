@@ -65,7 +65,8 @@ class Storage(Transformation):
         """Return the stored form of one array's slots.
 
         Args:
-            slots: float32 arrays by name (float64 or complex for such parameters).
+            slots: float32 arrays by name (float64 or complex for such parameters), whatever the
+                gradients are.
             bits: by the same names: uint32 words, one per element, whose high bits are random. A
                 slot's bits depend on this slot alone, so that each can be updated in place.
 
@@ -102,7 +103,9 @@ class Storage(Transformation):
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         before = self.decoded(slots, u.dtype)
         after = before | accumulated(self.inner, u, before, self._inside(step, u.dtype))
-        own = {name: after[name] for name in self.inner.slot_names() if name in after}
+        kept = self.decoded(slots)  # float64 gradients make wider slots than the parameter's
+        names = [name for name in self.inner.slot_names() if name in after]
+        own = {name: after[name].astype(kept[name].dtype) for name in names}
         own = _not_differentiable(type(self).__name__, own)
         return hook(self, "encode", own, _bits(step.scalars, own))
 

@@ -58,7 +58,7 @@ class add_decayed_weights(Transformation):
         return masks.settle(self, tree)
 
     def scalars(self, step: Step) -> Any:
-        return scheduled(self.weight_decay, step.count)
+        return scheduled(self, "weight_decay", step.count)
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return u + step.scalars * step.needs_param(self)

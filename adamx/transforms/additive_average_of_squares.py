@@ -59,7 +59,7 @@ class additive_average_of_squares(Transformation):
         return {self.name: jnp.full_like(param, self.initial, dtype)}
 
     def scalars(self, step: Step) -> Any:
-        return scheduled_decay(self.decay, step.count)
+        return scheduled_decay(self, step.count)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         nu = slots[self.name]

@@ -114,10 +114,11 @@ class ema_of_params(Transformation):
         return {self.name: jnp.array(param, compute_dtype(param.dtype))}
 
     def scalars(self, step: Step) -> Any:
-        past = weight_of_past(self.decay, step, self._correction)
-        if not callable(self.decay):
-            return (1 - self.decay) / past, past
-        return (1 - jnp.asarray(scheduled(self.decay, step.count), past.dtype)) / past, past
+        past = weight_of_past(self, step, self._correction)
+        decay = scheduled(self, "decay", step.count)
+        if callable(self.decay):
+            decay = jnp.asarray(decay, past.dtype)
+        return (1 - decay) / past, past
 
     def record(self, scalars: Any) -> dict[str, Any]:
         return {self._correction: scalars[1]} if callable(self.decay) else {}

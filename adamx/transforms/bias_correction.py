@@ -58,23 +58,26 @@ def one_minus_power(decay: Any, count: jax.Array) -> jax.Array:
     return -jnp.expm1(count.astype(float) * math.log(float(decay)))
 
 
-def weight_of_past(decay: ScalarOrSchedule, step: Step, name: str) -> jax.Array:
+def weight_of_past(concept: Any, step: Step, name: str) -> jax.Array:
     """Return the sum of an average's weights so far: 1 - decay^t, or 1 - decay_1 ... decay_t.
 
     Args:
-        decay: in [0, 1): a number, an array, or a schedule of the step.
+        concept: a concept with the hyperparameter `decay`: a number, an array, or a schedule.
         step: the step.
         name: the state's entry with the last result, where decay is a schedule. An entry of 0,
             before the first step or from `adapt_state`, means that the decay was always today's.
 
     Example:
         >>> now = Step(jnp.array(2), state={"c": jnp.array(0.5)})
-        >>> print(weight_of_past(0.5, now, "c"), weight_of_past(lambda step: 0.25, now, "c"))
-        0.75 0.875
+        >>> for decay in (0.5, lambda step: 0.25):
+        ...     print(weight_of_past(bias_correction(decay), now, "c"))
+        0.75
+        0.875
     """
-    if not callable(decay):
-        return one_minus_power(decay, step.count)
-    today = jnp.asarray(scheduled(decay, step.count), float)
+    today = scheduled(concept, "decay", step.count)
+    if not callable(concept.decay):
+        return one_minus_power(today, step.count)
+    today = jnp.asarray(today, float)
     if name not in step.state:  # before the first step
         return jnp.zeros_like(today)
     past = errors.scalar(step.state, name)
@@ -120,7 +123,7 @@ class bias_correction(Transformation):
             self._set(name=CORRECTION)
 
     def scalars(self, step: Step) -> jax.Array:
-        return weight_of_past(self.decay, step, self.name)
+        return weight_of_past(self, step, self.name)
 
     def record(self, scalars: Any) -> dict[str, Any]:
         return {self.name: scalars} if callable(self.decay) else {}

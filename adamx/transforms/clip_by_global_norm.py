@@ -68,7 +68,7 @@ class clip_by_global_norm(Transformation):
 
     def tree_scalars(self, step: Step, leaves: list[jax.Array]) -> Any:
         norm = global_norm(leaves)
-        limit = jnp.asarray(scheduled(self.max_norm, step.count), norm.dtype)
+        limit = jnp.asarray(scheduled(self, "max_norm", step.count), norm.dtype)
         beyond = norm > limit
         return jnp.where(beyond, limit / jnp.where(beyond, norm, 1), 1), norm
 

@@ -57,7 +57,7 @@ class decaying_max(Transformation):
         return {self.name: jnp.zeros_like(param, real_dtype(compute_dtype(param.dtype)))}
 
     def scalars(self, step: Step) -> Any:
-        return scheduled(self.decay, step.count)
+        return scheduled(self, "decay", step.count)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         return {self.name: jnp.maximum(step.scalars * slots[self.name], jnp.abs(u) + self.eps)}

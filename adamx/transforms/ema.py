@@ -63,7 +63,7 @@ class ema(Transformation):
         return {self.name: jnp.full_like(zeros(param, self.dtype), self.initial)}
 
     def scalars(self, step: Step) -> Any:
-        return scheduled_decay(self.decay, step.count)
+        return scheduled_decay(self, step.count)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         decay, weight = step.scalars

@@ -76,7 +76,7 @@ class ema_of_mean_squares(Transformation):
         return {self.name: start.real.sum(self._axes(param), keepdims=True)}
 
     def scalars(self, step: Step) -> Any:
-        return scheduled_decay(self.decay, step.count)
+        return scheduled_decay(self, step.count)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         nu, axes = slots[self.name], self._axes(u)

@@ -46,7 +46,7 @@ class extrapolation(Transformation):
     slot: str = "previous"
 
     def scalars(self, step: Step) -> Any:
-        return scheduled(self.factor, step.count)
+        return scheduled(self, "factor", step.count)
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         if self.slot not in step.old:

@@ -70,8 +70,8 @@ class interpolated_ema(Transformation):
         return {self.name: zeros(param, self.dtype)}
 
     def scalars(self, step: Step) -> Any:
-        decay, weight = scheduled_decay(self.decay, step.count)
-        ratio = scheduled(self.blend, step.count) / decay
+        decay, weight = scheduled_decay(self, step.count)
+        ratio = scheduled(self, "blend", step.count) / decay
         return decay, weight, ratio, 1 - ratio
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:

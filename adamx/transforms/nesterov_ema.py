@@ -63,15 +63,15 @@ class nesterov_ema(Transformation):
         return {self.name: zeros(param, self.dtype)}
 
     def scalars(self, step: Step) -> Any:
-        past = weight_of_past(self.decay, step, self._correction)
+        past = weight_of_past(self, step, self._correction)
         if callable(self.decay):
             decay, tomorrow = (
-                jnp.asarray(scheduled(self.decay, count), past.dtype)
+                jnp.asarray(scheduled(self, "decay", count), past.dtype)
                 for count in (step.count, step.count + 1)
             )
             beyond = past + (1 - tomorrow) * (1 - past)
         else:
-            decay = tomorrow = self.decay
+            decay = tomorrow = scheduled(self, "decay", step.count)
             beyond = one_minus_power(decay, step.count.astype(float) + 1)
         return decay, 1 - decay, tomorrow / beyond, (1 - decay) / past, past
 

@@ -40,7 +40,7 @@ class scale(Transformation):
     step_size: FiniteOrSchedule
 
     def scalars(self, step: Step) -> Any:
-        return scheduled(self.step_size, step.count)
+        return scheduled(self, "step_size", step.count)
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return jnp.multiply(step.scalars, u)

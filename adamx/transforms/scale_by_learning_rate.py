@@ -52,7 +52,7 @@ class scale_by_learning_rate(Transformation):
     takes_steps = True
 
     def scalars(self, step: Step) -> Any:
-        return scheduled(self.learning_rate, step.count)
+        return scheduled(self, "learning_rate", step.count)
 
     def record(self, scalars: Any) -> dict[str, Any]:
         if any(value.name == RATE for value in self.adjustables.values()):

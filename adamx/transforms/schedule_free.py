@@ -101,7 +101,7 @@ class schedule_free(Transformation):
         if not step.state:  # before the first step
             return {"share": 0.0, "weight_sum": 0.0, "max_lr": 0.0, "b1": self.b1}
         largest, total = (errors.scalar(step.state, name) for name in ("max_lr", "weight_sum"))
-        lr = jnp.asarray(scheduled(self.learning_rate, step.count), jnp.float32)
+        lr = jnp.asarray(scheduled(self, "learning_rate", step.count), jnp.float32)
         new = jnp.maximum(largest, lr)
         shrunk = jnp.where(new > 0, largest / jnp.where(new > 0, new, 1), 1)
         total = total * shrunk**self.weight_lr_power + 1

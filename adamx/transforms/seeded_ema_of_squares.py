@@ -53,7 +53,7 @@ class seeded_ema_of_squares(Transformation):
         return {self.name: jnp.zeros_like(param, real_dtype(compute_dtype(param.dtype)))}
 
     def scalars(self, step: Step) -> Any:
-        decay, weight = scheduled_decay(self.decay, step.count)
+        decay, weight = scheduled_decay(self, step.count)
         return decay, jnp.where(step.count == 1, 1.0, weight)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:

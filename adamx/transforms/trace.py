@@ -58,9 +58,7 @@ class trace(Transformation):
         return {self.name: zeros(param, self.accumulator_dtype)}
 
     def scalars(self, step: Step) -> Any:
-        if not callable(self.decay):
-            return self.decay, self.decay
-        return scheduled(self.decay, step.count), scheduled(self.decay, step.count + 1)
+        return scheduled(self, "decay", step.count), scheduled(self, "decay", step.count + 1)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         today, _ = step.scalars

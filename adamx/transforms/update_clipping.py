@@ -67,7 +67,7 @@ class update_clipping(Transformation):
     slot: str = "nu"
 
     def scalars(self, step: Step) -> jax.Array:
-        return weight_of_past(self.decay, step, CORRECTION)
+        return weight_of_past(self, step, CORRECTION)
 
     def record(self, scalars: Any) -> dict[str, Any]:
         return {CORRECTION: scalars} if callable(self.decay) else {}

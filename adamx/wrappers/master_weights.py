@@ -30,7 +30,7 @@ from adamx.core.step import Step
 from adamx.core.wrapper import Wrapper
 from adamx.formula.expressions import Expr
 from adamx.formula.symbols import Symbols
-from adamx.storage.masters import NAMES, joined, start
+from adamx.storage.masters import NAMES, joined, rounded, start
 from adamx.storage.remainder import split, split8
 
 KEEP = ("remainder", "remainder8", "float32")
@@ -50,6 +50,14 @@ class master_weights(Wrapper):
     by jax 0.8, a product and a sum may be contracted in one program and not in the other, which
     changes last bits.) A parameter that was changed outside, by clipping or averaging, is adopted
     to within half its spacing; with "float32" exactly.
+
+    The parameter of a finite master is finite, at most the largest number of its dtype; with a
+    remainder the master itself is at most 3.395e38. An infinite master stays infinite.
+
+    The updates are float32 whatever the gradients are, since a 16-bit update from 1 reaches no
+    parameter near 1e-3. `optax.apply_if_finite`, `conditionally_mask` and `conditionally_transform`
+    return updates like the gradients in their other branch, so they need float32 gradients:
+    `jax.tree.map(lambda g: g.astype(jnp.float32), grads)`, which under jit costs nothing.
 
     Attributes:
         tx: the whole optimizer, an adamx or Optax transformation.
@@ -152,13 +160,18 @@ def _close(
     """Return the update from the parameter to the rounded new master, and the new slots."""
     new = master + u
     if param.dtype != jnp.bfloat16 or keep == "float32":
-        return _wide(new.astype(param.dtype)) - _wide(param), {"master": new}
+        return _between(_wide(rounded(new, param.dtype)), _wide(param)), {"master": new}
     # A division by one, or by the master if that is NaN. XLA:CPU makes a kernel for each result
     # and never repeats a division, so it computes the new master once, into 4 bytes of temporary
     # memory. Otherwise both results would share the root and the quotient inside u, in 12 bytes.
     new = new / jnp.where(jnp.isnan(master), master, 1)
     if keep == "remainder8":
-        rounded, rest = split8(new, random_bits(step_key(count), new))
+        high, rest = split8(new, random_bits(step_key(count), new))
     else:
-        rounded, rest = split(new)
-    return rounded - _wide(param), {"remainder": rest}
+        high, rest = split(new)
+    return _between(high, _wide(param)), {"remainder": rest}
+
+
+def _between(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Return the update from old to new; infinity, since inf - inf is NaN, leads to itself."""
+    return jnp.where(jnp.isinf(new), new, new - old)

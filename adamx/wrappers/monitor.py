@@ -100,6 +100,8 @@ class monitor(Wrapper):
 
     def init_tree(self, leaves: Leaves) -> State:
         entries = super().init_tree(leaves)
+        if not leaves.paths:  # nothing to measure; also how Optax asks which entries are trees
+            return entries | {STATISTICS: jnp.zeros(0)}
         like = dataclasses.replace(leaves, params=leaves.values)
         state = entries | {"count": jnp.ones([], jnp.int32)}
         shapes = jax.eval_shape(lambda: self._measured(like, like, state))
@@ -113,7 +115,8 @@ class monitor(Wrapper):
         if self.every is not None:
             due = since_now >= self.every
             measure = lambda: self._measured(leaves, out.narrowed(), state, before)  # noqa: E731
-            now = measure() if self.every == 1 else jax.lax.cond(due, measure, lambda: before)
+            if leaves.paths:
+                now = measure() if self.every == 1 else jax.lax.cond(due, measure, lambda: before)
             since_now = jnp.where(due, 0, since_now)
         own = step.select({STATISTICS: now, SINCE: since_now}, {STATISTICS: before, SINCE: since})
         return out, entries | own
