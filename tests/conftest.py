@@ -9,12 +9,11 @@ import pytest
 from table import TRANSFORMATIONS
 
 # what they assert is explained as in a test
-collect_ignore = ["typed.py"]  # for pyright: it holds mistakes
-
 pytest.register_assert_rewrite("agreement", "agreement_family", "helpers", "recordings", "scripts")
 
-# the script that recorded the trajectories; it needs PyTorch, the tests need only what it wrote
-collect_ignore = ["data/record_torch.py"]
+# the script that recorded the trajectories needs PyTorch, the tests need only what it wrote; and
+# typed.py is for pyright: it holds mistakes
+collect_ignore = ["data/record_torch.py", "typed.py"]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
