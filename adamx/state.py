@@ -27,6 +27,7 @@ from adamx.core.errors import describe
 from adamx.core.lifting import State
 from adamx.core.paths import flatten, leaves_by_path
 from adamx.core.transformation import Transformation
+from adamx.storage import masters
 from adamx.storage.moments import decoded, decoded_slots, encoded
 
 
@@ -103,7 +104,7 @@ def adapt_state(
 
         >>> packed = adamx.adam(0.1, moments="packed16")
         >>> state, adaptation = adapt_state(packed, params, state, saved_by=adamx.adam(0.1))
-        >>> print(state["moments"]["w"].dtype, adaptation)
+        >>> print(state["packed16"]["w"].dtype, adaptation)
         uint32 adapt_state: everything was carried over.
     """
     if saved_by is None:
@@ -251,7 +252,7 @@ def _is_floating(x: np.ndarray) -> bool:
 def _place(name: str) -> tuple[str, bool]:
     """Return the path of a slot's parameter, and whether the slot belongs to a master."""
     entry, _, path = name.partition("/")
-    return path, entry in ("remainder", "master")
+    return path, entry in masters.NAMES
 
 
 def _is_word(x: Any) -> bool:

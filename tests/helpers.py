@@ -1,6 +1,6 @@
 """Trees: filled with numbers, described, compared; and which cases of many are fast."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -52,3 +52,10 @@ def thinned(values: Iterable[Any], keep: int = 2) -> list[Any]:
     """Return the values of a parameter, of which each n-th is fast and the others are slow."""
     slow = pytest.mark.slow
     return [v if i % keep == 0 else pytest.param(v, marks=slow) for i, v in enumerate(values)]
+
+
+def by_paper(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state with the slots' names as in the papers, which the references share."""
+    names = {"trace_of_steps": "trace", "mu_scaled": "mu", "nu_inf": "nu", "nu_seeded": "nu"}
+    names |= {f"nu_{kind}": "nu" for kind in ("additive", "deviation", "extrapolated", "mean")}
+    return {names.get(name, name): x for name, x in state.items()}

@@ -296,9 +296,9 @@ def test_the_moments_are_carried_over_to_any_storage(of, to, runs):
 
 def test_every_word_of_a_storage_that_stays_stays_as_it_is():
     params, tx = jnp.zeros(2**16), adam("packed8")
-    state = tx.init(params) | {"moments": jnp.arange(2**16).astype(jnp.uint16)}
+    state = tx.init(params) | {"packed8": jnp.arange(2**16).astype(jnp.uint16)}
     guarded = adamx.skip_nonfinite(tx)
-    assert_same(adapt_state(guarded, params, state, saved_by=tx)[0]["moments"], state["moments"])
+    assert_same(adapt_state(guarded, params, state, saved_by=tx)[0]["packed8"], state["packed8"])
 
 
 def test_a_storage_added_to_a_saved_run_makes_no_jump(saved, checkpointer, runs):
@@ -333,7 +333,7 @@ def test_a_storage_added_to_a_saved_run_makes_no_jump(saved, checkpointer, runs)
 def test_moments_are_not_lost_in_another_storage_without_being_told(of, to, runs):
     params, state = runs[of]
     with pytest.raises(
-        ValueError, match=r"adapt_state: '(mu|moments)/.*was saved as.*saved_by=old_tx"
+        ValueError, match=r"adapt_state: '(mu|packed16|packed8)/.*was saved as.*saved_by=old_tx"
     ):
         adapt_state(adam(to), params, state)
 
@@ -380,13 +380,13 @@ def test_groups_with_masters_change_their_storages_leaf_by_leaf():
     assert jax.eval_shape(lambda: carried) == jax.eval_shape(new.init, params)
     kept = ("count", "remainder", "accumulated", "micro_step", "skipped", "learning_rate")
     assert_same({name: carried[name] for name in kept}, {name: state[name] for name in kept})
-    assert_same(carried["moments"]["v"], state["moments"]["v"])
+    assert_same(carried["packed8"]["v"], state["packed8"]["v"])
     read, found = adamx.moments(state, old), adamx.moments(carried, new)
     for leaf, moments in {"w": "bfloat16", "b": "packed16", "v": "float32"}.items():
         here, there = ({name: x[name][leaf] for name in ("mu", "nu")} for x in (found, read))
         moments_within(here, there, moments)
     back, _ = adapt_state(old, params, carried, saved_by=new)
-    assert_same(back["moments"]["v"], state["moments"]["v"])
+    assert_same(back["packed8"]["v"], state["packed8"]["v"])
     step = adamx.make_step(new)
     assert_same(adamx.masters(params, carried), adamx.masters(params, state))
     step(params, carried, gradient(7, params))
@@ -420,7 +420,7 @@ def test_a_new_slot_is_filled_in_and_an_old_one_dropped_beside_another_storage(r
 def test_dropping_words_that_nothing_takes_the_place_of_is_no_error(runs):
     params, state = runs["packed16"]
     _, adaptation = adapt_state(adamx.sgd(RATE), params, state)
-    assert adaptation.dropped == ("moments/b", "moments/w")
+    assert adaptation.dropped == ("packed16/b", "packed16/w")
 
 
 @pytest.mark.parametrize(("of", "to"), [("remainder", "float32"), ("remainder", "remainder8")])

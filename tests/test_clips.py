@@ -179,14 +179,14 @@ def test_blocks_are_chosen_by_path_and_kept_small():
     tx = adamx.adam_mini(0.1, axes=axes)
     state = tx.init(params)
     wanted = {"embed": (5, 1), "query": (1, 2, 1), "norm": (1,), "out": (2, 2)}
-    assert jax.tree.map(jnp.shape, state["nu"]) == wanted
+    assert jax.tree.map(jnp.shape, state["nu_mean"]) == wanted
     grads = jax.tree.map(lambda p: p * jnp.arange(float(p.size)).reshape(p.shape), params)
     _, state = tx.update(grads, state, params)
     g = np.asarray(grads["query"])
     np.testing.assert_allclose(
-        state["nu"]["query"], 0.05 * np.mean(g**2, axis=(0, 2), keepdims=True), rtol=1e-6
+        state["nu_mean"]["query"], 0.05 * np.mean(g**2, axis=(0, 2), keepdims=True), rtol=1e-6
     )
-    by_default = adamx.adam_mini(0.1).init(params)["nu"]
+    by_default = adamx.adam_mini(0.1).init(params)["nu_mean"]
     wanted = {"embed": (1, 3), "query": (1, 1, 4), "norm": (1,), "out": (1, 2)}
     assert jax.tree.map(jnp.shape, by_default) == wanted
 
@@ -195,7 +195,7 @@ def test_squares_too_large_for_their_mean_leave_it_finite():
     tx = adamx.ema_of_mean_squares(0.5)
     u = jnp.full(4, 1e19)  # the squares fit, their sum does not
     _, state = tx.update(u, tx.init(u))
-    assert jnp.isfinite(state["nu"]).all()
+    assert jnp.isfinite(state["nu_mean"]).all()
 
 
 def test_a_gradient_that_the_compiler_knows_to_be_zero_has_the_norm_zero():

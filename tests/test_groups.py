@@ -132,8 +132,8 @@ def test_each_group_is_trained_as_it_would_be_alone():
     # what is kept: one tree a slot, None where the group has none
     assert state["trace"]["layers"][0]["kernel"].shape == (2, 2)
     assert state["mu"]["layers"][1]["bias"].shape == (2,)
-    kept = {name: len(jax.tree.leaves(state[name])) for name in ("trace", "mu", "nu", "moments")}
-    assert kept == {"trace": 2, "mu": 1, "nu": 1, "moments": 1}
+    kept = {name: len(jax.tree.leaves(state[name])) for name in ("trace", "mu", "nu", "packed16")}
+    assert kept == {"trace": 2, "mu": 1, "nu": 1, "packed16": 1}
     rates = {"layers/0/*": 0.5, "*/bias": 0.1, r"layers/[1-9]/kernel": 0.1, "default": 0.1}
     assert {k: round(float(v), 6) for k, v in state["learning_rate"].items()} == rates
 
@@ -618,7 +618,7 @@ def test_independent_decay_passes_its_settings_on():
         0.5, eps=4.0, weight_decay=0.25, mask={"a": True, "b": False}, moments="packed16"
     )
     updates, state = tx.update(grads, tx.init(params), params)
-    assert set(state) == {"count", "learning_rate", "moments"}
+    assert set(state) == {"count", "learning_rate", "packed16"}
     np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-0.75, -0.25], rtol=2.0**-7)
 
 

@@ -292,7 +292,7 @@ def test_parameters_that_came_back_wider_are_refused(keep):
 @pytest.mark.parametrize("keep", ["remainder", "remainder8", "float32"])
 def test_masters_of_another_shape_or_kind_are_refused(keep):
     tx, params = adamx.master_weights(adamx.sgd(0.1), keep), jnp.ones(2, jnp.bfloat16)
-    name = "master" if keep == "float32" else "remainder"
+    name = "master" if keep == "float32" else keep
     state = tx.init(params)
     other = tx.init(jnp.ones((3, 2), jnp.bfloat16))
     with pytest.raises(ValueError, match=rf"state\['{name}'\] has shape \[3, 2\]"):

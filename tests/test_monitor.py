@@ -201,9 +201,9 @@ def test_one_eps_for_all_is_needed_for_its_share():
 
 @pytest.mark.parametrize("name", ["adamax", "adamaxw", "adopt"])
 def test_slots_that_are_no_averages_of_one_gradient_have_no_ratio(name):
-    # AdaMax has the magnitude in nu, and ADOPT averages in mu what was divided already
+    # AdaMax keeps a magnitude, and ADOPT averages what was divided already
     state = adamx.monitor(getattr(adamx, name)(LR), every=1).init(start())
-    assert "nu" in state and "mu" in state and "signal_to_noise" not in state["monitor"]
+    assert "grad_norm" in state["monitor"] and "signal_to_noise" not in state["monitor"]
 
 
 def test_where_the_root_is_not_that_of_nu_the_share_of_eps_is_not_known():

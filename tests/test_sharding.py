@@ -173,7 +173,7 @@ def test_a_state_made_without_a_word_lies_beside_its_parameters(kind, compiled):
     tx = adamx.accumulate(adamx.master_weights(adamx.adamw(1e-2, moments="packed16")), 2)
     params, _ = placed("fsdp_and_tensor_parallel", kind, jnp.bfloat16)
     state = (jax.jit(tx.init) if compiled else tx.init)(params)
-    for name in ("moments", "remainder", "accumulated"):
+    for name in ("packed16", "remainder", "accumulated"):
         for key, param in params.items():
             assert state[name][key].sharding.is_equivalent_to(param.sharding, param.ndim)
     everywhere = NamedSharding(mesh_of(kind), P())
@@ -250,7 +250,7 @@ def test_state_sharding_tells_slots_from_parameters_of_the_same_name():
 def test_a_slot_that_is_shorter_along_an_axis_is_whole_there():
     params, _ = placed("fsdp_and_tensor_parallel")
     told = adamx.state_sharding(adamx.adam_mini(1e-3), params)
-    assert told["nu"]["w"].spec == P(None, "model")
+    assert told["nu_mean"]["w"].spec == P(None, "model")
 
 
 def test_zero1_divides_the_first_dimension_that_can_be():

@@ -61,7 +61,7 @@ ENTRIES: dict[str, tuple[Any, set[str]]] = {
     "rmsprop": (adamx.rmsprop(0.1), {"count", "learning_rate", "nu"}),
     "rmsprop all": (
         adamx.rmsprop(0.1, centered=True, momentum=0.9),
-        {"count", "learning_rate", "mu", "nu", "trace"},
+        {"count", "learning_rate", "mu", "nu", "trace_of_steps"},
     ),
     "adam": (adamx.adam(0.1), ADAM),
     "nadam": (adamx.adam(0.1, nesterov=True), ADAM),

@@ -44,7 +44,7 @@ def every_word(name):
     else:  # every m with one v, and every v with one m
         words = np.arange(2**16, dtype=np.uint32)
         words = np.concatenate([words | np.uint32(0x7F000000), words << 16 | np.uint32(0x3F80)])
-    back = PACKED[name].decode({"moments": jnp.asarray(words)})
+    back = PACKED[name].decode({name: jnp.asarray(words)})
     mu, nu = (np.asarray(back[k]) for k in ("mu", "nu"))
     finite = np.isfinite(mu) & np.isfinite(nu)
     return words[finite], *(x[finite].astype(np.float64) for x in (mu, nu))
@@ -95,7 +95,7 @@ def test_packed8_keeps_mu_as_one_of_the_two_nearest_codes_beside_its_nu():
     table = np.full((512, 128), np.nan)
     table[words >> 7, words & 127] = codes
     table = np.sort(table, axis=1)[:, :126]
-    rows = table[np.asarray(kept["moments"]) >> 7]
+    rows = table[np.asarray(kept["packed8"]) >> 7]
     # the grid is computed in float32: a product of three, each rounded by half a ULP
     inside = np.abs(mu) <= rows[:, -1]
     limited = np.clip(mu, rows[:, 0], rows[:, -1])
@@ -485,8 +485,8 @@ def test_equal_leaves_are_stored_equally_wherever_they_stand():
     update = jax.jit(tx.update)
     alone, together = update(one, tx.init(one))[1], update(many, tx.init(many))[1]
     for name in ("z", "a"):
-        np.testing.assert_array_equal(together["moments"][name], alone["moments"]["a"])
-    np.testing.assert_array_equal(together["moments"]["m"], alone["moments"]["a"][:3])
+        np.testing.assert_array_equal(together["packed8"][name], alone["packed8"]["a"])
+    np.testing.assert_array_equal(together["packed8"]["m"], alone["packed8"]["a"][:3])
 
 
 # ----------------------------------------------------------------------------- the compiled program

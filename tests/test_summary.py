@@ -386,7 +386,7 @@ def test_groups_are_lines_with_their_patterns():
         "embed: embed",
         "default: norm/scale",
     ]
-    assert "moments uint32" in table[1] and "frozen" in table[3]
+    assert "packed16 uint32" in table[1] and "frozen" in table[3]
     assert [leaf.frozen for leaf in found.leaves] == [False, False, True, False]
     assert "for dense/bias, norm/scale:\nw_t <- w_{t-1} - lr m^_t" in found.formula
     assert "for embed:\nw_t <- w_{t-1}" in found.formula
@@ -395,7 +395,7 @@ def test_groups_are_lines_with_their_patterns():
 
 def test_a_line_a_leaf_shows_the_shapes():
     found = adamx.summary(adamx.adam_mini(0.1, mask="*kernel"), abstract(), by="leaf")
-    assert "dense/kernel  [4, 4]  float32       16  mu float32, nu float32[1, 4]" in str(found)
+    assert "dense/kernel  [4, 4]  float32       16  mu float32, nu_mean float32[1, 4]" in str(found)
     assert adamx.summary(adamx.sgd(0.1), {"a": None, "b": jnp.zeros(2)}).size == 2
 
 

@@ -9,6 +9,9 @@ from table import TRANSFORMATIONS, every, of_each_kind
 
 import adamx
 from adamx.core.concept import any_of, parts
+from adamx.formula.expressions import replaced, symbol
+from adamx.inspect.summary import derived
+from adamx.storage.moments import without_storages
 
 promoted = pytest.mark.usefixtures("promotion_of_foreign_stages")
 
@@ -72,3 +75,66 @@ def test_each_kind_has_one_example_and_what_acts_around_others_has_one():
         adamx.schedule_free,
         adamx.skip_nonfinite,
     }
+
+
+# ---------------------------------------------------------------------- a name has one meaning
+
+
+SAID_IN_MORE_WAYS = {
+    "nu_inf": "its eps may be 0",
+    "nu_max": "of a v with or without a correction, as the user composes it",
+    "params_ema": "its correction is a power of a constant decay, or a scalar of the state",
+    "trace": "of gradients that a stage of Optax has seen before",
+    "z": "weights, whatever moves them",
+}
+
+
+def meaning(formula, slot):
+    """Return a slot's definition without the hyperparameters' names."""
+
+    def plain(found):
+        return symbol("number") if found in formula.values else found
+
+    return str(replaced(formula.definitions[formula.slots[slot]], plain))
+
+
+def test_slots_of_one_name_are_of_one_formula():
+    """A slot is carried over by its name, so a name is never that of something else."""
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    found: dict[str, dict[str, str]] = {}
+    for name, case in TRANSFORMATIONS.items():
+        tx = case.make()
+        formula = derived(tx.for_tree(params).for_leaf("w", params["w"]))
+        names = without_storages(tx).tree_names()
+        for slot in formula.slots.keys() & set(names):
+            if "u_t" not in (said := meaning(formula, slot)) or slot == "trace_of_steps":
+                found.setdefault(slot, {}).setdefault(said, name)  # u_t: of a clipped gradient
+    assert {slot for slot, said in found.items() if len(said) > 1} == SAID_IN_MORE_WAYS.keys()
+    assert found.keys() >= {"mu", "nu", "trace", "trace_of_steps", "nu_seeded", "mu_scaled"}
+
+
+OTHERS = {
+    "adopt, adamw": (adamx.adopt(0.1), adamx.adamw(0.1)),
+    "adamax, adam": (adamx.adamax(0.1), adamx.adam(0.1)),
+    "adabelief, yogi": (adamx.adabelief(0.1), adamx.yogi(0.1)),
+    "heavy balls": (adamx.sgd(0.1, momentum=0.9), adamx.rmsprop(0.1, momentum=0.9)),
+    "packed": (adamx.adopt(0.1, moments="packed16"), adamx.adam(0.1, moments="packed16")),
+}
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["", "saved_by"])
+@pytest.mark.parametrize("pair", OTHERS)
+def test_what_means_something_else_is_not_carried_over(pair, told):
+    old, new = OTHERS[pair]
+    _, state = old.update(PARAMS, old.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match="adapt_state"):
+        new.update(PARAMS, state, PARAMS)
+    if pair == "packed" and not told:
+        with pytest.raises(ValueError, match=r"'packed16_seeded/b' was saved.*saved_by=old_tx"):
+            adamx.adapt_state(new, PARAMS, state)
+        return
+    _, adaptation = adamx.adapt_state(new, PARAMS, state, saved_by=old if told else None)
+    had, has = ({*without_storages(tx).tree_names()} for tx in (old, new))
+    assert {path.split("/")[0] for path in adaptation.dropped} == had - has
+    assert {path.split("/")[0] for path in adaptation.filled} == has - had
+    assert had - has

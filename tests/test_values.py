@@ -130,7 +130,7 @@ chain(
         eps_root=1e-08,
     ),
     scale_by_learning_rate(0.1),
-    trace(0.9),
+    trace(0.9, name='trace_of_steps'),
 )""",
     ),
     (

@@ -31,6 +31,7 @@ from adamx.core.lifting import State
 from adamx.core.paths import leaves_by_path
 from adamx.core.transformation import Transformation
 from adamx.interop.slots import Found, assemble, check_plain, comes_before
+from adamx.storage.moments import slot_of_kind
 from adamx.transforms.bias_correction import bias_correction, one_minus_power
 from adamx.transforms.deviation import deviation
 from adamx.transforms.ema_of_squares import ema_of_squares
@@ -270,7 +271,8 @@ def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any
     slots = {
         name: leaves_by_path(tree)
         for name, tree in state.items()
-        if name in _SLOTS or any(jnp.ndim(x) > 0 for x in jax.tree.leaves(tree))
+        if any(slot_of_kind(slot, [name]) for slot in _SLOTS)
+        or any(jnp.ndim(x) > 0 for x in jax.tree.leaves(tree))
     }
     used: set[str] = set()
 
@@ -290,9 +292,10 @@ def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any
             return (count + int(meaning == _COUNT_FROM_1)).astype(jnp.asarray(start).dtype)
         if meaning == _ZERO:
             return start
-        used.add(meaning)
+        slot = slot_of_kind(meaning, slots) or meaning
+        used.add(slot)
         flat, treedef = jax.tree_util.tree_flatten_with_path(start)
-        return treedef.unflatten([_slot_of(slots, where, meaning, p, x) for p, x in flat])
+        return treedef.unflatten([_slot_of(slots, where, slot, p, x) for p, x in flat])
 
     new = _walk("to_optax", tx.init(params), "state", fill)
     if unused := sorted(slots.keys() - used):

@@ -20,6 +20,7 @@ from adamx.core.foreign import named
 from adamx.core.lifting import State
 from adamx.core.paths import flatten
 from adamx.core.transformation import Transformation
+from adamx.storage.moments import slot_of_kind
 from adamx.storage.storage import Storage
 
 Found = dict[str, dict[str, tuple[str, Any]]]
@@ -83,7 +84,8 @@ def assemble(
     if not 0 <= count < 2**31:
         raise ValueError(f"{function}: count must be in [0, 2^31), got {count}")
     shapes = jax.eval_shape(functools.partial(lifting.init, tx), params)
-    left = {slot: dict(leaves) for slot, leaves in found.items()}
+    own = {slot: slot_of_kind(slot, tx.tree_names()) or slot for slot in found}
+    left = {own[slot]: dict(leaves) for slot, leaves in found.items()}
     entries: State = {}
     for slot in tx.tree_names():
         paths, starts, treedef = flatten(shapes[slot])

@@ -33,6 +33,7 @@ from adamx.core.lifting import State
 from adamx.core.paths import leaves_by_path, paths_of
 from adamx.core.transformation import Transformation
 from adamx.interop.slots import Found, assemble, check_plain, comes_before
+from adamx.storage.moments import slot_of_kind
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.running_max import running_max
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
@@ -299,7 +300,7 @@ def _slot(function: str, field: str, group: Mapping[str, Any], tx: Transformatio
                 f"{function}: PyTorch's optimizer keeps {field!r}, which adamx cannot convert: the "
                 f"known fields are {sorted(_SLOTS)}"
             )
-        return _SLOTS[field]
+        return slot_of_kind(_SLOTS[field], tx.tree_names()) or _SLOTS[field]
     if comes_before(tx, scale_by_learning_rate, trace):
         raise ValueError(
             f"{function}: PyTorch's momentum_buffer comes before the learning rate, but the trace "

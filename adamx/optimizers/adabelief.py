@@ -82,6 +82,6 @@ def adabelief(
         Array([-1.,  1.], dtype=float32)
     """
     average = nesterov_ema(b1) if nesterov else chain(ema(b1), bias_correction(b1, "mu_correction"))
-    squares = chain(deviation(), ema_of_squares(b2), bias_correction(b2))
+    squares = chain(deviation(), ema_of_squares(b2, name="nu_deviation"), bias_correction(b2))
     scaling = rms_scaling(average, second_moment=squares, eps=eps, eps_root=eps_root / (1 - b2))
     return chain(stored(scaling, moments), scale_by_learning_rate(learning_rate))

@@ -96,7 +96,11 @@ def adan(
         difference(), ema(b2, name="delta"), bias_correction(b2, "delta_correction"), scale(factor)
     )
     both = combine(operator.add, chain(ema(b1), bias_correction(b1, "mu_correction")), change)
-    ahead = chain(extrapolation(factor), ema_of_squares(b3), bias_correction(b3, "nu_correction"))
+    ahead = chain(
+        extrapolation(factor),
+        ema_of_squares(b3, name="nu_extrapolated"),
+        bias_correction(b3, "nu_correction"),
+    )
     scaling = rms_scaling(both, second_moment=ahead, eps=eps, eps_root=eps_root)
     return chain(
         stored(scaling, moments),

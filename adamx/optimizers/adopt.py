@@ -67,5 +67,5 @@ def adopt(
         [-0.] [-0.025]
     """
     scaled = delayed_rms_scaling(seeded_ema_of_squares(b2), eps=eps)
-    average = chain(scaled, growing_clip(0.25), ema(b1, mu_dtype))
+    average = chain(scaled, growing_clip(0.25), ema(b1, mu_dtype, name="mu_scaled"))
     return chain(stored(average, moments), scale_by_learning_rate(learning_rate))

@@ -126,10 +126,11 @@ def rmsprop(
         squares = chain(squares, corrected(decay, "nu_correction"))
         mean = chain(mean, corrected(decay, "mu_correction"))
     second_moment = combine(variance, squares, mean) if centered else squares
+    ball = None if momentum is None else trace(momentum, nesterov, name="trace_of_steps")
     return chain(
         stored(_scaling(second_moment, eps, eps_in_sqrt), moments),
         scale_by_learning_rate(learning_rate),
-        *([] if momentum is None else [stored(trace(momentum, nesterov), moments)]),
+        *([] if ball is None else [stored(ball, moments)]),
     )
 
 

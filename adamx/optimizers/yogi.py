@@ -58,7 +58,7 @@ def yogi(
         >>> tx = yogi(0.5, b1=0.0, b2=0.5, eps=0.0)
         >>> _, state = tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)))
         >>> updates, state = tx.update(jnp.array([1.0]), state)
-        >>> state["nu"].round(2), updates.round(2)
+        >>> state["nu_additive"].round(2), updates.round(2)
         (Array([1.5], dtype=float32), Array([-0.35], dtype=float32))
     """
     average = chain(ema(b1, initial=1e-6), bias_correction(b1, "mu_correction"))

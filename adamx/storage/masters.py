@@ -22,8 +22,13 @@ from adamx.core.arithmetic import compute_dtype
 from adamx.core.concept import Slots
 from adamx.storage.remainder import join
 
-NAMES = ("remainder", "master")
-"""The names of the slots."""
+NAMES = ("remainder", "remainder8", "master")
+"""The names of the slots: a format each, so that one is never read as the other."""
+
+
+def names(keep: str) -> tuple[str, ...]:
+    """Return the names of the slots that a format has; float16 parameters have a copy."""
+    return ("master",) if keep == "float32" else (keep, "master")
 
 
 def start(keep: str, param: jax.Array) -> Slots:
@@ -32,14 +37,15 @@ def start(keep: str, param: jax.Array) -> Slots:
         return {}
     if param.dtype != jnp.bfloat16 or keep == "float32":
         return {"master": param.astype(compute_dtype(param.dtype))}
-    return {"remainder": jnp.zeros_like(param, jnp.int8 if keep == "remainder8" else jnp.int16)}
+    return {keep: jnp.zeros_like(param, jnp.int8 if keep == "remainder8" else jnp.int16)}
 
 
 @jax.jit
 def joined(param: jax.Array, slots: Slots) -> jax.Array:
     """Return one parameter's master; a copy counts only where it still rounds to the parameter."""
-    if "remainder" in slots:
-        return join(param, slots["remainder"])
+    for name in ("remainder", "remainder8"):
+        if name in slots:
+            return join(param, slots[name])
     if "master" in slots:
         copy, wide = slots["master"], param.astype(compute_dtype(param.dtype))
         return jnp.where(rounded(copy, param.dtype) == param, copy, wide)

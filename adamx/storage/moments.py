@@ -6,7 +6,7 @@ encoded(concept, slots) = the concept's own `encode` of the children's `encode` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adamx.core import errors
@@ -65,7 +65,7 @@ def moments(state: Mapping[str, Any], tx: Transformation) -> dict[str, Any]:
         >>> tx = adamx.adam(0.1, b1=0.5, moments="packed16")
         >>> _, state = tx.update({"w": jnp.array([4.0])}, tx.init({"w": jnp.zeros(1)}))
         >>> sorted(state), moments(state, tx)["mu"]
-        (['count', 'learning_rate', 'moments'], {'w': Array([2.], dtype=float32)})
+        (['count', 'learning_rate', 'packed16'], {'w': Array([2.], dtype=float32)})
     """
     errors.check_state(state)
     names = tx.tree_names()
@@ -92,6 +92,16 @@ def decoded_slots(tx: Any, leaves: Leaves, state: Mapping[str, Any]) -> dict[str
             for name, x in decoded(tx.for_leaf(path, like), slots).items():
                 found[name][i] = x
     return found
+
+
+def slot_of_kind(kind: str, names: Iterable[str]) -> str | None:
+    """Return the first name that is a kind, such as "nu", or that goes on after it; or None.
+
+    Example:
+        >>> slot_of_kind("nu", ("mu", "nu_seeded")), slot_of_kind("nu", ("mu", "trace"))
+        ('nu_seeded', None)
+    """
+    return next((name for name in names if name == kind or name.startswith(f"{kind}_")), None)
 
 
 def _largest(slots: tuple[Any, ...]) -> Any:

@@ -35,8 +35,7 @@ import numpy as np
 from adamx.core.checks import DECAY, Positive, Scalar, checked
 from adamx.core.concept import Slots
 from adamx.core.rounding import INFINITY, bits_of, from_bits
-from adamx.storage.packed16 import check_pair, others, pair
-from adamx.storage.storage import Storage
+from adamx.storage.pair import Pair
 
 ConstantDecay = Annotated[
     Scalar,
@@ -79,7 +78,7 @@ def ratio_bound(b1: ConstantDecay, b2: ConstantDecay) -> Scalar:
     return (1 - b1) / jnp.sqrt((1 - b2) * (1 - b1**2 / b2))
 
 
-class packed8(Storage):
+class packed8(Pair):
     """Store `mu` and `nu` as one uint16 per element: 2 bytes per parameter where Adam needs 8.
 
     Other slots stay as they are. The spacing is 14 to 25 % for v and about 10 % for m: a single
@@ -89,7 +88,8 @@ class packed8(Storage):
         inner: the concept with the slots `mu` and `nu`, averages of the gradient and its square.
         bound: the largest |mu| / sqrt(nu), to which larger ratios are limited. `ratio_bound`
             computes it from the decays.
-        name: the slot of the words: uint16, shaped like the parameter.
+        name: the slot of the words: uint16, shaped like the parameter. None means the format's
+            name, and what follows nu: "packed8", "packed8_deviation".
 
     Raises:
         ValueError: if `inner` does not have `mu` and `nu`, or the bound is not positive.
@@ -98,34 +98,31 @@ class packed8(Storage):
     Example:
         >>> import adamx, jax.numpy as jnp
         >>> tx = packed8(adamx.scale_by_adam(), ratio_bound(0.9, 0.999))
-        >>> tx.init(jnp.zeros(2))["moments"]
+        >>> tx.init(jnp.zeros(2))["packed8"]
         Array([0, 0], dtype=uint16)
     """
 
     bound: Positive
-    name: str = "moments"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_pair(self)
+    name: str | None = None
 
     def encode(self, slots: Slots, bits: Slots) -> Slots:
-        mu, nu = pair(self, slots)
+        mu, nu = self.pair(slots)
+        of_mu, of_nu = (bits[name] for name in self._two)
         size = jnp.abs(mu)
-        code = jnp.minimum((bits_of(nu + _FLOOR) + (bits["nu"] >> 11)) >> 21, _LAST)
+        code = jnp.minimum((bits_of(nu + _FLOOR) + (of_nu >> 11)) >> 21, _LAST)
         root = jnp.maximum(_root(code << 20), _TINY)  # 0 / 0 is 0
         x = jnp.minimum(size * (_STEPS / self.bound) / root, _STEPS)
-        y = ((bits_of(1 + x) + (bits["mu"] >> 12)) >> 20) - _ONE
+        y = ((bits_of(1 + x) + (of_mu >> 12)) >> 20) - _ONE
         word = ((code - _FIRST) << 7) | y
         odd = jnp.where(bits_of(size) == INFINITY, _INFINITE, _NAN)
         word = jnp.where(jnp.maximum(bits_of(size), bits_of(nu)) < INFINITY, word, odd)
         sign = (bits_of(mu) >> 25) & 64
         # the last operation is an OR of two uint16: XLA would fuse a conversion into the kernel
         # that reads the words, and copy them
-        return others(slots) | {self.name: word.astype(jnp.uint16) | sign.astype(jnp.uint16)}
+        return self.packed(slots, word.astype(jnp.uint16) | sign.astype(jnp.uint16))
 
     def decode(self, stored: Slots) -> Slots:
-        word = stored[self.name].astype(jnp.uint32)
+        word = stored[self.word].astype(jnp.uint32)
         code = ((word & 0xFF80) << 13) + (_FIRST << 20)  # the code, shifted by 20
         y, sign = word & 63, (word & 64) << 25
         nu = from_bits(code << 1) - _FLOOR
@@ -133,7 +130,7 @@ class packed8(Storage):
         # infinity, or NaN where the last bit of v's code is set
         odd = ((word & 128) << 15) | INFINITY
         mu = from_bits(jnp.where(y == 63, odd, bits_of(size)) | sign)
-        return {n: x for n, x in stored.items() if n != self.name} | {"mu": mu, "nu": nu}
+        return self.unpacked(stored, mu, nu)
 
 
 def _root(code: jax.Array) -> jax.Array:

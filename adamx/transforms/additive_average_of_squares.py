@@ -52,7 +52,7 @@ class additive_average_of_squares(Transformation):
 
     decay: Decay
     initial: NonNegative = 0.0
-    name: str = "nu"
+    name: str = "nu_additive"
 
     def slots(self, param: jax.Array) -> Slots:
         dtype = real_dtype(compute_dtype(param.dtype))

@@ -51,7 +51,7 @@ class decaying_max(Transformation):
 
     decay: Decay
     eps: NonNegative = 0.0
-    name: str = "nu"
+    name: str = "nu_inf"
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.zeros_like(param, real_dtype(compute_dtype(param.dtype)))}

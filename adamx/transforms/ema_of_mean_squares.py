@@ -54,7 +54,7 @@ class ema_of_mean_squares(Transformation):
         >>> import jax.numpy as jnp
         >>> tx, grads = ema_of_mean_squares(0.5), jnp.array([[1.0, 2.0], [7.0, 2.0]])
         >>> updates, state = tx.update(grads, tx.init(grads))
-        >>> state["nu"]
+        >>> state["nu_mean"]
         Array([[12.5,  2. ]], dtype=float32)
         >>> updates
         Array([[12.5,  2. ],
@@ -63,7 +63,7 @@ class ema_of_mean_squares(Transformation):
 
     decay: Decay
     axes: BlockAxes = None
-    name: str = "nu"
+    name: str = "nu_mean"
 
     def for_leaf(self, path: str, leaf: jax.Array) -> Transformation:
         if not callable(self.axes):

@@ -42,12 +42,12 @@ class seeded_ema_of_squares(Transformation):
         >>> import jax.numpy as jnp
         >>> tx = seeded_ema_of_squares(0.75)
         >>> _, state = tx.update(jnp.array([4.0, -8.0]), tx.init(jnp.zeros(2)))
-        >>> state["nu"], tx.update(jnp.array([0.0, 0.0]), state)[0]
+        >>> state["nu_seeded"], tx.update(jnp.array([0.0, 0.0]), state)[0]
         (Array([16., 64.], dtype=float32), Array([12., 48.], dtype=float32))
     """
 
     decay: Decay
-    name: str = "nu"
+    name: str = "nu_seeded"
 
     def slots(self, param: jax.Array) -> Slots:
         return {self.name: jnp.zeros_like(param, real_dtype(compute_dtype(param.dtype)))}

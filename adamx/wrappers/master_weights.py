@@ -30,7 +30,7 @@ from adamx.core.step import Step
 from adamx.core.wrapper import Wrapper
 from adamx.formula.expressions import Expr
 from adamx.formula.symbols import Symbols
-from adamx.storage.masters import NAMES, joined, rounded, start
+from adamx.storage.masters import joined, names, rounded, start
 from adamx.storage.remainder import split, split8
 
 KEEP = ("remainder", "remainder8", "float32")
@@ -96,7 +96,7 @@ class master_weights(Wrapper):
         return start(self.keep, param)
 
     def slot_names(self) -> tuple[str, ...]:
-        return ("master",) if self.keep == "float32" else NAMES
+        return names(self.keep)
 
     def init_tree(self, leaves: Leaves) -> State:
         wide = leaves.with_values([None if p is None else _wide(p) for p in leaves.values])
@@ -169,7 +169,7 @@ def _close(
         high, rest = split8(new, random_bits(step_key(count), new))
     else:
         high, rest = split(new)
-    return _between(high, _wide(param)), {"remainder": rest}
+    return _between(high, _wide(param)), {keep: rest}
 
 
 def _between(new: jax.Array, old: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ from adamx.core.paths import Pattern
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 from adamx.core.wrapper import Wrapper
-from adamx.storage.moments import decoded_slots
+from adamx.storage.moments import decoded_slots, slot_of_kind
 from adamx.transforms.bias_correction import bias_correction, one_minus_power
 from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.running_max import running_max
@@ -141,7 +141,8 @@ class monitor(Wrapper):
         columns: dict[str, Column] = {"g": leaves.values, "u": updates}
         if leaves.params is not None:
             columns["w"] = leaves.params
-        columns |= {name: slots[name] for name in ("mu", "nu") if name in slots}
+        of_kind = {kind: slot_of_kind(kind, slots) for kind in ("mu", "nu")}
+        columns |= {kind: slots[name] for kind, name in of_kind.items() if name}
         groups: dict[str, list[int]] = {}
         for i, path in enumerate(leaves.paths):
             groups.setdefault(self._group(path), []).append(i)
@@ -199,7 +200,8 @@ def _statistics(tx: Transformation, count: jax.Array) -> dict[str, Statistic]:
     scalings = set()
     for part in parts(tx):
         if isinstance(part, rms_scaling):
-            if "mu" in part.numerator.state_names() and "nu" in part.second_moment.state_names():
+            slots = part.numerator.tree_names(), part.second_moment.tree_names()
+            if slot_of_kind("mu", slots[0]) and slot_of_kind("nu", slots[1]):
                 noise = _mean(lambda m, v: divide(squared_magnitude(m), v))
                 kinds["signal_to_noise"] = ("mu", "nu"), noise
             below = tuple(parts(part.second_moment))
