@@ -515,14 +515,12 @@ def test_a_step_moves_no_more_bytes_than_it_must_and_copies_nothing(name, most):
     "make",
     [
         adamx.nadam,
-        adamx.stable_adamw,
         *(
             pytest.param(make, marks=pytest.mark.slow)
-            for make in (adamx.adam, functools.partial(adamx.adam, nesterov=True), adamx.nadamw)
-        ),
-        *(
-            pytest.param(make, marks=pytest.mark.slow)
-            for make in (adamx.lamb, adamx.radam, adamx.cautious_adamw)
+            for make in (
+                *(adamx.adam, functools.partial(adamx.adam, nesterov=True), adamx.nadamw),
+                *(adamx.stable_adamw, adamx.lamb, adamx.radam, adamx.cautious_adamw),
+            )
         ),
     ],
     ids=lambda make: getattr(make, "__name__", "nesterov"),
