@@ -307,8 +307,7 @@ class _PartOfState:
     def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
         given = params if self._moves else None
         moved, new = self._program(given, self._part(state), grads, **extra)
-        state = {name: new.get(name, x) for name, x in state.items()}
-        return (moved if self._moves else params), state
+        return (moved if self._moves else params), state | new
 
     def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
         given = params if self._moves else None

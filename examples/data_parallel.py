@@ -8,9 +8,11 @@ One command starts the processes on this machine's CPU and joins them by `jax.di
 loopback address. The optimizer needs no change: parameters and state are replicated, the batch is
 split, and the compiler inserts the sum of the gradients over the processes.
 
-The starter watches over the processes. If one dies, or stays silent for `--timeout` seconds, the
-starter ends the others too, says which one was lost, and exits with status 1. The same command then
-goes on from the last checkpoint, to the same parameters bit for bit.
+The starter watches over the processes. If one dies, fails, or stays silent for `--timeout` seconds,
+the starter ends the others too, says which one was lost, and exits with status 1. The same command
+then goes on from the last checkpoint, to the same parameters bit for bit. Each checkpoint has a
+digest of its arrays: before it starts the processes, the starter puts a damaged newest checkpoint
+aside, and the one before is taken.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -46,6 +49,7 @@ import adamx
 
 TESTING = 360  # images that are not trained on: the first ones
 NOTICED = 3  # exit status of a process that noticed the end of another one
+STARTING = 300  # seconds for imports, joining and the first compilation, on a busy machine
 
 Params = dict[str, jax.Array]
 
@@ -89,6 +93,11 @@ def accuracy(params: Params) -> float:
     return float(right.mean())
 
 
+def optimizer(options: argparse.Namespace) -> adamx.Transformation:
+    """Return the optimizer of the command line."""
+    return adamx.adamw(options.learning_rate)
+
+
 def rows(count: int, step: int, options: argparse.Namespace) -> np.ndarray:
     """Return this process's rows of a step's batch; the batch depends on seed and step alone."""
     batch = np.random.default_rng([options.seed, step]).choice(
@@ -110,7 +119,7 @@ def train(options: argparse.Namespace, tell: Callable[[Any], None]) -> Params:
     images, labels = (x[TESTING:] for x in load())
     mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
     split, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
-    tx = adamx.adamw(options.learning_rate)
+    tx = optimizer(options)
 
     def step(
         params: Params, state: Any, images: jax.Array, labels: jax.Array
@@ -123,11 +132,11 @@ def train(options: argparse.Namespace, tell: Callable[[Any], None]) -> Params:
     everywhere = functools.partial(jax.make_array_from_process_local_data, replicated)
     params = jax.tree.map(everywhere, draw(options.seed))
     state = jax.jit(tx.init, out_shardings=replicated)(params)
-    keeping = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(options.checkpoints, options=keeping) as manager:
+    with manager_of(options.checkpoints) as manager:
         if manager.latest_step() is not None:
-            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, (params, state))
-            params, state = manager.restore(None, args=ocp.args.StandardRestore(like))
+            like = params, state, everywhere(digest(()))
+            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+            params, state, _ = manager.restore(None, args=ocp.args.StandardRestore(like))
         for number in range(int(state["count"]) + 1, options.steps + 1):
             mine = rows(len(labels), number, options)
             batch = (
@@ -136,8 +145,70 @@ def train(options: argparse.Namespace, tell: Callable[[Any], None]) -> Params:
             params, state, loss = train_step(params, state, *batch)
             tell((number, float(loss)))
             if number % options.every == 0:
-                manager.save(number, args=ocp.args.StandardSave((params, state)))
+                saved = params, state, everywhere(digest((params, state)))
+                manager.save(number, args=ocp.args.StandardSave(saved))
     return params
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+class Damaged(Exception):
+    """None of the checkpoints can be read."""
+
+
+def manager_of(folder: Path) -> ocp.CheckpointManager:
+    """Return the manager of the two newest checkpoints in a folder."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    handler = ocp.StandardCheckpointHandler()
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
+
+
+def digest(tree: Any) -> np.ndarray:
+    """Return the SHA-256 of the arrays of a tree: 32 numbers, equal only for equal bits."""
+    whole = hashlib.sha256()
+    for x in jax.tree.leaves(tree):
+        whole.update(np.asarray(x).tobytes())
+    return np.frombuffer(whole.digest(), np.uint8)
+
+
+def put_damaged_aside(options: argparse.Namespace) -> list[Path]:
+    """Rename the checkpoints that are newer than the newest whole one: 40 becomes 40.damaged.
+
+    Returns:
+        Their new names.
+
+    Raises:
+        Damaged: if there are checkpoints and none is whole; they stay as they are.
+    """
+    params = draw(options.seed)
+    like = params, jax.eval_shape(optimizer(options).init, params), digest(())
+    like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    damaged: dict[int, Exception] = {}
+    with manager_of(options.checkpoints) as manager:
+        for number in sorted(manager.all_steps(), reverse=True):
+            try:
+                *arrays, expected = manager.restore(number, args=ocp.args.StandardRestore(like))
+                if not np.array_equal(digest(arrays), expected):
+                    raise ValueError("the arrays are not those that were saved")
+            except Exception as error:  # whatever the damage leads to
+                damaged[number] = error
+            else:
+                break
+        else:
+            if damaged:
+                reason = str(damaged[min(damaged)]).partition("\n")[0]
+                raise Damaged(
+                    f"none of the checkpoints in {options.checkpoints} can be read; to start from "
+                    f"nothing, move them away. The oldest: {reason}"
+                )
+    folder = options.checkpoints
+    return [(folder / f"{n}").rename(free(folder / f"{n}.damaged")) for n in damaged]
+
+
+def free(path: Path) -> Path:
+    """Return the path, or a longer one if something is there."""
+    return free(path.with_name(f"{path.name}.damaged")) if path.exists() else path
 
 
 # ------------------------------------------------------------------------------------ one process
@@ -175,11 +246,14 @@ def work(
         params = train(options, told.send)
         told.send(jax.tree.map(np.asarray, params))
         jax.distributed.shutdown()
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, ValueError) and "Gloo" not in str(error):
-            raise  # the error does not come from the connections
-        print(f"process {number}: {error}", file=sys.stderr, flush=True)
-        os._exit(NOTICED)  # an orderly end would wait for the lost process
+    except Exception as error:
+        # an orderly end would wait for the other processes
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+            print(f"process {number}: {error}", file=sys.stderr, flush=True)
+            os._exit(NOTICED)
+        traceback.print_exc()  # the error does not come from the connections
+        sys.stderr.flush()
+        os._exit(1)
 
 
 # ------------------------------------------------------------------------------------ the starter
@@ -242,7 +316,12 @@ def listen(
     said: dict[Connection, Any] = dict.fromkeys(pipes)
     left = set(pipes)
     while left:
-        for pipe in wait(left):
+        # JAX notices a silent process by its heartbeats; whatever else makes all wait, this ends
+        training = all(x is not None for x in said.values())
+        ready = wait(left, 2 * options.timeout if training else STARTING)
+        if not ready:
+            raise Lost(who_was_lost(children, options))
+        for pipe in ready:
             assert isinstance(pipe, Connection)
             try:
                 said[pipe] = pipe.recv()
@@ -362,7 +441,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), disable=options.no_progress) as progress:
         try:
+            for path in put_damaged_aside(options):
+                progress.console.print(f"a damaged checkpoint: kept as {path}", highlight=False)
             found = run(options.processes, 1, options, progress)
+        except Damaged as error:
+            progress.stop()
+            print(f"data_parallel: {error}", file=sys.stderr)
+            return 1
         except Lost as lost:
             progress.stop()
             print(
@@ -379,7 +464,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with TemporaryDirectory() as folder:
                 options.checkpoints = Path(folder)
                 alone = run(1, options.processes, options, progress)
-    sums = [checksum(params) for params in found + alone]
+    sums = [digest(params)[:8].tobytes().hex() for params in found + alone]
     names = [f"process {number}" for number in range(options.processes)]
     for name, params, digits in zip([*names, "alone"], found + alone, sums, strict=False):
         print(f"{name}: accuracy {accuracy(params):.1%}, parameters {digits}")
@@ -387,12 +472,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("The parameters should be equal, bit for bit: something is wrong.", file=sys.stderr)
         return 1
     return 0
-
-
-def checksum(params: Params) -> str:
-    """Return digits that are equal only for equal bits."""
-    whole = b"".join(np.asarray(x).tobytes() for x in params.values())
-    return hashlib.sha256(whole).hexdigest()[:16]
 
 
 if __name__ == "__main__":

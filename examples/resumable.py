@@ -4,11 +4,13 @@
     python examples/resumable.py --steps 4000 --every 100 --directory run
 
 The first run starts from nothing. Stop it with Ctrl-C, kill it or pull the plug, and give the same
-command again: it goes on from the newest complete checkpoint, and ends with the parameters and the
+command again: it goes on from the newest whole checkpoint, and ends with the parameters and the
 state of a run that was never stopped, bit for bit. For that
 
 - the script saves the parameters and the optimizer's state together, in one checkpoint, which Orbax
   writes under another name and renames when it is complete;
+- it saves a digest of them too: a checkpoint whose files were damaged later, as those are that had
+  not reached the disk when the power went, is put aside, and the one before is taken;
 - everything else is computed from the number of the step: the images of a batch, and the random
   bits with which adamx rounds the moments, kept in 4 bytes a parameter instead of 8.
 
@@ -22,6 +24,8 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,6 +96,64 @@ def batch(number: int, count: int) -> np.ndarray:
 # ----------------------------------------------------------------------------- train, save, resume
 
 
+class Damaged(Exception):
+    """None of the checkpoints can be read."""
+
+
+def digest(tree: Any) -> np.ndarray:
+    """Return the SHA-256 of the arrays of a tree: 32 numbers, equal only for equal bits."""
+    whole = hashlib.sha256()
+    for x in jax.tree.leaves(tree):
+        whole.update(np.asarray(x).tobytes())
+    return np.frombuffer(whole.digest(), np.uint8)
+
+
+def resume(manager: ocp.CheckpointManager, report: Report) -> tuple[Any, Any, int | None]:
+    """Return parameters, state and step of the newest whole checkpoint, or of a fresh start.
+
+    Newer ones, which are damaged, are renamed: 150 becomes 150.damaged.
+
+    Args:
+        manager: of the checkpoints.
+        report: called with "damaged" and the step for each of those.
+
+    Raises:
+        Damaged: if there are checkpoints and none is whole; they stay as they are.
+    """
+    wanted = ocp.args.StandardRestore(jax.eval_shape(lambda: (*start(), jnp.zeros(32, jnp.uint8))))
+    damaged: dict[int, Exception] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            params, state, expected = manager.restore(step, args=wanted)
+            if not np.array_equal(digest((params, state)), expected):
+                raise ValueError("the arrays are not those that were saved")
+        except Exception as error:  # whatever the damage leads to
+            damaged[step] = error
+            continue
+        break
+    else:
+        if damaged:
+            reason = str(damaged[min(damaged)]).partition("\n")[0]
+            raise Damaged(
+                f"none of the checkpoints {sorted(damaged)} in {manager.directory} can be read; to "
+                f"start from nothing, move them away. The oldest: {reason}"
+            )
+        return *start(), None
+    for number in damaged:
+        put_aside(Path(manager.directory), number)
+        report("damaged", number)
+    manager.reload()
+    return params, state, step
+
+
+def put_aside(directory: Path, step: int) -> None:
+    """Rename a checkpoint to 150.damaged, or to 150.damaged.damaged if that is there."""
+    aside = directory / f"{step}.damaged"
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}.damaged")
+    (directory / str(step)).rename(aside)
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """The result of a training.
@@ -110,23 +172,24 @@ class Result:
 
 
 def train(steps: int, every: int, directory: Path, report: Report) -> Result:
-    """Train from the newest complete checkpoint, or from nothing, and save on the way.
+    """Train from the newest whole checkpoint, or from nothing, and save on the way.
 
     Args:
         steps: how many steps the whole training has, those of earlier runs included.
         every: after how many steps to save; the last one is saved in any case.
         directory: where the checkpoints are; the two newest ones are kept.
-        report: called with what happens ("loaded", "step" or "saving") and the steps so far.
+        report: called with what happens ("damaged", "loaded", "step" or "saving") and the step.
+
+    Raises:
+        Damaged: if there are checkpoints and none is whole.
     """
     images, test_images, labels, test_labels = load()
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
-        newest = manager.latest_step()
-        if newest is None:
-            params, state = start()
-        else:
-            wanted = ocp.args.StandardRestore(jax.eval_shape(start))
-            params, state = manager.restore(newest, args=wanted)
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.CheckpointManager(
+        directory.absolute(), options=options, item_handlers=handler
+    ) as manager:
+        params, state, newest = resume(manager, report)
         report("loaded", newest or 0)
         for number in range(newest or 0, steps):
             chosen = batch(number, len(images))
@@ -135,7 +198,8 @@ def train(steps: int, every: int, directory: Path, report: Report) -> Result:
             report("step", done)
             if done % every == 0 or done == steps:
                 report("saving", done)
-                manager.save(done, args=ocp.args.StandardSave((params, state)))
+                saved = params, state, digest((params, state))
+                manager.save(done, args=ocp.args.StandardSave(saved))
         manager.wait_until_finished()
     accuracy = (logits(params, test_images).argmax(axis=-1) == test_labels).mean()
     return Result(params, state, newest, float(accuracy))
@@ -156,7 +220,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(
         description="Train a digit classifier, saving through Orbax. The same command again goes "
-        "on from the newest complete checkpoint, bit for bit, however the last run ended.",
+        "on from the newest whole checkpoint, bit for bit, however the last run ended.",
     )
     parser.add_argument(
         "--steps",
@@ -196,6 +260,11 @@ def main(argv: Sequence[str] | None = None) -> Result:
     options = parser.parse_args(argv)
     if options.directory.exists() and not options.directory.is_dir():
         parser.error(f"argument --directory: is no folder: {str(options.directory)!r}")
+    existing = next(
+        x for x in (options.directory, *options.directory.absolute().parents) if x.exists()
+    )
+    if not os.access(existing, os.W_OK):
+        parser.error(f"argument --directory: cannot be written to: {str(existing)!r}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns, TimeRemainingColumn(), console=Console(), disable=options.no_progress
@@ -203,6 +272,11 @@ def main(argv: Sequence[str] | None = None) -> Result:
         bar = progress.add_task("starting", total=options.steps)
 
         def report(what: str, step: int) -> None:
+            if what == "damaged":
+                progress.console.print(
+                    f"Checkpoint {step} is damaged: kept as {step}.damaged", highlight=False
+                )
+                return
             if what == "loaded":
                 progress.update(bar, description=f"training, from step {step}")
             progress.update(bar, completed=step)
@@ -217,6 +291,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
 if __name__ == "__main__":
     try:
         main()
+    except Damaged as error:
+        sys.exit(f"resumable: {error}")
     except KeyboardInterrupt:
         print("Stopped: the same command goes on from the newest checkpoint.", file=sys.stderr)
         sys.exit(130)

@@ -337,3 +337,15 @@ of_each_kind = pytest.mark.parametrize(
     ],
 )
 """One of each kind, and all in the slow tests."""
+
+OUTSIDE: dict[str, Any] = {
+    "alone": lambda tx: tx,
+    "in a chain": adamx.chain,
+    "monitor": lambda tx: adamx.monitor(tx, every=100, groups=("*",)),
+    "master_weights": adamx.master_weights,
+    "skip_nonfinite": adamx.skip_nonfinite,
+    "monitor, skip_nonfinite, masters": lambda tx: adamx.monitor(
+        adamx.skip_nonfinite(adamx.master_weights(tx)), every=100, groups=("*",)
+    ),
+}
+"""Wrappers around an optimizer that accumulates, by name."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_schedules import (
+from scheduled import (
     MEMBERS,
     STEPS,
     ULP,
@@ -43,7 +43,7 @@ FAST = ("adamw", "schedule_free_adamw", "stable_adamw", "lion")
     ],
 )
 def test_every_scheduled_argument_may_be_set_by_hand(name: str) -> None:
-    """Set to a schedule's values in each step it is the schedule; bounds as in test_schedules."""
+    """Set to a schedule's values in each step it is the schedule; bounds as in scheduled."""
     arguments = [a for a in takes(function_of(name), schedule=True)
                  if a not in MEMBERS[name].fixed]  # fmt: skip
     first = {argument: adjustable(float(VALUES[argument][0])) for argument in VALUES}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from table import OUTSIDE
 
 import adamx
 from adamx.inspect.program import read_program
@@ -19,16 +20,6 @@ def accumulated():
     return adamx.accumulate(adamx.adamw(0.1), EVERY)
 
 
-OUTSIDE: dict[str, Any] = {
-    "alone": lambda tx: tx,
-    "in a chain": adamx.chain,
-    "monitor": lambda tx: adamx.monitor(tx, every=100, groups=("*",)),
-    "master_weights": adamx.master_weights,
-    "skip_nonfinite": adamx.skip_nonfinite,
-    "monitor, skip_nonfinite, masters": lambda tx: adamx.monitor(
-        adamx.skip_nonfinite(adamx.master_weights(tx)), every=100, groups=("*",)
-    ),
-}
 AROUND = {name: lambda around=around: around(accumulated()) for name, around in OUTSIDE.items()} | {
     "monitor inside": lambda: adamx.accumulate(
         adamx.monitor(adamx.adamw(0.1), every=2, groups=("*",)), EVERY

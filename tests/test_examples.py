@@ -8,7 +8,9 @@ import dataclasses
 import functools
 import inspect
 import math
+import shutil
 import struct
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -441,3 +443,136 @@ def test_resumable_explains_bad_arguments(resumable, capsys, argv, message):
         resumable.main(argv)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# --- damaged checkpoints -------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    """Flip one bit in the middle of the largest file of a folder: of the arrays."""
+    file = max((x for x in path.rglob("*") if x.is_file()), key=lambda x: x.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    """Cut off the half of each file, as a power failure does that came before the disk had it."""
+    for file in path.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+@pytest.fixture
+def reads_ended():
+    """Wait for the reads that Orbax leaves behind in its threads when one of them has failed."""
+    yield
+    time.sleep(0.2)
+
+
+def damaging(test: Any) -> Any:
+    """Mark a test that makes a restore fail: a read that ends later finds no event loop."""
+    ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    return ignored(pytest.mark.usefixtures("reads_ended")(test))
+
+
+DAMAGES = [flip, pytest.param(cut, marks=pytest.mark.slow), empty]
+
+
+@pytest.fixture(scope="module")
+def saved_runs(resumable, tmp_path_factory):
+    """Return the folder of checkpoints 2 and 4, and the arrays of the second."""
+    folder = tmp_path_factory.mktemp("saved")
+    result = resumable.train(4, 2, folder, lambda *_: None)
+    return folder, (result.params, result.state)
+
+
+@damaging
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_resumable_takes_the_checkpoint_before_a_damaged_one(
+    resumable, saved_runs, damage, tmp_path, capsys
+):
+    shutil.copytree(saved_runs[0], tmp_path / "run")
+    damage(tmp_path / "run" / "4")
+    argv = ["--steps", "4", "--every", "2", "--directory", str(tmp_path / "run"), "--no-progress"]
+    result = resumable.main(argv)
+    assert "Checkpoint 4 is damaged: kept as 4.damaged" in capsys.readouterr().out
+    assert result.resumed_from == 2
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["2", "4", "4.damaged"]
+    jax.tree.map(np.testing.assert_array_equal, (result.params, result.state), saved_runs[1])
+    assert resumable.main(argv).resumed_from == 4
+
+
+@damaging
+def test_resumable_does_not_start_anew_beside_checkpoints_that_it_cannot_read(
+    resumable, saved_runs, tmp_path
+):
+    shutil.copytree(saved_runs[0], tmp_path / "run")
+    for name in ("2", "4"):
+        flip(tmp_path / "run" / name)
+    with pytest.raises(
+        resumable.Damaged, match=r"none of the checkpoints \[2, 4\] in .* move them"
+    ):
+        resumable.train(4, 2, tmp_path / "run", lambda *_: None)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["2", "4"]
+
+
+@damaging
+@pytest.mark.slow
+def test_resumable_survives_any_damage_to_one_file(resumable, saved_runs, tmp_path):
+    folder, expected = saved_runs
+    files = sorted(x.relative_to(folder) for x in (folder / "4").rglob("*") if x.is_file())
+    found = []
+    for file in files:
+        for damage in (flip, cut, Path.unlink):
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            shutil.copytree(folder, tmp_path / "run")
+            if damage is Path.unlink:
+                damage(tmp_path / "run" / file)
+            else:
+                (tmp_path / "alone").mkdir()
+                (tmp_path / "run" / file).rename(tmp_path / "alone" / "file")
+                damage(tmp_path / "alone")
+                (tmp_path / "alone" / "file").rename(tmp_path / "run" / file)
+                (tmp_path / "alone").rmdir()
+            result = resumable.train(4, 2, tmp_path / "run", lambda *_: None)
+            jax.tree.map(np.testing.assert_array_equal, (result.params, result.state), expected)
+            found.append(result.resumed_from)
+    assert {2, 4} == set(found)  # some files are only descriptions
+
+
+def test_resumable_says_that_it_cannot_write(resumable, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(resumable.os, "access", lambda path, mode: False)  # also for root
+    with pytest.raises(SystemExit):
+        resumable.main(["--directory", str(tmp_path / "new" / "run")])
+    assert f"--directory: cannot be written to: {str(tmp_path)!r}" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def data_parallel() -> ModuleType:
+    return load("data_parallel")
+
+
+@damaging
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_data_parallel_puts_a_damaged_checkpoint_aside(data_parallel, damage, tmp_path):
+    options = data_parallel.make_parser().parse_args(["--checkpoints", str(tmp_path / "run")])
+    params = data_parallel.draw(0)
+    trees = params, data_parallel.optimizer(options).init(params)
+    with data_parallel.manager_of(options.checkpoints) as manager:
+        for step in (20, 40):
+            saved = *trees, data_parallel.digest(trees)
+            manager.save(step, args=data_parallel.ocp.args.StandardSave(saved))
+    assert data_parallel.put_damaged_aside(options) == []
+    damage(tmp_path / "run" / "40")
+    assert data_parallel.put_damaged_aside(options) == [tmp_path / "run" / "40.damaged"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["20", "40.damaged"]
+    flip(tmp_path / "run" / "20")
+    with pytest.raises(data_parallel.Damaged, match=r"none of the checkpoints .* move them"):
+        data_parallel.put_damaged_aside(options)
+    assert (tmp_path / "run" / "20").exists()

@@ -1,6 +1,7 @@
 """The architecture as it is drawn: no module imports itself by a detour, no folder one above it."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -57,3 +58,9 @@ def test_no_folder_imports_from_one_above_it():
         for other in others if here else ():
             there = folder(other)
             assert there == here or floor[there] < floor[here], f"{module} imports {other}"
+
+
+def test_tests_do_not_import_tests():
+    pattern = re.compile(r"^(?:from|import) (test_\w+)", re.M)
+    found = {path.name: pattern.findall(path.read_text()) for path in ROOT.glob("tests/*.py")}
+    assert {name: others for name, others in found.items() if others} == {}

@@ -1,7 +1,9 @@
 """Faults that users of Adam reported of other libraries, tried here: whole kinds, not examples."""
 
+import collections
 import functools
 import pickle
+import re
 from typing import Any
 
 import cloudpickle
@@ -140,3 +142,168 @@ def test_a_pickler_that_can_store_functions_is_left_to_do_so():
     jax.tree.map(np.testing.assert_array_equal, a, b)
     with pytest.raises(pickle.PicklingError, match="pickle cannot store"):
         pickle.dumps(tx)
+
+
+# ------------------------------------------------------------------ one None for a whole branch
+
+TWO = {"enc": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "head": {"bias": jnp.ones(2)}}
+NONE_ABOVE = {"enc": None, "head": {"bias": jnp.full(2, 0.5)}}
+NONE_BELOW = {"enc": {"kernel": None, "bias": None}, "head": {"bias": jnp.full(2, 0.5)}}
+DECAYING = functools.partial(adamx.adamw, 0.1, weight_decay=0.1)
+
+
+def in_the_encoder(path, leaf):
+    return path.startswith("enc") and leaf.ndim > 0
+
+
+def everywhere(params):
+    return jax.tree.map(lambda _: True, params)
+
+
+READS_THE_TREE: dict[str, tuple[Any, bool]] = {  # and whether its update needs parameters
+    "groups": (lambda: adamx.by_path({"enc/*": adamx.sgd(0.1)}, default=adamx.adam(0.1)), False),
+    "predicate": (lambda: adamx.by_path({in_the_encoder: None}, default=adamx.adam(0.1)), False),
+    "patterns": (lambda: DECAYING(mask="enc/*"), True),
+    "all_but": (lambda: DECAYING(mask=adamx.all_but("enc/bias")), True),
+    "tree": (lambda: DECAYING(mask=everywhere(TWO)), True),
+    "function": (lambda: DECAYING(mask=everywhere), True),
+    "monitor": (lambda: adamx.monitor(adamx.adam(0.1), every=1), False),
+    "groups of a monitor": (
+        lambda: adamx.monitor(adamx.adam(0.1), every=1, groups=("enc/*",)),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READS_THE_TREE)
+def test_a_transformation_that_reads_the_tree_takes_one_none_for_a_branch(name):
+    make, needs_params = READS_THE_TREE[name]
+    tx = make()
+    state = tx.init(TWO)
+    for params in (TWO,) if needs_params else (TWO, None):
+        updates, after = jax.eval_shape(tx.update, NONE_ABOVE, state, params)
+        assert updates["enc"] is None and updates["head"]["bias"].shape == (2,)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", READS_THE_TREE)
+def test_one_none_for_a_branch_is_a_none_for_each_of_its_leaves(name, compiled):
+    make, needs_params = READS_THE_TREE[name]
+    tx = make()
+    state = tx.init(TWO)
+    update = jax.jit(tx.update) if compiled else tx.update
+    for params in (TWO,) if needs_params else (TWO, None):
+        above, below = (update(g, state, params) for g in (NONE_ABOVE, NONE_BELOW))
+        assert above[0]["enc"] is None and jax.tree.leaves(below[0]["enc"]) == []
+        jax.tree.map(np.testing.assert_array_equal, above[0]["head"], below[0]["head"])
+        jax.tree.map(np.testing.assert_array_equal, above[1], below[1])
+
+
+@pytest.mark.slow
+@of_each_kind
+def test_every_kind_takes_one_none_for_a_branch(name):
+    case = TRANSFORMATIONS[name]
+    tx = case.make()
+    params = {"v": {"b": jnp.ones(2)}, "w": jnp.ones((2, 3))}
+    state, grads = tx.init(params), {"w": jnp.full((2, 3), 0.5)}
+    try:
+        below = tx.update(grads | {"v": {"b": None}}, state, params)
+    except ValueError:  # a stage of Optax that cannot have it
+        assert case.foreign
+        return
+    above = tx.update(grads | {"v": None}, state, params)
+    assert above[0]["v"] is None
+    jax.tree.map(
+        np.testing.assert_array_equal, (above[0]["w"], above[1]), (below[0]["w"], below[1])
+    )
+
+
+# ------------------------------------------------------------------------------ unclear errors
+
+
+@pytest.mark.parametrize("given", [None, [0.1], "0.1", {"rate": 0.1}], ids=repr)
+@pytest.mark.parametrize("name", ["learning_rate", "b2", "weight_decay"])
+def test_a_schedule_that_returns_no_number_is_named(name, given):
+    arguments: dict[str, Any] = {"learning_rate": 0.1, name: lambda step: given}
+    field = "decay" if name == "b2" else name
+    with pytest.raises(TypeError, match=rf"{field} must be a schedule that returns a number"):
+        tx = adamx.adamw(**arguments)  # raises if the state records the value
+        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), start())
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [np.ones(3, ">f4"), np.array([1.0, None, 2.0], object), np.array(["1", "2", "3"])],
+    ids=lambda x: x.dtype.str,
+)
+def test_an_array_that_jax_cannot_hold_is_named_by_its_path(leaf):
+    tx = adamx.adam(0.1)
+    state, bad = tx.init(start()), start() | {"b": leaf}
+    calls = (
+        lambda: tx.init(bad),
+        lambda: tx.update(bad, state),
+        lambda: tx.update(start(), state, bad),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=r"leaf 'b' must be .*JAX cannot hold.*astype"):
+            call()
+
+
+@pytest.mark.parametrize("make", [adamx.adabelief, adamx.yogi, adamx.adagrad])
+def test_packed8_says_which_slots_it_stores(make):
+    with pytest.raises(ValueError, match="averages of one gradient and of its square, but"):
+        make(0.1, moments="packed8")
+
+
+def test_one_pattern_is_no_tuple_of_them():
+    for pattern in ("*kernel", re.compile(".*kernel")):
+        with pytest.raises(TypeError, match=r"one pattern: groups=\('.*kernel',\)"):
+            adamx.monitor(adamx.adam(0.1), groups=pattern)  # pyright: ignore
+
+
+def test_from_torch_takes_numpys_indices_and_explains_a_step_that_is_no_number():
+    moments = {"step": 3.0, "exp_avg": np.ones(3), "exp_avg_sq": np.ones(3)}
+    groups = [{"params": [0], "amsgrad": False, "lr": 0.1}]
+    tx, params = adamx.adamw(0.1), {"b": jnp.ones(3)}
+    given = {"state": {0: moments}, "param_groups": groups}
+    found = adamx.from_torch(given, tx, params, names={"b": np.int64(0)})  # pyright: ignore
+    assert int(found["count"]) == 3
+    for step in (np.nan, np.inf):
+        given["state"] = {0: moments | {"step": step}}
+        with pytest.raises(ValueError, match=r"\['step'\] must be one whole number, got (nan|inf)"):
+            adamx.from_torch(given, tx, params, names={"b": 0})
+
+
+@pytest.mark.parametrize("kind", [collections.OrderedDict, dict])
+def test_a_state_keeps_its_kind_of_dict(kind):
+    tx, params = adamx.accumulate(adamx.adam(0.1), 2), start()
+
+    def body(state, _):
+        return tx.update(start(), state, params)[1], None
+
+    state = kind(tx.init(params))
+    scanned, _ = jax.eval_shape(lambda s: jax.lax.scan(body, s, None, 2), state)
+    _, stepped = adamx.make_step(tx)(start(), state, start())  # between two full steps
+    assert type(scanned) is type(stepped) is kind
+    assert [*stepped] == [*scanned] == [*tx.init(params)]
+
+
+def test_a_mask_may_be_as_deep_as_the_parameters():
+    params: Any = jnp.ones(2)
+    for _ in range(500):
+        params = {"a": params}
+    tx = adamx.sgdw(0.5, weight_decay=0.5, mask=jax.tree.map(lambda _: True, params))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert (jax.tree.leaves(updates)[0] < 0).all()
+
+
+def test_a_step_with_a_monitor_moves_nothing_between_host_and_device():
+    tx = adamx.monitor(adamx.sgd(0.1), every=3, groups=("*",))
+    step, params, state, grads = adamx.make_step(tx), start(), tx.init(start()), start()
+    params, state = step(params, state, grads)
+    with jax.transfer_guard("disallow"):
+        for _ in range(4):
+            params, state = step(params, state, grads)
+    assert int(state["count"]) == 5 and int(state["monitor_step"]) == 2

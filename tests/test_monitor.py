@@ -226,3 +226,28 @@ def test_groups_are_checked():
         adamx.monitor(adamw(), groups=("head",)).init(start())
     with pytest.raises(TypeError, match="expects the state that init returned"):
         adamx.statistics(optax.adam(1.0).init(start()))  # pyright: ignore
+
+
+def test_a_ratio_to_zero_is_nan_and_each_row_has_the_same_names():
+    """The rate and the biases are 0 at first: a CSV writer raises at a name that comes later."""
+    tx = adamx.monitor(adamx.sgd(optax.linear_schedule(0.0, 0.5, 2)), every=1)
+    params: Any = {"w": jnp.ones(3), "b": jnp.zeros(2)}
+    state, grads, rows = tx.init(params), jax.tree.map(jnp.ones_like, params), []
+    for _ in range(3):
+        updates, state = tx.update(grads, state, params)
+        params = adamx.apply_updates(params, updates)
+        rows.append(adamx.statistics(state))
+    assert rows[0].keys() == rows[1].keys() == rows[2].keys()
+    ratios = ("step_size/w", "update_to_param/b", "update_to_param/w")
+    known = [[not np.isnan(row[name]) for name in ratios] for row in rows]
+    assert known == [[False, False, True], [True, False, True], [True, True, True]]
+
+
+def test_init_does_not_trace_the_statistics(monkeypatch):
+    """They were traced for each leaf: 20 s for 4000 leaves."""
+    monkeypatch.setattr("adamx.wrappers.monitor.global_norm", None)
+    state = adamx.monitor(adamx.adam(0.1), every=1).init({"a": jnp.ones(2), "b": jnp.zeros(0)})
+    names = {name: sorted(groups) for name, groups in state["monitor"].items()}
+    norms = {name: ["a", "b"] for name in ("grad_norm", "update_norm", "param_norm")}
+    means = {name: ["a"] for name in ("update_mean", "signal_to_noise", "eps_share")}
+    assert names == norms | means

@@ -185,3 +185,12 @@ def test_a_file_that_is_no_log_is_explained(text, message, tmp_path):
     (tmp_path / "run.csv").write_text(text)
     with pytest.raises(ValueError, match=f"plot: .*{message}"):
         adamx.plot(tmp_path / "run.csv")
+
+
+@pytest.mark.parametrize("cut", ["", "3", "30,0.2", "30,0.25"])
+def test_a_last_line_without_its_end_is_left_out(cut, tmp_path):
+    """A run is writing it, or was killed: whether its last number is whole cannot be seen."""
+    path = tmp_path / "run.csv"
+    path.write_text("step,loss\n10,1.0\n20,0.5\n" + cut)
+    figure = adamx.plot(path, tmp_path / "run.png")
+    assert list(figure.axes[0].lines[0].get_xdata()) == [10, 20]

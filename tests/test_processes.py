@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -118,6 +119,19 @@ def test_a_silent_process_is_noticed_by_its_heartbeats_and_does_not_outlive_the_
         # for each process to end by itself; and as much again for a busy machine
         assert time.monotonic() - start < 2 * (1.5 * TIMEOUT + 2)
         assert f"process 0 (pid {lost}) gave no sign of life for {TIMEOUT} s" in command.said()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_cannot_save_ends_the_run(tmp_path, number):
+    """Its files may not exceed 1 kB, as if the disk were full; the other one waits for it."""
+    arguments = "--steps", FOREVER, "--every", "10", "--timeout", str(TIMEOUT)
+    with started(tmp_path / "kept", *arguments) as command:
+        pid = command.pid_in_training(number)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1024, 1024))
+        assert command.ends() == 1
+        assert f"process {number} (pid {pid}) " in command.said()
+        assert "run the same command with" in command.said()
 
 
 @pytest.mark.parametrize(

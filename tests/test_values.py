@@ -98,7 +98,7 @@ PRINTED = [
     (adamx.add_decayed_weights(), "add_decayed_weights()"),
     (
         adamx.add_decayed_weights(0.1, {"w": True, "b": False}),
-        "add_decayed_weights(0.1, mask={'w': True, 'b': False})",
+        "add_decayed_weights(0.1, mask={'b': False, 'w': True})",
     ),
     (adamx.add_decayed_weights(0.1, not_vectors), "add_decayed_weights(0.1, mask=not_vectors)"),
     (

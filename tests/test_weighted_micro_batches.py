@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import thinned
-from test_between import OUTSIDE
+from table import OUTSIDE
 
 import adamx
 from adamx.inspect.program import read_program

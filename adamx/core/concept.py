@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamx.core import errors
 from adamx.core.arithmetic import compute_dtype, is_inexact, widen
@@ -28,6 +29,7 @@ from adamx.formula.symbols import Symbols
 
 Slots = dict[str, jax.Array]
 Scalars = tuple[Any, tuple[Any, ...]]  # a concept's own, and its children's
+_FIRST = np.int32(1)  # the step whose scalars are recorded at init
 
 
 class Concept(Value):
@@ -151,7 +153,7 @@ class Concept(Value):
         if not self.overrides("record"):
             return ()
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
-        return tuple(jax.eval_shape(lambda leaf: _first_of_own(self, [leaf]), scalar))
+        return tuple(jax.eval_shape(lambda leaf: _first_of_own(self, [leaf], _FIRST), scalar))
 
     @property
     def adjustables(self) -> dict[str, adjustable]:
@@ -219,12 +221,12 @@ def first_recorded(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
     if tx._own_recorded_names:
         scheduled = any(map(callable, tx._held.values()))  # then a few operations: one program
         first = _compiled_first_of_own if scheduled else _first_of_own
-        own = first(tx, leaves if tx.overrides("tree_scalars") else [])
+        own = first(tx, leaves if tx.overrides("tree_scalars") else [], _FIRST)
     return disjoint(own, *(first_recorded(child, leaves) for child in tx.children))
 
 
-def _first_of_own(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
-    step = Step(count=jnp.ones([], jnp.int32))
+def _first_of_own(tx: Concept, leaves: Sequence[jax.Array], count: Any) -> Slots:
+    step = Step(count=jnp.asarray(count))
     now = tx.adjusted(step.state)
     if not tx.overrides("tree_scalars"):
         return _recorded(tx, hook(now, "scalars", step))

@@ -5,6 +5,7 @@ Every message names the leaf's path, the expected and the given value, and the l
 
 from __future__ import annotations
 
+import functools
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,16 @@ import numpy as np
 from adamx.core.paths import flatten
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
+
+
+@functools.cache
+def is_of_jax(dtype: np.dtype) -> bool:
+    """Say whether JAX takes arrays of this dtype: not of objects, text, or another byte order."""
+    try:
+        jax.eval_shape(lambda x: x, np.empty(0, dtype))
+    except TypeError:
+        return False
+    return True
 
 
 def describe(x: Any) -> str:
@@ -38,6 +49,11 @@ def as_inexact(path: str, leaf: Any) -> jax.Array:
         raise TypeError(
             f"{where}, got {describe(leaf)}: for an Equinox module pass "
             "eqx.filter(model, eqx.is_inexact_array), elsewhere set such leaves to None"
+        )
+    if isinstance(leaf, np.ndarray | np.generic) and not is_of_jax(leaf.dtype):
+        raise TypeError(
+            f"{where}, got {describe(leaf)}, which JAX cannot hold: x.astype('float32') converts "
+            "numbers, also those in another byte order"
         )
     array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
     if getattr(array, "weak_type", False):  # from a Python number: give it a dtype of its own

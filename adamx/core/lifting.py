@@ -110,6 +110,27 @@ class Leaves:
         return dataclasses.replace(self, values=values)
 
 
+def completed(updates: Any, like: Any) -> Any:
+    """Return the updates with a None for each leaf of a branch that is one None in them.
+
+    Args:
+        updates: the gradients.
+        like: the parameters, or another tree shaped like them; None leaves the updates alone.
+    """
+    _, given, treedef = flatten(updates)
+    if like is None or all(u is not None for u in given):
+        return updates
+    try:
+        branches = treedef.flatten_up_to(like)
+    except (ValueError, TypeError):  # which `flatten_like` explains
+        return updates
+    new = [
+        jax.tree.map(lambda _: None, branch) if u is None and flatten(branch)[0] != [""] else u
+        for u, branch in zip(given, branches, strict=True)
+    ]
+    return treedef.unflatten(new)
+
+
 def take_apart(updates: Any, params: Any) -> Leaves:
     """Flatten the updates, and the parameters with them; raise if they do not fit."""
     paths, given, treedef = flatten(updates)
@@ -275,7 +296,9 @@ def update(
     With `wide` the updates stay in compute dtype, for a caller that rounds them itself.
     """
     errors.check_state(state)
-    leaves = take_apart(updates, params)
+    shaped_alike = (state[name] for name in tx.tree_names() if name in state)
+    whole = completed(updates, next(shaped_alike, None) if params is None else params)
+    leaves = take_apart(whole, params)
     if wide:
         leaves = dataclasses.replace(leaves, emit=[None] * len(leaves.paths))
     tx = hook(tx, "for_tree", leaves.tree(leaves.like()))
@@ -284,7 +307,10 @@ def update(
     leaves, entries = run(tx, leaves, step)
     new = {"count": count} | entries
     errors.check_names(state, new)
-    return leaves.tree(leaves.narrowed().values), {name: new[name] for name in state}
+    out, none = leaves.tree(leaves.narrowed().values), lambda x: x is None
+    if whole is not updates:  # one None for a branch again
+        out = jax.tree.map(lambda u, x: u if u is None else x, updates, out, is_leaf=none)
+    return out, state | new
 
 
 def run(tx: Stage, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
@@ -375,8 +401,13 @@ _compiled_slots = jax.jit(_slots)
 
 def is_concrete(*trees: Any) -> bool:
     """Say whether every leaf is an array or a number, so that jit can take the trees."""
-    kinds = set(map(type, jax.tree.leaves(trees)))
-    return all(issubclass(kind, _CONCRETE) and not issubclass(kind, Tracer) for kind in kinds)
+    leaves = jax.tree.leaves(trees)
+    kinds = set(map(type, leaves))
+    if not all(issubclass(kind, _CONCRETE) and not issubclass(kind, Tracer) for kind in kinds):
+        return False
+    return np.ndarray not in kinds or all(
+        errors.is_of_jax(x.dtype) for x in leaves if isinstance(x, np.ndarray)
+    )
 
 
 def on_many_devices(tree: Any) -> bool:

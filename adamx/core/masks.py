@@ -19,7 +19,7 @@ from adamx.core.transformation import Transformation
 
 def copied(mask: Any) -> Any:
     """Return a copy of a mask that is a tree, since the caller may change it."""
-    return mask if _is_function(mask) else copy.deepcopy(mask)
+    return mask if _is_function(mask) else jax.tree.map(copy.deepcopy, mask)
 
 
 def _is_function(mask: Any) -> bool:

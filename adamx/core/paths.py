@@ -123,6 +123,8 @@ def check_all_used(function: str, patterns: Sequence[Pattern | Predicate], tree:
     paths, leaves, _ = flatten(tree)
     check_distinct(paths)
     for pattern in patterns if paths else ():
+        if callable(pattern) and any(leaf is None for leaf in leaves):
+            continue  # it may be true of a leaf whose gradient is None
         if not any(map(functools.partial(matches, pattern), paths, leaves)):
             some = ", ".join(map(repr, paths[:6])) + (", ..." if len(paths) > 6 else "")
             said = f"{function}: the pattern {text(pattern)!r} matches no leaf: it has to match "

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamx.core.arithmetic import compute_dtype, is_inexact, widen
 from adamx.core.checks import ranges_of
@@ -29,6 +30,9 @@ def scheduled(concept: Any, name: str, count: jax.Array) -> Any:
         name: the field.
         count: the step.
 
+    Raises:
+        TypeError: if a schedule returns anything else, such as None.
+
     Example:
         >>> import adamx, optax
         >>> tx = adamx.scale_by_learning_rate(optax.linear_schedule(1.0, -1.0, 4))
@@ -41,6 +45,11 @@ def scheduled(concept: Any, name: str, count: jax.Array) -> Any:
     now = value(count - 1) if callable(value) else value
     if isinstance(now, numbers.Real):
         now = float(now)
+    elif not isinstance(now, jax.Array | np.ndarray | np.generic):
+        raise TypeError(
+            f"{type(concept).__name__}: {name} must be a schedule that returns a number or a "
+            f"scalar array for each step, got {now!r} from {value!r}"
+        )
     else:
         now = jnp.asarray(now, None if is_inexact(now) else jnp.float32)
         now = widen(now, compute_dtype(now.dtype))

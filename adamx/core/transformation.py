@@ -111,7 +111,8 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         tree = as_pytree(self)
         if lifting.is_concrete(tree, updates, state, extra):
             if not lifting.is_concrete(params):  # an unfiltered module: drop leaves without update
-                params = lifting.take_apart(updates, params).params_tree()
+                whole = lifting.completed(updates, params)
+                params = lifting.take_apart(whole, params).params_tree()
             if lifting.is_concrete(params):
                 return _compiled_update(tree, updates, state, params, extra)
         return lifting.update(self, updates, state, params, extra)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +43,8 @@ def plot(log: str | Path | Sequence[Mapping[str, Any]], path: str | Path | None 
     """Draw a logged run: loss, learning rate, norms, and all other statistics of `monitor`.
 
     Args:
-        log: the path of a CSV file with a header, as the quickstart's `--log` writes it; or a list
+        log: the path of a CSV file with a header, as the quickstart's `--log` writes it, whose last
+            line is left out while it has no line end: a run is writing it or was killed; or a list
             of flat dicts, one per logged step: the result of `statistics` and, if known, "loss",
             "accuracy" and "step" (otherwise "count" is the step). A missing value, None or an empty
             cell leaves out this point of its line. Other names are not drawn.
@@ -70,8 +72,9 @@ def plot(log: str | Path | Sequence[Mapping[str, Any]], path: str | Path | None 
 
 
 def _read(path: Path) -> list[dict[Any, Any]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]  # what follows may end in the middle of a number
+    rows = list(csv.DictReader(io.StringIO(whole)))
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
             raise ValueError(

@@ -245,7 +245,8 @@ def _places(
     """Return index and axes of each leaf; raise unless `names` pairs them one to one."""
     leaves = leaves_by_path(params)
     places: dict[str, tuple[int, Sequence[int] | None]] = {
-        path: (place, None) if isinstance(place, int) else place for path, place in names.items()
+        path: (int(place), None) if isinstance(place, int | np.integer) else place
+        for path, place in names.items()
     }
     if places.keys() != leaves.keys():
         raise ValueError(
@@ -342,7 +343,7 @@ def _numpy(x: Any) -> np.ndarray:
 
 def _whole(where: str, x: Any) -> int:
     value = _numpy(x)
-    if value.shape != () or value != int(value):
+    if value.shape != () or not np.isfinite(value) or value != int(value):
         raise ValueError(f"from_torch: {where} must be one whole number, got {value}")
     return int(value)
 

@@ -51,9 +51,9 @@ def stored(
         return packed8(inner, ratio_bound(*decays))
     if moments == "packed8":
         raise ValueError(
-            "packed8: stores mu as its ratio to the root of nu, for which Adam's two decays give a "
-            f"bound, but the slots here are {sorted(inner.slot_names())}: bfloat16 stores any "
-            "slots, in 2 bytes each"
+            "packed8: stores mu as its ratio to the root of nu, which has a bound if they are the "
+            "averages of one gradient and of its square, but the slots here, "
+            f"{sorted(inner.slot_names())}, are not: bfloat16 stores any slots, in 2 bytes each"
         )
     kind = ValueError if isinstance(moments, str) else TypeError
     raise kind(f"moments must be one of {NAMES} or a function, got {moments!r}")

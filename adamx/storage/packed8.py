@@ -20,6 +20,10 @@ a v that is rounded down cannot make a step explode, as it does if v is rounded 
 infinite m keeps its sign, with the largest v; if one of them is NaN, or v infinite, m is NaN. Both
 are rounded stochastically between two neighbours, on a scale that is linear there, so without bias,
 except that m fades out as v falls to 2^-92.
+
+A finite gradient above the root of the largest v, 2^17.8, counts as that: otherwise v would stop
+growing and the gradient would not, and a formula that divides the gradient itself by the root of v,
+such as Nesterov's, would step as far as the gradient is large.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ import numpy as np
 from adamx.core.checks import DECAY, Positive, Scalar, checked
 from adamx.core.concept import Slots
 from adamx.core.rounding import INFINITY, bits_of, from_bits
+from adamx.core.step import LeafStep
 from adamx.storage.pair import Pair
 
 ConstantDecay = Annotated[
@@ -48,6 +53,7 @@ _ONE = np.uint32(1016)  # the bits of 1.0, cut like the bits of 1 + x
 _FIRST = np.uint32(140)  # code k means the float32 with the bits (k + 140) << 21, minus 2^-92
 _FLOOR, _ROOT_OF_FLOOR, _TINY = 2.0**-92, 2.0**-46, 2.0**-126
 _LAST = np.uint32(510) + _FIRST
+_LARGEST = math.sqrt(1.5 * 2.0**35)  # the root of the number with the last code
 _ROOT = np.uint32(0x1FC00000)  # half the exponent's offset, to be added to a float's halved bits
 _INFINITE = np.uint32(510 << 7 | 63)  # m infinite, with the largest v
 _NAN = np.uint32(511 << 7 | 63)
@@ -83,6 +89,7 @@ class packed8(Pair):
 
     Other slots stay as they are. The spacing is 14 to 25 % for v and about 10 % for m: a single
     update is off by some 13 %, without bias; `docs/low-precision.md` shows the effect on training.
+    Gradients beyond 2.2e5 count as that, so that the update is bounded whatever they are.
 
     Attributes:
         inner: the concept with the slots `mu` and `nu`, averages of the gradient and its square.
@@ -104,6 +111,12 @@ class packed8(Pair):
 
     bound: Positive
     name: str | None = None
+
+    def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
+        return super().accumulate(_limited(u), slots, step)
+
+    def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
+        return super().emit(_limited(u), slots, step)
 
     def encode(self, slots: Slots, bits: Slots) -> Slots:
         mu, nu = self.pair(slots)
@@ -131,6 +144,11 @@ class packed8(Pair):
         odd = ((word & 128) << 15) | INFINITY
         mu = from_bits(jnp.where(y == 63, odd, bits_of(size)) | sign)
         return self.unpacked(stored, mu, nu)
+
+
+def _limited(u: jax.Array) -> jax.Array:
+    """Return the gradient, with |u| at most the root of the largest v; inf and NaN stay."""
+    return jnp.where(jnp.isinf(u), u, jnp.clip(u, -_LARGEST, _LARGEST))
 
 
 def _root(code: jax.Array) -> jax.Array:

@@ -13,9 +13,11 @@ read once more: a step that measures takes several times as long, the others tak
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +41,9 @@ STATISTICS, SINCE = "monitor", "monitor_step"
 OTHERS = "others"
 
 Column = Sequence[Any]  # a value for each leaf of a group
+Rows = list[tuple[jax.Array, ...]]
+# the columns that it needs, which of their rows it takes, and the function of at least one row
+Statistic = tuple[tuple[str, ...], Callable[[Rows], Rows], Callable[[Rows], jax.Array]]
 
 
 class monitor(Wrapper):
@@ -83,6 +88,11 @@ class monitor(Wrapper):
         every = self.every
         if every is not None and not (isinstance(every, numbers.Integral) and every >= 1):
             raise ValueError(f"monitor: every must be a whole number >= 1 or None, got {every!r}")
+        if isinstance(self.groups, str | re.Pattern):
+            raise TypeError(
+                "monitor: groups must be a tuple of patterns, got one pattern: groups=("
+                f"{paths.text(self.groups)!r},)"
+            )
         if self.groups is not None:
             for pattern in self.groups:
                 paths.check_pattern("monitor", pattern)
@@ -104,8 +114,11 @@ class monitor(Wrapper):
             return entries | {STATISTICS: jnp.zeros(0)}
         like = dataclasses.replace(leaves, params=leaves.values)
         state = entries | {"count": jnp.ones([], jnp.int32)}
-        shapes = jax.eval_shape(lambda: self._measured(like, like, state))
-        return entries | {STATISTICS: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)}
+        slots = jax.eval_shape(lambda: decoded_slots(self.inner, like, state))
+        none: dict[str, dict[str, jax.Array]] = {}
+        for name, group, _, _ in self._rows(like, like, slots, state["count"]):
+            none.setdefault(name, {})[group] = jnp.zeros([], jnp.float32)
+        return entries | {STATISTICS: none}
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
         before, since = errors.entry(step.state, STATISTICS), errors.counter(step.state, SINCE)
@@ -128,16 +141,24 @@ class monitor(Wrapper):
         return Between(_count(self.inner), SINCE, self.every or sys.maxsize)
 
     def _measured(
-        self,
-        leaves: Leaves,
-        out: Leaves,
-        state: Mapping[str, Any],
-        before: Mapping[str, Any] | None = None,
+        self, leaves: Leaves, out: Leaves, state: Mapping[str, Any], before: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
         """Return the statistics by name and group; the old ones where something is missing."""
         slots = decoded_slots(self.inner, leaves, state)
-        none = [None if g is None else jnp.zeros_like(g) for g in leaves.values]
-        updates = [z if u is None else u for u, z in zip(out.values, none, strict=True)]
+        found = {name: dict(groups) for name, groups in before.items()}
+        for name, group, rows, statistic in self._rows(leaves, out, slots, state["count"]):
+            if group in found.get(name, {}):
+                found[name][group] = statistic(rows).astype(jnp.float32)
+        return found
+
+    def _rows(
+        self, leaves: Leaves, out: Leaves, slots: Mapping[str, Column], count: jax.Array
+    ) -> Iterator[tuple[str, str, Rows, Callable[[Rows], jax.Array]]]:
+        """Yield name, group, inputs and function of each statistic that has inputs."""
+        updates = [
+            jnp.zeros_like(g) if u is None and g is not None else u
+            for u, g in zip(out.values, leaves.values, strict=True)
+        ]
         columns: dict[str, Column] = {"g": leaves.values, "u": updates}
         if leaves.params is not None:
             columns["w"] = leaves.params
@@ -146,21 +167,13 @@ class monitor(Wrapper):
         groups: dict[str, list[int]] = {}
         for i, path in enumerate(leaves.paths):
             groups.setdefault(self._group(path), []).append(i)
-        found: dict[str, dict[str, jax.Array]] = {}
-        kinds = _statistics(self.inner, state["count"])
         for group, members in groups.items():
-            for name, (needed, statistic) in kinds.items():
+            for name, (needed, chosen, statistic) in _statistics(self.inner, count).items():
                 if all(key in columns for key in needed):
                     rows = [tuple(columns[key][i] for key in needed) for i in members]
-                    rows = [row for row in rows if all(x is not None for x in row)]
-                    if (value := statistic(rows)) is not None:
-                        found.setdefault(name, {})[group] = value.astype(jnp.float32)
-        if before is None:
-            return found
-        return {
-            name: {group: found.get(name, {}).get(group, old) for group, old in of.items()}
-            for name, of in before.items()
-        }
+                    rows = chosen([row for row in rows if all(x is not None for x in row)])
+                    if rows:
+                        yield name, group, rows, statistic
 
     def _group(self, path: str) -> str:
         if self.groups is None:
@@ -184,18 +197,14 @@ class _count(Wrapper):
         return leaves, entries | {SINCE: step.select(since + 1, since)}
 
 
-Rows = list[tuple[jax.Array, ...]]
-Statistic = tuple[tuple[str, ...], Callable[[Rows], jax.Array | None]]
-
-
 def _statistics(tx: Transformation, count: jax.Array) -> dict[str, Statistic]:
-    """Return each statistic's inputs and function, which gives None for a group without inputs."""
+    """Return the statistics by name."""
     kinds: dict[str, Statistic] = {
-        "grad_norm": (("g",), _norm),
-        "update_norm": (("u",), _norm),
-        "param_norm": (("w",), _norm),
-        "update_mean": (("u",), _mean(jnp.abs)),
-        "stuck_share": (("w", "u"), _stuck),
+        "grad_norm": (("g",), list, _norm),
+        "update_norm": (("u",), list, _norm),
+        "param_norm": (("w",), list, _norm),
+        "update_mean": (("u",), _filled, _mean(jnp.abs)),
+        "stuck_share": (("w", "u"), _narrow, _stuck),
     }
     scalings = set()
     for part in parts(tx):
@@ -203,7 +212,7 @@ def _statistics(tx: Transformation, count: jax.Array) -> dict[str, Statistic]:
             slots = part.numerator.tree_names(), part.second_moment.tree_names()
             if slot_of_kind("mu", slots[0]) and slot_of_kind("nu", slots[1]):
                 noise = _mean(lambda m, v: divide(squared_magnitude(m), v))
-                kinds["signal_to_noise"] = ("mu", "nu"), noise
+                kinds["signal_to_noise"] = ("mu", "nu"), _filled, noise
             below = tuple(parts(part.second_moment))
             scaling = part.eps, *(c.decay for c in below if isinstance(c, bias_correction))
             known = all(isinstance(number, float | int) for number in scaling)
@@ -216,33 +225,43 @@ def _statistics(tx: Transformation, count: jax.Array) -> dict[str, Statistic]:
         def small(v: jax.Array) -> jax.Array:
             return (jnp.sqrt(v / weight.astype(v.dtype)) < eps).astype(v.dtype)
 
-        kinds["eps_share"] = ("nu",), _mean(small)
+        kinds["eps_share"] = ("nu",), _filled, _mean(small)
     return kinds
 
 
-def _norm(rows: Rows) -> jax.Array | None:
-    return global_norm(_wide([x for (x,) in rows])) if rows else None
+def _filled(rows: Rows) -> Rows:
+    return [row for row in rows if row[0].size]
 
 
-def _mean(function: Callable[..., jax.Array]) -> Callable[[Rows], jax.Array | None]:
+def _narrow(rows: Rows) -> Rows:
+    """Return the rows of 16-bit parameters."""
+    return [row for row in _filled(rows) if jnp.finfo(row[0].dtype).bits == 16]
+
+
+def _norm(rows: Rows) -> jax.Array:
+    return global_norm(_wide([x for (x,) in rows]))
+
+
+def _mean(function: Callable[..., jax.Array]) -> Callable[[Rows], jax.Array]:
     """Return the mean of a function over all elements of a group."""
 
-    def mean(rows: Rows) -> jax.Array | None:
+    def mean(rows: Rows) -> jax.Array:
         size = sum(row[0].size for row in rows)
         sums = [jnp.sum(function(*_wide(row))).astype(jnp.float32) for row in rows]
-        return sum(sums, start=jnp.zeros([], jnp.float32)) / size if size else None
+        return sum(sums, start=jnp.zeros([], jnp.float32)) / float(size)
 
     return mean
 
 
-def _stuck(rows: Rows) -> jax.Array | None:
-    rows = [(w, u) for w, u in rows if jnp.finfo(w.dtype).bits == 16]
+def _stuck(rows: Rows) -> jax.Array:
     stuck = [
         jnp.sum((u != 0) & ((w.astype(jnp.float32) + u.astype(jnp.float32)).astype(w.dtype) == w))
         for w, u in rows
     ]
     size = sum(w.size for w, _ in rows)
-    return sum(stuck, start=jnp.zeros([], jnp.int32)) / size if size else None
+    return sum((n.astype(jnp.float32) for n in stuck), start=jnp.zeros([], jnp.float32)) / float(
+        size
+    )
 
 
 def _wide(arrays: Sequence[jax.Array]) -> list[jax.Array]:
@@ -255,7 +274,8 @@ def statistics(state: Mapping[str, Any]) -> dict[str, float]:
     Args:
         state: of any adamx transformation. A state of `monitor` gives "grad_norm/dense/kernel" and
             so on, and two ratios: "update_to_param/..." = update_norm / param_norm, and
-            "step_size/..." = update_mean / learning_rate if there is one learning rate.
+            "step_size/..." = update_mean / learning_rate if there is one learning rate. A ratio to
+            0, such as a bias at its start or a learning rate before its warm-up, is NaN.
 
     Returns:
         A flat dict. The call waits for the step that made the state.
@@ -277,8 +297,12 @@ def statistics(state: Mapping[str, Any]) -> dict[str, float]:
     }
     for name, value in list(found.items()):
         kind, slash, group = name.partition("/")
-        if kind == "update_norm" and found.get(f"param_norm{slash}{group}"):
-            found[f"update_to_param{slash}{group}"] = value / found[f"param_norm{slash}{group}"]
-        if kind == "update_mean" and found.get("learning_rate"):
-            found[f"step_size{slash}{group}"] = value / found["learning_rate"]
+        if kind == "update_norm" and (below := f"param_norm{slash}{group}") in found:
+            found[f"update_to_param{slash}{group}"] = _ratio(value, found[below])
+        if kind == "update_mean" and "learning_rate" in found:
+            found[f"step_size{slash}{group}"] = _ratio(value, found["learning_rate"])
     return found
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else math.nan
