@@ -1,0 +1,214 @@
+"""Every kind of step compiled for a GPU and a TPU, without one: what its kernels move.
+
+    JAX_PLATFORMS=cpu python benchmarks/ahead_of_time.py [--only NAME ...] [--markdown FILE]
+
+It needs `pip install 'adamx[accelerators]'`. Each step is that of one large array, and is compiled
+by the compilers of an H100 and of a TPU v5e. The floor is what any step has to move: parameters and
+slots read and written once, gradients read once, and once more where a norm or a guard has to know
+all of them before the first is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU here to ask about
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # by several processes
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+
+import adamx
+from adamx.inspect.program import Program, read_program
+
+SIZE = 2**26  # a TPU keeps smaller arrays on its chip
+DEVICES = ("H100", "TPU v5e")
+# what XLA's cost model asks about a card, from NVIDIA's data sheet and cudaDeviceProp
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  l2_cache_size: 52428800
+  device_memory_size: 84942979072
+  memory_bandwidth: 3352320000000
+  clock_rate_ghz: 1.98
+}
+platform_name: "CUDA"
+runtime_version { major: 12 minor: 8 }
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+# ------------------------------------------------------------------------------------- the devices
+
+
+def missing() -> str:
+    """Return which packages are not installed that the compilers need; "" if all are."""
+    needed = {"H100": "jax_plugins.xla_cuda12", "TPU v5e": "libtpu"}
+
+    def there(name: str) -> bool:
+        try:
+            return importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:
+            return False
+
+    return ", ".join(name for name in needed.values() if not there(name))
+
+
+@functools.cache
+def device(name: str) -> jax.Device:
+    """Return a device that is not there, for which the compilers compile."""
+    if name == "H100":
+        found = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    else:
+        found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    return found.devices[0]
+
+
+# --------------------------------------------------------------------------------------- the steps
+
+
+def optax_step(tx: Any) -> Any:
+    """Return Optax's own step, in place."""
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the page.
+
+    Attributes:
+        make: returns the transformation.
+        dtype: of parameters and gradients.
+        reread: whether every gradient has to be known before the first is used.
+        step: makes the step.
+        ours: whether it is adamx's.
+        between: compile the program between two full steps; for it `floor` is given.
+        floor: bytes a parameter; None counts them.
+    """
+
+    make: Callable[[], Any]
+    dtype: Any = jnp.float32
+    reread: bool = False
+    step: Callable[[Any], Any] = adamx.make_step
+    between: bool = False
+    floor: float | None = None
+
+    def arguments(self, where: jax.Device) -> tuple[Any, ...]:
+        """Return the shapes of parameters, state and gradients on a device."""
+        sharding = jax.sharding.SingleDeviceSharding(where)
+        params = jax.ShapeDtypeStruct((SIZE,), self.dtype)
+        state = jax.eval_shape(self.make().init, params)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            (params, state, params),
+        )
+
+    def least(self) -> float:
+        """Return the bytes a parameter that any step has to move."""
+        if self.floor is not None:
+            return self.floor
+        params, state, grads = self.arguments(jax.devices()[0])
+        size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+        moved = 2 * size(params) + 2 * size(state) + (1 + self.reread) * size(grads)
+        return round(moved / SIZE, 2)
+
+    def read(self, name: str) -> Program:
+        """Compile the step for a device and read it."""
+        params, state, grads = self.arguments(device(name))
+        compiled = self.step(self.make()).lower(params, state, grads).compile()
+        return read_program(compiled, params)
+
+
+A = functools.partial(adamx.adamw, 1e-3)
+CLIP = functools.partial(adamx.clip_by_global_norm, 1.0)
+M, GUARD = adamx.master_weights, adamx.skip_nonfinite
+HALF: dict[str, Any] = {"dtype": jnp.bfloat16}
+PLAIN: dict[str, Any] = {"step": optax_step}
+
+
+def clipped(**options: Any) -> Any:
+    """Return AdamW behind a clip."""
+    return adamx.chain(CLIP(), A(**options))
+
+
+def optax_clipped() -> Any:
+    """Return Optax's AdamW behind its clip."""
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+CASES = {
+    "adamw": Case(A),
+    "optax.adamw": Case(lambda: optax.adamw(1e-3), **PLAIN),
+    "packed16": Case(lambda: A(moments="packed16")),
+    "packed8": Case(lambda: A(moments="packed8")),
+    "bfloat16": Case(lambda: A(moments="bfloat16")),
+    "clip and adamw": Case(clipped, reread=True),
+    "optax: clip and adamw": Case(optax_clipped, reread=True, **PLAIN),
+    "skip_nonfinite(adamw)": Case(lambda: GUARD(A()), reread=True),
+    "optax.apply_if_finite(adamw)": Case(
+        lambda: optax.apply_if_finite(optax.adamw(1e-3), 3), reread=True, **PLAIN
+    ),
+    "skip_nonfinite(clip and adamw)": Case(lambda: GUARD(clipped()), reread=True),
+    "accumulate, final step": Case(lambda: adamx.accumulate(A(), 4)),
+    "optax.MultiSteps": Case(
+        lambda: optax.MultiSteps(optax.adamw(1e-3), 4).gradient_transformation(), **PLAIN
+    ),
+    "lamb": Case(lambda: adamx.lamb(1e-3), floor=40),
+    "optax.lamb": Case(lambda: optax.lamb(1e-3), floor=40, **PLAIN),
+    "monitor, measuring step": Case(lambda: adamx.monitor(A(), 100), floor=28),
+    "cautious_adamw": Case(lambda: adamx.cautious_adamw(1e-3), floor=36),
+    "stable_adamw": Case(lambda: adamx.stable_adamw(1e-3), floor=36),
+    "adan": Case(lambda: adamx.adan(1e-3)),
+    "optax.adan": Case(lambda: optax.adan(1e-3), **PLAIN),
+    "lion": Case(lambda: adamx.lion(1e-4)),
+    "schedule_free_adamw": Case(lambda: adamx.schedule_free_adamw(1e-3)),
+    "bf16: adamw": Case(A, **HALF),
+    "bf16: optax.adamw": Case(lambda: optax.adamw(1e-3), **HALF, **PLAIN),
+    "bf16: stochastic rounding": Case(
+        A, **HALF, step=lambda tx: adamx.make_step(tx, rounding="stochastic")
+    ),
+    "bf16: clip and adamw": Case(clipped, reread=True, **HALF),
+    "bf16: optax: clip and adamw": Case(optax_clipped, reread=True, **HALF, **PLAIN),
+    "bf16: skip_nonfinite(adamw)": Case(lambda: GUARD(A()), reread=True, **HALF),
+    "bf16: masters": Case(lambda: M(A()), **HALF),
+    "bf16: masters, remainder8": Case(lambda: M(A(), "remainder8"), **HALF),
+    "bf16: masters, float32": Case(lambda: M(A(), "float32"), **HALF),
+    "bf16: masters and packed16": Case(lambda: M(A(moments="packed16")), **HALF),
+    "bf16: masters, remainder8 and packed8": Case(
+        lambda: M(A(moments="packed8"), "remainder8"), **HALF
+    ),
+    "bf16: masters(clip and adamw)": Case(lambda: M(clipped()), reread=True, **HALF),
+    "bf16: accumulate(masters), final step": Case(lambda: adamx.accumulate(M(A()), 4), **HALF),
+    "bf16: guard(masters(clip and packed8)), remainder8": Case(
+        lambda: GUARD(M(clipped(moments="packed8"), "remainder8")), reread=True, **HALF
+    ),
+}
