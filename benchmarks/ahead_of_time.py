@@ -1,21 +1,23 @@
 """Every kind of step compiled for a GPU and a TPU, without one: what its kernels move.
 
-    JAX_PLATFORMS=cpu python benchmarks/ahead_of_time.py [--only NAME ...] [--markdown FILE]
+    JAX_PLATFORMS=cpu python benchmarks/ahead_of_time.py [--markdown docs/accelerators.md]
 
-It needs `pip install 'adamx[accelerators]'`. Each step is that of one large array, and is compiled
-by the compilers of an H100 and of a TPU v5e. The floor is what any step has to move: parameters and
-slots read and written once, gradients read once, and once more where a norm or a guard has to know
-all of them before the first is used.
+It needs `pip install '.[accelerators,examples]'` and takes a minute or two. Each step is that of
+one large array, and is compiled by the compilers of an H100 and of a TPU v5e. The floor is what any
+step has to move: parameters and slots read and written once, gradients read once, and once more
+where a norm or a guard has to know all of them before the first is used.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU here to ask about
@@ -27,11 +29,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
+from report import Table
+from rich.console import Console
+from rich.progress import track
 
 import adamx
 from adamx.inspect.program import Program, read_program
 
-SIZE = 2**26  # a TPU keeps smaller arrays on its chip
+SIZE = 2**27  # of bytes at least: a TPU keeps smaller arrays on its chip, of 128 MiB
 DEVICES = ("H100", "TPU v5e")
 # what XLA's cost model asks about a card, from NVIDIA's data sheet and cudaDeviceProp
 H100 = """
@@ -67,15 +72,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 def missing() -> str:
     """Return which packages are not installed that the compilers need; "" if all are."""
-    needed = {"H100": "jax_plugins.xla_cuda12", "TPU v5e": "libtpu"}
-
-    def there(name: str) -> bool:
-        try:
-            return importlib.util.find_spec(name) is not None
-        except ModuleNotFoundError:
-            return False
-
-    return ", ".join(name for name in needed.values() if not there(name))
+    needed = ("jax_cuda12_plugin", "libtpu")
+    return ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
 
 
 @functools.cache
@@ -110,16 +108,13 @@ class Case:
         dtype: of parameters and gradients.
         reread: whether every gradient has to be known before the first is used.
         step: makes the step.
-        ours: whether it is adamx's.
-        between: compile the program between two full steps; for it `floor` is given.
-        floor: bytes a parameter; None counts them.
+        floor: bytes a parameter; None counts parameters, slots and gradients.
     """
 
     make: Callable[[], Any]
     dtype: Any = jnp.float32
     reread: bool = False
     step: Callable[[Any], Any] = adamx.make_step
-    between: bool = False
     floor: float | None = None
 
     def arguments(self, where: jax.Device) -> tuple[Any, ...]:
@@ -184,7 +179,7 @@ CASES = {
     ),
     "lamb": Case(lambda: adamx.lamb(1e-3), floor=40),
     "optax.lamb": Case(lambda: optax.lamb(1e-3), floor=40, **PLAIN),
-    "monitor, measuring step": Case(lambda: adamx.monitor(A(), 100), floor=28),
+    "monitor, measuring step": Case(lambda: adamx.monitor(A(), 100), floor=32),
     "cautious_adamw": Case(lambda: adamx.cautious_adamw(1e-3), floor=36),
     "stable_adamw": Case(lambda: adamx.stable_adamw(1e-3), floor=36),
     "adan": Case(lambda: adamx.adan(1e-3)),
@@ -212,3 +207,81 @@ CASES = {
         lambda: GUARD(M(clipped(moments="packed8"), "remainder8")), reread=True, **HALF
     ),
 }
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+COLUMNS = ("bytes", "kernels", "copies", "temporary")
+
+
+def cells(program: Program) -> list[str]:
+    """Return a program's figures under `COLUMNS`: bytes and temporary memory a parameter."""
+    return [
+        f"{program.bytes_per_param:.3g}",
+        str(program.large),
+        str(program.copies),
+        f"{round(program.temp_bytes / SIZE, 2):g}",
+    ]
+
+
+def table(dtype: Any, title: str) -> Table:
+    """Compile the steps of one dtype for every device."""
+    rows = []
+    for name, case in track(CASES.items(), title):
+        if case.dtype == dtype:
+            figures = (cell for where in DEVICES for cell in cells(case.read(where)))
+            rows.append([name, f"{case.least():g}", *figures])
+    columns = [f"{where}: {column}" for where in DEVICES for column in COLUMNS]
+    return Table(title, "", ["step", "floor", *columns], rows)
+
+
+NOTE = (
+    "Bytes and temporary memory are a parameter's, of a branch those of the side that moves most. "
+    "Kernels are those that read or write an array as large as the parameters, copies those of "
+    "such an array. Steps that are above the floor are listed in `tests/test_accelerators.py`, "
+    "with the reasons."
+)
+
+
+def page(tables: list[Table]) -> str:
+    """Return the report as a page."""
+    packages = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "optax")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return "\n".join(
+        [
+            "# Compiled for GPU and TPU",
+            "",
+            "Written by `python benchmarks/ahead_of_time.py --markdown docs/accelerators.md`, not "
+            f"by hand, with {versions}.",
+            "",
+            "No step was run, and no time measured: the compilers of an H100 and of a TPU v5e run "
+            f"on any machine. Each step is that of one array of {SIZE:,} parameters, compiled "
+            "ahead of time; its kernels' bytes are counted in the program's text. The floor is "
+            "what any step has to move: parameters and slots read and written once, gradients read "
+            "once, and once more where a norm or a guard has to know all of them first. "
+            "[`audit`](audit.md) does the same for a step of your own.",
+            "",
+            f"{NOTE}\n",
+            *(table.markdown() for table in tables),
+        ]
+    )
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--markdown", type=Path, help="write the page to this file too")
+    options = parser.parse_args()
+    if absent := missing():
+        parser.error(f"not installed: {absent}: pip install 'adamx[accelerators]'")
+    tables = [
+        table(jnp.float32, "float32 parameters"),
+        table(jnp.bfloat16, "bfloat16 parameters"),
+    ]
+    Console().print(*(found.rich() for found in tables))
+    if options.markdown:
+        options.markdown.write_text(page(tables))
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,7 @@ class Program:
             the side that moves most, of a loop those of its body, once.
         always: the same without branches, of which a usual step takes none.
         large: the number of kernels outside of branches that read or write an array as large as a
-            parameter.
+            parameter, without what a TPU moves to and from its chip in the background.
         copies: the number of `copy` instructions whose result is as large as a parameter.
         temp_bytes: memory beyond arguments and results.
     """
@@ -51,9 +51,9 @@ def read_program(compiled: jax.stages.Compiled, params: Any) -> Program:
         bytes_per_param=bytes_accessed(text) / sum(sizes),
         always=bytes_accessed(text, branches=False) / sum(sizes),
         large=sum(
-            any(array.elements in sizes for array in _touched(text, x))
+            any(array.elements in sizes and not array.on_chip for array in _touched(text, x))
             for x in kernels(text, branches=False)
-            if not x.opcode.endswith("-done")
+            if not x.opcode.endswith(("-start", "-done"))
         ),
         copies=sum(1 for _ in text.copies(set(sizes))),
         temp_bytes=memory.temp_size_in_bytes,
@@ -199,6 +199,8 @@ def _read_of(text: Text, x: Instruction, position: int, whole: int) -> int:
     """Return how much of an operand an instruction reads, if it takes parts of it only."""
     if position == 0 and x.opcode in _PARTS:
         return x.bytes
+    if x.opcode == "slice-start":
+        return x.arrays[1].bytes  # after the operand, which the tuple holds too
     if position == 0 and x.opcode == "dynamic-update-slice":
         return 0  # in place
     if x.opcode != "fusion":

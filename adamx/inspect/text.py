@@ -175,10 +175,14 @@ class Text:
             self.results = [(last.name, None)]
 
     def copies(self, sizes: set[int]) -> Iterator[Instruction]:
-        """Yield the copies of one of these sizes, including asynchronous ones."""
+        """Yield the copies of one of these sizes, including asynchronous ones.
+
+        What a TPU fetches to its chip, and brings back, is no copy.
+        """
         for x in self.instructions.values():
             if x.opcode in ("copy", "copy-start") and x.elements in sizes:
-                yield x
+                if not any(array.on_chip for array in x.arrays):
+                    yield x
 
     def source(self, x: Instruction) -> int | None:
         """Return the number of the copied argument, None if the copy is not of an argument."""
