@@ -32,8 +32,6 @@ pytestmark = [
 
 # bytes a parameter, kernels, copies and temporary bytes a parameter above the floor, and why
 ABOVE = {
-    ("adan", "H100"): (48, 2, 1, 0, "a slot is the bare gradient, which XLA copies; Optax too"),
-    ("adan", "TPU v5e"): (48, 2, 1, 0, "the same"),
     ("cautious_adamw", "H100"): (38, 2, 0, 1, "the mask waits for its mean, a byte a parameter"),
     ("cautious_adamw", "TPU v5e"): (38, 2, 0, 1, "the same"),
     ("monitor, measuring step", "H100"): (60, 2, 1, 8, "its statistics are in a branch"),
