@@ -202,6 +202,7 @@ CASES = {
         lambda: M(A(moments="packed8"), "remainder8"), **HALF
     ),
     "bf16: masters(clip and adamw)": Case(lambda: M(clipped()), reread=True, **HALF),
+    "bf16: masters(lamb)": Case(lambda: M(adamx.lamb(1e-3)), floor=38, **HALF),
     "bf16: accumulate(masters), final step": Case(lambda: adamx.accumulate(M(A()), 4), **HALF),
     "bf16: guard(masters(clip and packed8)), remainder8": Case(
         lambda: GUARD(M(clipped(moments="packed8"), "remainder8")), reread=True, **HALF
@@ -211,6 +212,7 @@ CASES = {
 
 # ---------------------------------------------------------------------------------------- the page
 
+WEIGHS = "xla_tpu_use_bundle_aware_cost_model_for_fusions"
 COLUMNS = ("bytes", "kernels", "copies", "temporary")
 
 
@@ -241,6 +243,12 @@ NOTE = (
     "such an array. Steps that are above the floor are listed in `tests/test_accelerators.py`, "
     "with the reasons."
 )
+OTHER_TPUS = (
+    "On TPU v4, v5p and v6e, masters with a remainder are two kernels (36 bytes a parameter "
+    "instead of 26, and 4 of temporary memory) unless XLA weighs kernels as on a v5e. Set "
+    f"`LIBTPU_INIT_ARGS=--{WEIGHS}=true` before JAX starts, or pass "
+    f'`compiler_options={{"{WEIGHS}": "true"}}` to `jax.jit`: then they are one.'
+)
 
 
 def page(tables: list[Table]) -> str:
@@ -262,6 +270,7 @@ def page(tables: list[Table]) -> str:
             "[`audit`](audit.md) does the same for a step of your own.",
             "",
             f"{NOTE}\n",
+            f"{OTHER_TPUS}\n",
             *(table.markdown() for table in tables),
         ]
     )

@@ -34,6 +34,8 @@ pytestmark = [
 ABOVE = {
     ("cautious_adamw", "H100"): (38, 2, 0, 1, "the mask waits for its mean, a byte a parameter"),
     ("cautious_adamw", "TPU v5e"): (38, 2, 0, 1, "the same"),
+    ("bf16: masters(lamb)", "H100"): (38, 2, 0, 4, "the update in float32 waits for its norm"),
+    ("bf16: masters(lamb)", "TPU v5e"): (38, 2, 0, 4, "the same"),
     ("monitor, measuring step", "H100"): (60, 2, 1, 8, "its statistics are in a branch"),
     ("monitor, measuring step", "TPU v5e"): (60, 2, 1, 8, "the same"),
 }
@@ -83,6 +85,21 @@ def test_a_step_moves_what_it_must(name, where):
     start = 1 + ahead.DEVICES.index(where) * len(ahead.COLUMNS)
     there = on_the_page()[name][start : start + len(ahead.COLUMNS)]
     assert ahead.cells(program) == there, "run benchmarks/ahead_of_time.py anew"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2"])
+def test_masters_are_one_kernel_on_other_tpus_with_the_option_that_the_page_names(topology):
+    tpu = ahead.topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    case = ahead.CASES["bf16: masters"]
+    arguments = case.arguments(tpu)
+    lowered = case.step(case.make()).lower(*arguments)
+    without = ahead.read_program(lowered.compile(), arguments[0])
+    assert (round(without.bytes_per_param, 2), without.large) == (36, 2)
+    chosen = lowered.compile(compiler_options={ahead.WEIGHS: "true"})
+    program = ahead.read_program(chosen, arguments[0])
+    assert (round(program.bytes_per_param, 2), program.large) == (26, 1)
+    assert ahead.OTHER_TPUS in (ROOT / "docs" / "accelerators.md").read_text()
 
 
 def test_every_step_is_on_the_page():
