@@ -148,12 +148,11 @@ def around(settings: Settings, meter: Meter) -> list[Table]:
             Table(
                 f"Around AdamW's step: {what}",
                 "In place, gradients of ordinary size; the multiples are of adamx's AdamW alone. "
-                "bytes/param: read and written in every step; with branches: XLA's count, which "
-                "adds both sides of the branch that scales a norm or looks for an infinity. "
-                "micro-step and final step are the two programs of `make_step` for `accumulate`; "
-                f"{EVERY} gradients make a step. The step between and the measuring step are its "
-                "two programs for `monitor`, with a group for each array; the measuring step takes "
-                "its branch: its bytes are those with branches.",
+                "bytes/param: read and written in every step; with branches: those of a branch "
+                "too, by the side that moves most. micro-step and final step are the two programs "
+                f"of `make_step` for `accumulate`; {EVERY} gradients make a step. The step between "
+                "and the measuring step are its two programs for `monitor`, with a group for each "
+                "array; the measuring step takes its branch: its bytes are those with branches.",
                 ["float32", "ms", "/ adamw alone", "bytes/param", "with branches", "copies", "bar"],
                 rows,
             )

@@ -111,7 +111,6 @@ def cost(name: str, settings: Settings) -> Row:
         name,
         ", ".join(slots) or "-",
         f"{round(kept / size, 3):.3g}",
-        f"{program.always:.3g}",
         f"{program.bytes_per_param:.3g}",
         str(program.copies),
     ]
@@ -262,12 +261,8 @@ def report(settings: Settings, progress: Progress) -> Iterator[Table]:
         "Memory and traffic",
         "Bytes a float32 parameter, of the state and of the reads and writes of the kernels of the "
         f"in-place step, for one matrix of {settings.side} x {settings.side}; `copy` instructions "
-        "as large as the matrix. XLA's count includes conditional branches that do not run: LAMB "
-        "has one for norms that leave the range of float32.",
-        [
-            *("", "slots as large as the parameter", "bytes kept", "bytes moved"),
-            *("by XLA's count", "copies"),
-        ],
+        "as large as the matrix.",
+        ["", "slots as large as the parameter", "bytes kept", "bytes moved", "copies"],
         rows("programs", cost),
     )
     yield Table(

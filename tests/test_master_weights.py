@@ -93,6 +93,14 @@ def test_one_byte_of_remainder_rounds_to_24_bits_without_bias():
     assert abs((back > 1).mean() - share) < 5 * np.sqrt(share * (1 - share) / x.size)
 
 
+@pytest.mark.parametrize("bits", [0x7F800001, 0xFF8000FF, 0x7FC00000, 0xFFFFFFFF])
+def test_a_nan_stays_one_whatever_its_bits(bits):
+    """The payload of the first two would be cut off: they would be infinity."""
+    x = jnp.array([bits], jnp.uint32).view(jnp.float32)
+    for high, rest in (split(x), split8(x, jnp.array([0], jnp.uint32))):
+        assert jnp.isnan(high).all() and jnp.isnan(join(high, rest)).all()
+
+
 # ---------------------------------------------------------------------------------- the trajectory
 
 

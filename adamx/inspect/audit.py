@@ -16,7 +16,8 @@ from typing import Any
 import jax
 
 from adamx.inspect.carried import Array, carry, read_arguments, read_results
-from adamx.inspect.program import Instruction, Text
+from adamx.inspect.program import bytes_accessed
+from adamx.inspect.text import Instruction, Text
 
 _SMALL = 100  # an argument smaller by this factor than all carried arrays need not be donated
 _NAMES = ("params", "model", "weights")
@@ -61,8 +62,8 @@ class Audit:
         donated: the number of donated arrays, without scalars.
         in_place: how many of them hold the result that replaces them.
         copies: the copies of arrays as large as one that is carried on, without scalars.
-        bytes_accessed: the bytes that the program reads and writes, by XLA's own count: both sides
-            of a branch, and a loop's body once. None if the backend does not report it.
+        bytes_accessed: the bytes that the program's kernels read and write in the device's memory:
+            of a branch the side that moves most, and a loop's body once.
         floor_bytes: the bytes of every array argument that the program reads and of every result;
             an array that is updated in place counts twice, one that is handed through in place not
             at all. The forward and backward pass of a model are not included.
@@ -87,7 +88,7 @@ class Audit:
     donated: int
     in_place: int
     copies: tuple[Copy, ...]
-    bytes_accessed: int | None
+    bytes_accessed: int
     floor_bytes: int
     temp_bytes: int | None
     params: tuple[str, int] | None
@@ -125,7 +126,7 @@ class Audit:
         return "\n".join(rows)
 
 
-def audit(step: Any, *args: Any, **kwargs: Any) -> Audit:
+def audit(step: Any, *args: Any, device: Any = None, **kwargs: Any) -> Audit:
     """Compile a train step, and report whether it is in place and what to change.
 
     The step does not run, and nothing is allocated beyond the program. Compiling takes as long as
@@ -140,6 +141,11 @@ def audit(step: Any, *args: Any, **kwargs: Any) -> Audit:
             further arguments.
         *args: the step's arguments, or their shapes (`jax.ShapeDtypeStruct`, with shardings if
             there are several devices). `eqx.filter_jit` needs arrays.
+        device: compile the step for this device, which need not be there: one of
+            `jax.experimental.topologies.get_topology_desc(...).devices`. Only the shapes of the
+            arguments count then, so that it does not work with `eqx.filter_jit`. None compiles for
+            the devices of the arguments; for several devices of a topology, give shapes with
+            shardings over a mesh of them.
         **kwargs: the step's keyword arguments, likewise.
 
     Returns:
@@ -148,7 +154,8 @@ def audit(step: Any, *args: Any, **kwargs: Any) -> Audit:
         names the one that `make_step(tx).lower` chooses.
 
     Raises:
-        TypeError: if `step` is not jitted, or is compiled already and there are arguments.
+        TypeError: if `step` is not jitted, or is compiled already and there are arguments or a
+            device; if `device` is not a device.
 
     Example:
         The gradients come first, and the new parameters get the memory of `mu`:
@@ -166,6 +173,8 @@ def audit(step: Any, *args: Any, **kwargs: Any) -> Audit:
         >>> audit(adamx.make_step(tx), w, state, w).ok
         True
     """
+    if device is not None:
+        args, kwargs = _placed((args, kwargs), step, device)
     lowered, compiled = _compiled(step, args, kwargs)
     text = Text(compiled.as_text() or "")
     arguments = read_arguments(lowered, compiled, text)
@@ -173,7 +182,6 @@ def audit(step: Any, *args: Any, **kwargs: Any) -> Audit:
     carried = carry(arguments, results, text)
     by_number = {x.number: x for x in arguments if x.number is not None}
     placed = {by_number[i].place: j for i, j in text.aliases.items() if i in by_number}
-    cost: Any = compiled.cost_analysis() or {}
     memory: Any = compiled.memory_analysis()
     devices = {d for x in results if x.sharding is not None for d in x.sharding.device_set}
     return Audit(
@@ -186,7 +194,7 @@ def audit(step: Any, *args: Any, **kwargs: Any) -> Audit:
             for place, j in placed.items()
         ),
         copies=_copies(text, by_number, results, carried),
-        bytes_accessed=int(cost["bytes accessed"]) if "bytes accessed" in cost else None,
+        bytes_accessed=bytes_accessed(text),
         floor_bytes=_floor(text, by_number, placed),
         temp_bytes=memory.temp_size_in_bytes if memory else None,
         params=_params(text, arguments, carried),
@@ -195,6 +203,29 @@ def audit(step: Any, *args: Any, **kwargs: Any) -> Audit:
 
 
 # ------------------------------------------------------------------------------------ the program
+
+
+def _placed(arguments: Any, step: Any, device: Any) -> Any:
+    """Return the shapes of the arguments on a device."""
+    if not isinstance(device, jax.Device):
+        raise TypeError(
+            "audit: device must be a jax.Device, such as jax.experimental.topologies."
+            f'get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0], got {device!r}'
+        )
+    if isinstance(step, jax.stages.Lowered | jax.stages.Compiled):
+        raise TypeError(
+            "audit: step is already lowered or compiled for its devices, so there must be no "
+            "device: give the jitted function and its arguments"
+        )
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def place(x: Any) -> Any:
+        if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+            return x
+        weak = getattr(x, "weak_type", False)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=weak)
+
+    return jax.tree.map(place, arguments)
 
 
 def _compiled(step: Any, args: Any, kwargs: Any) -> tuple[Any, jax.stages.Compiled]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from adamx.inspect.program import Text
+from adamx.inspect.text import Text
 
 _NEAR = 2  # operations between an array and its successor: w + u, b * m + (1 - b) * g
 

@@ -1,47 +1,24 @@
-"""Reading the text of XLA's compiled programs, for this package and its tests.
+"""What a compiled program reads and writes, copies and starts, in numbers.
 
-The text lists the program's computations, one of them the entry; each is a list of instructions
-
-    %name = f32[4,8]{1,0} opcode(%operand, ...), attributes
-
-and the first line says which result is written over which argument: `input_output_alias`.
-The format is XLA's: https://openxla.org/xla/operation_semantics
+Everything is counted from the program's text, in one way for CPU, GPU and TPU. A kernel, which is
+an instruction or a fusion of many, reads each of its operands once and writes each of its results.
+XLA has a count of its own: on GPU it is missing, on TPU it includes what stays on the chip.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import heapq
-import math
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-_INSTRUCTION = re.compile(r"\s*(ROOT )?%(\S+) = (.+?) ([a-z][\w-]*)\((.*?)\)(.*)")
-_COMPUTATION = re.compile(r"\s*(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_NAME = re.compile(r"%([\w.\-]+)")
-_ARRAY = re.compile(r"([a-z]+\d*)[a-z0-9]*\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|computation|computations)=(?:\{([^}]*)\}|(%[\w.\-]+))"
-)
-_ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{\d*\}, \w+-alias\)")
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "conditional"}
+from adamx.inspect.text import Instruction, Text
 
-_SAME = {"bitcast", "bitcast-convert", "copy", "copy-start", "copy-done", "convert", "reshape"}
-_SAME |= {"reduce-precision", "optimization-barrier"}
-_MOVED = {"all-gather", "all-gather-start", "all-gather-done", "dynamic-slice"}
-_FIRST = {"dynamic-update-slice", "scatter"}
-_ELEMENTWISE = {"add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "clamp"}
-_ELEMENTWISE |= {"negate", "abs", "sign", "sqrt", "rsqrt", "exponential", "log", "tanh"}
-_ELEMENTWISE |= {"and", "or", "xor", "not", "shift-left", "shift-right-logical", "broadcast"}
-_ELEMENTWISE |= {"shift-right-arithmetic", "floor", "ceil", "round-nearest-even"}
-_ELEMENTWISE |= {"round-nearest-afz", "exponential-minus-one", "log-plus-one", "cbrt", "remainder"}
-
-
-# ------------------------------------------------------------------------------------ in one number
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+_FREE |= {"optimization-barrier", "opt-barrier", "partition-id", "replica-id", "add-dependency"}
+_RUNS = {"call", "while", "conditional"}
+_PARTS = {"dynamic-slice", "slice", "gather"}  # they read of their first operand what they return
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +26,18 @@ class Program:
     """A compiled program in numbers.
 
     Attributes:
-        bytes_per_param: bytes that its kernels read and write, by XLA's count, per parameter.
-        always: the same without branches, of which a usual step takes none: bytes of the arguments
-            and results of the instructions outside them, per parameter.
+        bytes_per_param: bytes that its kernels read and write, per parameter: of a branch those of
+            the side that moves most, of a loop those of its body, once.
+        always: the same without branches, of which a usual step takes none.
+        large: the number of kernels outside of branches that read or write an array as large as a
+            parameter, without what a TPU moves to and from its chip in the background.
         copies: the number of `copy` instructions whose result is as large as a parameter.
         temp_bytes: memory beyond arguments and results.
     """
 
     bytes_per_param: float
     always: float
+    large: int
     copies: int
     temp_bytes: int
 
@@ -65,45 +45,101 @@ class Program:
 def read_program(compiled: jax.stages.Compiled, params: Any) -> Program:
     """Read a compiled program that works on a tree of parameters, or on their shapes."""
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-    cost: Any = compiled.cost_analysis()
+    text = Text(compiled.as_text() or "")
     memory: Any = compiled.memory_analysis()
     return Program(
-        bytes_per_param=cost["bytes accessed"] / sum(sizes),
-        always=bytes_outside_branches(compiled.as_text() or "") / sum(sizes),
-        copies=count_copies(compiled.as_text() or "", set(sizes)),
+        bytes_per_param=bytes_accessed(text) / sum(sizes),
+        always=bytes_accessed(text, branches=False) / sum(sizes),
+        large=sum(
+            any(array.elements in sizes and not array.on_chip for array in _touched(text, x))
+            for x in kernels(text, branches=False)
+            if not x.opcode.endswith(("-start", "-done"))
+        ),
+        copies=sum(1 for _ in text.copies(set(sizes))),
         temp_bytes=memory.temp_size_in_bytes,
     )
 
 
-def bytes_outside_branches(hlo: str) -> int:
-    """Return the bytes that the instructions of a program's entry read and write.
+def kernels(text: Text, branches: bool = True) -> Iterator[Instruction]:
+    """Yield the instructions that move something: a fusion is one, whatever it contains.
 
-    XLA's own count includes both sides of every conditional. Here neither a conditional counts nor
-    an instruction that moves nothing.
+    These are the instructions of the entry and of the computations that it calls, loops over or
+    branches into, except those that move nothing. The two halves of an asynchronous one are two.
+
+    Args:
+        text: of the program.
+        branches: whether to go into the sides of conditionals.
 
     Example:
-        >>> hlo = '''
-        ... %branch (x: f32[8]) -> f32[] {
-        ...   ROOT %r = f32[] reduce(%x, %zero)
+        >>> text = Text('''
+        ... %fused (x: f32[8]) -> f32[8] {
+        ...   %x = f32[8]{0} parameter(0)
+        ...   ROOT %n = f32[8]{0} negate(%x)
         ... }
-        ... ENTRY %main (g: f32[8], p: bf16[2,2]) -> f32[8] {
+        ... %wrapped (y: f32[8]) -> f32[8] {
+        ...   %y = f32[8]{0} parameter(0)
+        ...   ROOT %f = f32[8]{0} fusion(%y), kind=kLoop, calls=%fused
+        ... }
+        ... ENTRY %main (g: f32[8]) -> (f32[8], f32[8]) {
         ...   %g = f32[8]{0} parameter(0)
-        ...   %p = bf16[2,2]{1,0} parameter(1)
-        ...   %c.1 = (f32[]) conditional(%s, %g, %g), branch_computations={%branch, %branch}
-        ...   ROOT %fusion = f32[8]{0} fusion(%g, %p), kind=kLoop
+        ...   %a = f32[8]{0} call(%g), to_apply=%wrapped
+        ...   %c = f32[8]{0} copy(%a)
+        ...   ROOT %t = (f32[8]{0}, f32[8]{0}) tuple(%a, %c)
         ... }
-        ... '''
-        >>> bytes_outside_branches(hlo)
-        72
+        ... ''')
+        >>> [x.opcode for x in kernels(text)]
+        ['fusion', 'copy']
     """
-    text = Text(hlo)
-    arrays = [x for x in text.instructions.values() if x.in_entry and not x.shape.startswith("(")]
-    size = {x.name: x.bytes for x in arrays}
-    return sum(
-        size[x.name] + sum(size.get(operand, 0) for operand in x.operands)
-        for x in arrays
-        if x.opcode not in _FREE
-    )
+
+    def inside(computation: str) -> Iterator[Instruction]:
+        for x in text.computations.get(computation, ()):
+            if x.opcode in _RUNS:
+                for called in x.called if branches or x.opcode != "conditional" else ():
+                    yield from inside(called)
+            elif x.opcode not in _FREE:
+                yield x
+
+    yield from inside(text.entry)
+
+
+def bytes_accessed(text: Text, branches: bool = True) -> int:
+    """Return the bytes that a program's kernels read and write in the device's memory.
+
+    Args:
+        text: of the program.
+        branches: whether to count conditionals, by the side that moves most.
+
+    Example:
+        The fusion reads 32 bytes and 16, and writes 32 and, on the chip, 8 that do not count:
+
+        >>> text = Text('''
+        ... %branch (x: f32[8]) -> f32[] {
+        ...   %x = f32[8] parameter(0)
+        ...   ROOT %r = f32[] negate(%x)
+        ... }
+        ... ENTRY %main (g: f32[8], p: bf16[2,4]) -> f32[8] {
+        ...   %g = f32[8]{0} parameter(0)
+        ...   %p = bf16[2,4]{1,0} parameter(1)
+        ...   %c = (f32[]) conditional(%s, %g, %g), branch_computations={%branch, %branch}
+        ...   %two = (f32[8]{0:T(128)}, f32[2]{0:T(128)S(1)}) fusion(%g, %p), kind=kLoop
+        ...   ROOT %first = f32[8]{0} get-tuple-element(%two), index=0
+        ... }
+        ... ''')
+        >>> bytes_accessed(text, branches=False), bytes_accessed(text)
+        (80, 116)
+    """
+
+    def moved(computation: str) -> int:
+        return sum(map(moved_by, text.computations.get(computation, ())))
+
+    def moved_by(x: Instruction) -> int:
+        if x.opcode == "conditional":
+            return max(map(moved, x.called)) if branches and x.called else 0
+        if x.opcode in _RUNS:
+            return sum(map(moved, x.called))
+        return 0 if x.opcode in _FREE else sum(_read(text, x)) + sum(_written(text, x))
+
+    return moved(text.entry)
 
 
 def count_copies(hlo: str, sizes: set[int]) -> int:
@@ -124,244 +160,69 @@ def count_copies(hlo: str, sizes: set[int]) -> int:
 
 
 def count_kernels(hlo: str) -> tuple[int, int]:
-    """Return how many kernels a program starts, and how many of them are fusions.
-
-    These are the instructions of the entry and of the computations that it calls, loops over or
-    branches into, except those that move nothing. A fusion is one kernel, whatever it contains.
-
-    Example:
-        >>> hlo = '''
-        ... %fused (x: f32[8]) -> f32[8] {
-        ...   %x = f32[8]{0} parameter(0)
-        ...   ROOT %n = f32[8]{0} negate(%x)
-        ... }
-        ... %wrapped (y: f32[8]) -> f32[8] {
-        ...   %y = f32[8]{0} parameter(0)
-        ...   ROOT %f = f32[8]{0} fusion(%y), kind=kLoop, calls=%fused
-        ... }
-        ... ENTRY %main (g: f32[8]) -> (f32[8], f32[8]) {
-        ...   %g = f32[8]{0} parameter(0)
-        ...   %a = f32[8]{0} call(%g), to_apply=%wrapped
-        ...   %b = (f32[8]{0}, f32[]) fusion(%a), kind=kLoop, calls=%fused.1
-        ...   %c = f32[8]{0} copy(%a)
-        ...   ROOT %t = (f32[8]{0}, f32[8]{0}) tuple(%a, %c)
-        ... }
-        ... '''
-        >>> count_kernels(hlo)
-        (3, 2)
-    """
-    bodies: dict[str, list[Instruction]] = {}
-    for x in Text(hlo).instructions.values():
-        bodies.setdefault(x.computation, []).append(x)
-
-    def kernels(computation: str) -> Iterator[Instruction]:
-        for x in bodies.get(computation, ()):
-            if x.opcode in ("call", "while", "conditional"):
-                for called in _called(x.attributes):
-                    yield from kernels(called)
-            elif x.opcode not in _FREE:
-                yield x
-
-    found = [x for name, body in bodies.items() if body[0].in_entry for x in kernels(name)]
+    """Return how many kernels a program starts, and how many of them are fusions."""
+    found = [x for x in kernels(Text(hlo)) if not x.opcode.endswith("-done")]
     return len(found), sum(x.opcode == "fusion" for x in found)
 
 
-# ------------------------------------------------------------------------------- line by line
+# ------------------------------------------------------------------------------------- one kernel
+#
+# An asynchronous instruction reads where it starts, and writes where it is done.
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a program.
-
-    Attributes:
-        name: unique in the program.
-        shape: its result's shape as written: "f32[4,8]{1,0}", or a tuple of such in parentheses.
-        opcode: its operation: "copy", "fusion", "parameter".
-        operands: names of the instructions whose results it takes.
-        computation: the name of the list that it is in.
-        in_entry: whether that is the program's entry.
-        attributes: the text after the operands, up to the metadata.
-        label: the operation in the source; for an argument its path.
-        literal: the text between the parentheses, which is a number for "parameter".
-    """
-
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    computation: str
-    in_entry: bool
-    attributes: str
-    label: str
-    literal: str
-
-    @functools.cached_property
-    def elements(self) -> int:
-        """The number of elements of its result, or of its first result."""
-        found = _ARRAY.search(self.shape)
-        return _elements(found[2]) if found else 0
-
-    @property
-    def bytes(self) -> int:
-        """The bytes of its results."""
-        return sum(_bytes(*array) for array in _ARRAY.findall(self.shape))
-
-    @property
-    def array(self) -> str:
-        """Dtype and shape of its result, or of its first result: "f32[4,8]"."""
-        found = _ARRAY.search(self.shape)
-        return found[0] if found else self.shape
-
-
-def _elements(dims: str) -> int:
-    return math.prod(map(int, filter(None, dims.split(","))))
-
-
-def _bytes(dtype: str, dims: str) -> int:
-    bits = int("".join(filter(str.isdigit, dtype)) or 8)  # "pred" is a byte
-    return _elements(dims) * bits // 8
-
-
-Value = tuple[str, int | None]
-"""A result: the instruction's name, and an index if it has several results."""
-
-
-class Text:
-    """The text of a program, taken apart.
-
-    Attributes:
-        instructions: by name.
-        aliases: by the number of an argument, the number of the result that is written over it.
-        parameters: the instructions of the arguments, by number.
-        results: the program's results, in order.
-    """
-
-    def __init__(self, hlo: str) -> None:
-        """Take the text of an optimized program apart."""
-        self.name = hlo.split(",", 1)[0].removeprefix("HloModule ") if hlo else ""
-        self.instructions: dict[str, Instruction] = {}
-        self._roots: dict[str, str] = {}
-        self._callers: dict[str, list[str]] = {}
-        computation, in_entry = "", False
-        for line in hlo.splitlines():
-            if found := _INSTRUCTION.match(line):
-                root, name, shape, opcode, literal, rest = found.groups()
-                attributes, _, metadata = rest.partition("metadata=")
-                label = metadata.partition('op_name="')[2].partition('"')[0].replace("\\'", "'")
-                operands = tuple(_NAME.findall(literal))
-                self.instructions[name] = Instruction(
-                    name, shape, opcode, operands, computation, in_entry, attributes, label, literal
-                )
-                if root:
-                    self._roots[computation] = name
-                for called in _called(attributes):
-                    self._callers.setdefault(called, []).append(name)
-            elif found := _COMPUTATION.match(line):
-                computation, in_entry = found[2], bool(found[1])
-        alias = hlo[: hlo.find("\n")].partition("input_output_alias={")[2]
-        self.aliases = {int(i): int(j or 0) for j, i in _ALIAS.findall(alias)}
-        entry = [x for x in self.instructions.values() if x.in_entry]
-        self.parameters = {int(x.literal): x for x in entry if x.opcode == "parameter"}
-        last = next((x for x in entry if self._roots.get(x.computation) == x.name), None)
-        self.results: list[Value] = []
-        if last and last.opcode == "tuple":
-            self.results = [(name, None) for name in last.operands]
-        elif last and last.shape.startswith("("):
-            self.results = [(last.name, i) for i in range(len(_ARRAY.findall(last.shape)))]
-        elif last:
-            self.results = [(last.name, None)]
-
-    def copies(self, sizes: set[int]) -> Iterator[Instruction]:
-        """Yield the copies of one of these sizes, including asynchronous ones."""
-        for x in self.instructions.values():
-            if x.opcode in ("copy", "copy-start") and x.elements in sizes:
-                yield x
-
-    def source(self, x: Instruction) -> int | None:
-        """Return the number of the copied argument, None if the copy is not of an argument."""
-        free = _SAME - {"convert", "bitcast-convert", "reduce-precision"}
-        return next((number for number, _ in self._reach((x.name, None), free, set())), None)
-
-    def sources(self, result: int) -> dict[int, int]:
-        """Return the arguments from which a result is computed elementwise.
-
-        Returns:
-            For each such argument its number, and the number of operations between the two: 0 for
-            an argument that is handed through, converted, copied or moved to other devices, 1 for w
-            in w + u and in w - u, where u counts 2 for its sign.
-        """
-        return dict(self._reach(self.results[result], _SAME | _MOVED, _ELEMENTWISE))
-
-    def _reach(self, start: Value, free: set[str], counted: set[str]) -> Iterator[tuple[int, int]]:
-        """Yield the arguments from which a value is computed, nearest first, with the distance."""
-        queue: list[tuple[int, int, Value]] = [(0, 0, start)]
-        seen: set[Value] = set()
-        pushed = 0
-        while queue:
-            distance, _, value = heapq.heappop(queue)
-            if value in seen or value[0] not in self.instructions:
-                continue
-            seen.add(value)
-            x = self.instructions[value[0]]
-            if x.opcode == "parameter" and x.in_entry:
-                yield int(x.literal), distance
-            for cost, before in self._before(x, value[1], free, counted):
-                pushed += 1
-                heapq.heappush(queue, (distance + cost, pushed, before))
-
-    def _before(
-        self, x: Instruction, index: int | None, free: set[str], counted: set[str]
-    ) -> Iterable[tuple[int, Value]]:
-        """Return the values from which a result of an instruction is computed, with the cost."""
-        if x.opcode == "parameter":
-            return [(0, (up, index)) for up in self._above(x)]
-        if x.opcode == "get-tuple-element":
-            return [(0, (x.operands[0], int(x.attributes.partition("index=")[2].split(",")[0])))]
-        if x.opcode == "tuple":
-            return [(0, (x.operands[index or 0], None))]
-        if x.opcode == "while":
-            return [(0, (x.operands[0], index))]
-        if called := _called(x.attributes) if x.opcode in _CALLS else []:
-            return [(0, (self._roots[name], index)) for name in called if name in self._roots]
-        if x.opcode in free:
-            return [(0, (x.operands[0], index if x.opcode == "optimization-barrier" else None))]
-        if not counted:
-            return []
-        if x.opcode == "select":
-            return [(0, (name, None)) for name in x.operands[1:]]
-        if x.opcode in _FIRST:
-            return [(1, (x.operands[0], None))]
-        if x.opcode in counted:
-            scalar = {name for name in x.operands if self._elements_of(name) == 1}
-            costs = (0,) if x.opcode == "broadcast" else (1, 2 if x.opcode == "subtract" else 1, 1)
-            return [
-                (cost, (name, None))
-                for cost, name in zip(costs, x.operands, strict=False)
-                if name not in scalar or x.elements == 1
-            ]
+def _operands(text: Text, x: Instruction) -> list[tuple[int, Instruction]]:
+    """Return the instructions whose arrays it takes, each once, with their first position."""
+    if x.opcode.endswith("-done"):
         return []
-
-    def _above(self, x: Instruction) -> Iterator[str]:
-        """Yield the operands passed as a computation's parameter, one for each caller."""
-        for name in self._callers.get(x.computation, ()):
-            caller, number = self.instructions[name], int(x.literal)
-            if caller.opcode == "conditional":
-                number = 1 + _called(caller.attributes).index(x.computation)
-            if caller.opcode in _CALLS and number < len(caller.operands):
-                yield caller.operands[number]
-
-    def bytes_of(self, value: Value) -> int:
-        """Return the bytes of a result."""
-        arrays = _ARRAY.findall(self.instructions[value[0]].shape)
-        return sum(_bytes(*array) for array in (arrays if value[1] is None else [arrays[value[1]]]))
-
-    def _elements_of(self, name: str) -> int:
-        return self.instructions[name].elements if name in self.instructions else 0
+    names = dict.fromkeys(x.operands)
+    found = [
+        (x.operands.index(name), text.instructions[name])
+        for name in names
+        if name in text.instructions
+    ]
+    return [(i, y) for i, y in found if not y.shape.startswith("(")]
 
 
-_CALLS = {"fusion", "call", "conditional"}
+def _touched(text: Text, x: Instruction) -> list[Any]:
+    """Return the arrays that it takes and makes."""
+    return [*x.arrays, *(array for _, y in _operands(text, x) for array in y.arrays)]
 
 
-def _called(attributes: str) -> list[str]:
-    """Return the computations that an instruction calls, in order."""
-    return [name for many in _CALLED.findall(attributes) for name in _NAME.findall("".join(many))]
+def _read(text: Text, x: Instruction) -> Iterator[int]:
+    """Yield the bytes that it reads of each operand."""
+    for position, y in _operands(text, x):
+        if not y.arrays[0].on_chip:
+            yield min(_read_of(text, x, position, y.bytes), y.bytes)
+
+
+def _read_of(text: Text, x: Instruction, position: int, whole: int) -> int:
+    """Return how much of an operand an instruction reads, if it takes parts of it only."""
+    if position == 0 and x.opcode in _PARTS:
+        return x.bytes
+    if x.opcode == "slice-start":
+        return x.arrays[1].bytes  # after the operand, which the tuple holds too
+    if position == 0 and x.opcode == "dynamic-update-slice":
+        return 0  # in place
+    if x.opcode != "fusion":
+        return whole
+    inside = [y for name in x.called for y in text.computations.get(name, ())]
+    inner = [y for y in inside if y.opcode == "parameter" and y.literal == str(position)]
+    users = [(y, i) for y in inside for i, name in enumerate(y.operands) if name == inner[0].name]
+    return sum(_read_of(text, y, i, whole) for y, i in users) if users else whole
+
+
+def _written(text: Text, x: Instruction) -> Iterator[int]:
+    """Yield the bytes that it writes of each result."""
+    if x.opcode.endswith("-start"):
+        return
+    parts = [x]
+    if x.opcode == "fusion" and x.called and (root := text.roots.get(x.called[0])):
+        names = root.operands if root.opcode == "tuple" else (root.name,)
+        parts = [text.instructions[name] for name in names]
+    if len(parts) != len(x.arrays):
+        parts = [x] * len(x.arrays)
+    for part, array in zip(parts, x.arrays, strict=True):
+        if not array.on_chip:
+            updates = part.opcode == "dynamic-update-slice"
+            update = text.instructions.get(part.operands[1]) if updates else None
+            yield update.bytes if update else array.bytes

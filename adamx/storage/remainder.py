@@ -1,7 +1,7 @@
 """A float32 number as a bfloat16 and a remainder: exactly, in 2 + 2 bytes.
 
-    high = (bits + 0x8000) >> 16        the nearest bfloat16, ties away from zero
-    rest = bits - (high << 16)          from -2^15 to 2^15 - 1: an int16
+    rest = bits mod 2^16                from -2^15 to 2^15 - 1: the low half, read as an int16
+    high = (bits - rest) >> 16          the nearest bfloat16, ties away from zero
     bits = (high << 16) + rest
 
 With ties to even it could not be exact: 65537 float32 numbers round to the bfloat16 0x3f80, one
@@ -19,6 +19,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from adamx.core.rounding import INFINITY, SIGN, add_noise, bits_of, from_bits
 
@@ -41,11 +42,7 @@ def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         >>> join(high, rest)
         Array([1.   , 1.001], dtype=float32)
     """
-    bits = _limited(bits_of(x), _LARGEST)
-    bits = jnp.where(jnp.isnan(x), INFINITY | np.uint32(0x00400000), bits)
-    high = (bits + np.uint32(0x8000)) >> 16
-    rest = (bits - (high << 16)).astype(jnp.int32).astype(jnp.int16)
-    return from_bits(high << 16), rest
+    return _halves(x, _limited(bits_of(x), _LARGEST), jnp.int16)
 
 
 def join(high: jax.Array, rest: jax.Array) -> jax.Array:
@@ -80,8 +77,20 @@ def split8(x: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         (Array([32], dtype=int8), Array([1.0009766], dtype=float32))
     """
     x = from_bits(_limited(bits_of(x), _LARGEST & _HIGH24))
-    high, rest = split(from_bits(add_noise(x, noise, 8) & _HIGH24))
-    return high, (rest >> 8).astype(jnp.int8)
+    return _halves(x, add_noise(x, noise, 8) & _HIGH24, jnp.int8)
+
+
+def _halves(x: jax.Array, bits: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Return the rounded numbers and their remainders, from the bits of x, which may be rounded.
+
+    The remainder is the low bits, read as a signed number. The high half is computed from it: XLA
+    for TPU writes both in one kernel only if one is made of the other.
+    """
+    bits = jnp.where(jnp.isnan(x), INFINITY | np.uint32(0x00400000), bits)
+    drop = 16 - jnp.iinfo(dtype).bits
+    low = (bits >> drop).astype(f"uint{16 - drop}")
+    rest = jax.lax.bitcast_convert_type(low, dtype)
+    return from_bits(bits - (rest.astype(jnp.int32) << drop).astype(jnp.uint32)), rest
 
 
 def _limited(bits: jax.Array, largest: np.uint32) -> jax.Array:

@@ -3,9 +3,9 @@
     norm = sqrt(sum over all elements of |u|^2)
     u'   = u * min(1, max_norm / norm)
 
-The norm is computed once a step, in float32 (float64 where a leaf is), as a plain sum. If the sum
-overflows, or is so small that squares were lost, a branch on scalars alone computes it again from
-scaled updates. So the norm is right for gradients of any size, and costs one reading of them.
+The norm is computed once a step, in float32 (float64 where a leaf is), as a plain sum, which costs
+one reading of the gradients. A norm above 1.8e19 counts as infinite, so that the update is 0, and
+elements below 1.1e-19 count as 0 (`adamx.core.norms`).
 
 Source: Pascanu et al. (2013), section 3.2, https://arxiv.org/abs/1211.5063
 """
@@ -33,7 +33,8 @@ class clip_by_global_norm(Transformation):
 
     It reads the whole tree, so it belongs in a top-level chain. As the first stage it costs one
     reading of the gradients; after other stages, their output is computed twice or stored. NaN and
-    infinite elements turn the updates into NaN; `skip_nonfinite` around the chain skips such steps,
+    infinite elements turn the updates into NaN. A norm above 1.8e19 overflows float32: it counts as
+    infinite, and the updates are 0. `skip_nonfinite` around the chain skips both kinds of steps,
     and shares the reading.
 
     Args:

@@ -40,7 +40,16 @@ class difference(Transformation):
         return {self.name: zeros(param)}
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
-        return {self.name: u}
+        # Always u. On GPU and TPU XLA copies a result that is an argument, in a kernel of its own,
+        # but the kernel that reads the old slot can write the new one.
+        return {
+            self.name: jax.lax.platform_dependent(
+                u,
+                slots[self.name],
+                cpu=lambda u, _: u,
+                default=lambda u, old: jnp.where(step.count > 0, u, old),
+            )
+        }
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return jnp.where(step.count == 1, 0, u - step.old[self.name])

@@ -1,7 +1,7 @@
 """Scale each array's update to the size of the array's weights: LARS' and LAMB's trust ratio.
 
     u' = u * trust_coefficient |w| / (|u| + eps),    |.| the norm over one array
-    u' = u                                           where |w| = 0 or |u| = 0
+    u' = u                                           where |w| = 0 or |u| = 0, or |w| overflows
 
 So one step changes every array by the same fraction of its norm, lr * trust_coefficient, however
 large its gradients are. While the weights are zero, the update passes unchanged. LAMB's paper has
@@ -54,7 +54,7 @@ class trust_ratio(Transformation):
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         of_weights, of_update = norm(step.needs_param(self)).reshape(()), norm(u).reshape(())
-        nothing = (of_weights == 0) | (of_update == 0)
+        nothing = (of_weights == 0) | (of_update == 0) | jnp.isinf(of_weights)
         ratio = self.trust_coefficient * of_weights / jnp.where(nothing, 1, of_update + self.eps)
         return u * jnp.where(nothing, 1, ratio)
 

@@ -161,10 +161,16 @@ def _close(
     new = master + u
     if param.dtype != jnp.bfloat16 or keep == "float32":
         return _between(_wide(rounded(new, param.dtype)), _wide(param)), {"master": new}
-    # A division by one, or by the master if that is NaN. XLA:CPU makes a kernel for each result
-    # and never repeats a division, so it computes the new master once, into 4 bytes of temporary
-    # memory. Otherwise both results would share the root and the quotient inside u, in 12 bytes.
-    new = new / jnp.where(jnp.isnan(master), master, 1)
+    # On CPU a division by one, or by the master if that is NaN. XLA:CPU makes a kernel for each
+    # result and never repeats a division, so it computes the new master once, into 4 bytes of
+    # temporary memory. Otherwise both results would share the root and the quotient inside u, in 12
+    # bytes. On TPU the division would do that in place of one kernel for all results.
+    new = jax.lax.platform_dependent(
+        new,
+        master,
+        cpu=lambda new, master: new / jnp.where(jnp.isnan(master), master, 1),
+        default=lambda new, _: new,
+    )
     if keep == "remainder8":
         high, rest = split8(new, random_bits(step_key(count), new))
     else:
