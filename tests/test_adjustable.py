@@ -25,6 +25,8 @@ from scheduled import (
 import adamx
 from adamx import adjustable
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 T = np.arange(1.0, STEPS + 1)
 WRONG: Any = "fast"
 ANY: Any = adjustable(0.9)

@@ -13,6 +13,8 @@ import adamx
 from adamx.transforms.clip_by_global_norm import global_norm
 from adamx.wrappers.skip_nonfinite import all_finite
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 PARAMS = {"w": jnp.array([[1.0, -2.0], [3.0, -0.0]]), "b": jnp.array([0.5, 0.0])}
 GRADS = {"w": jnp.array([[3.0, 0.0], [0.0, -4.0]]), "b": jnp.array([12.0, 0.0])}
 BAD = GRADS | {"b": jnp.array([jnp.nan, 1.0])}

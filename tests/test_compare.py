@@ -12,6 +12,8 @@ import pytest
 import adamx
 from adamx import compare
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 INF, NAN = np.inf, np.nan
 TINY = 2.0**-126  # the smallest normal float32, and bfloat16
 

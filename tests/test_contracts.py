@@ -369,7 +369,7 @@ def test_slots_of_sharded_parameters_are_sharded_alike(name):
 def test_finite_in_finite_out_for_16_bit_gradients_of_any_value(name, way):
     case = TRANSFORMATIONS[name]
     tx = case.make()
-    for dtype in (jnp.bfloat16, jnp.float16):
+    for dtype in (jnp.bfloat16, *([] if way == "op by op" else [jnp.float16])):
         info = jnp.finfo(dtype)
         # 0.25 of the largest number: what is legitimately larger than its input (the sum of a
         # trace, a square) may overflow the emitted dtype; the largest itself is in test_numerics

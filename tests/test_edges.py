@@ -11,6 +11,8 @@ import pytest
 
 import adamx
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 BF16, F16 = jnp.bfloat16, jnp.float16
 KEEP = ("remainder", "remainder8", "float32")
 

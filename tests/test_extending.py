@@ -14,9 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import thinned
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adamx
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 class factored_ema_of_squares(adamx.Transformation):
@@ -184,7 +187,7 @@ def test_a_piece_of_ones_own_works_inside_the_wrappers(name, around):
     assert set(inner) <= set(moments)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", thinned(OWN))
 def test_masters_follow_a_piece_of_ones_own_in_float32(name):
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), start())
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), half)

@@ -26,6 +26,8 @@ from recordings import IN_FAMILY, LEAVES, RECORDING, TORCH
 
 import adamx
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 o: Any = optax  # its states are of no type
 BEFORE, AFTER = 7, 10
 ULP = 2.0**-23
@@ -535,7 +537,7 @@ def torch_runs() -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", thinned(TORCH, 3))
+@pytest.mark.parametrize("name", thinned(TORCH, 5))
 def test_what_pytorch_kept_is_what_adamx_keeps(name):
     """The bound of test_agreement.py: 12 roundings a step and 10, of the same on magnitudes.
 

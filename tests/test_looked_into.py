@@ -15,10 +15,13 @@ import optree
 import pytest
 import treescope
 from flax import nnx
+from helpers import thinned
 from omegaconf import OmegaConf
 from table import TRANSFORMATIONS, of_each_kind
 
 import adamx
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 RATE = jnp.float32(0.5)
 
@@ -73,7 +76,7 @@ ARRAYS = {
 }
 
 
-@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("name", thinned(ARRAYS))
 def test_flax_nnx_takes_array_hyperparameters(name):
     class Model(nnx.Module):
         def __init__(self) -> None:
@@ -87,7 +90,7 @@ def test_flax_nnx_takes_array_hyperparameters(name):
     np.testing.assert_array_equal(model.w[...], expected["w"] + updates["w"])
 
 
-@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("name", thinned(ARRAYS))
 def test_donating_everything_leaves_the_users_arrays(name):
     rate = jnp.float32(0.5)
     tx, params = ARRAYS[name](rate), start()
@@ -102,7 +105,7 @@ def test_donating_everything_leaves_the_users_arrays(name):
     assert not rate.is_deleted() and float(rate) == 0.5
 
 
-@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("name", thinned(ARRAYS, 4))
 def test_as_pytree_maps_and_differentiates_inside_jit(name):
     def moved(tree):
         tx, params = tree.tx, start()

@@ -17,6 +17,8 @@ from table import TRANSFORMATIONS, of_each_kind
 
 import adamx
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 @pytest.fixture(autouse=True)
 def as_users_run():

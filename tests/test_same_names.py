@@ -16,8 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import thinned
 
 import adamx
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 STEPS, ULP = 10, 2.0**-23
 PAGE = Path(__file__).parents[1] / "docs" / "deviations.md"
@@ -179,7 +182,7 @@ def test_arguments_order_and_defaults_are_optaxs_or_a_deviation(name):
     assert found == known if NEWEST else found <= known
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize("name", thinned(TRANSFORMATIONS, 3))
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_same_call_makes_the_same_ten_steps_or_is_a_deviation(name):
     theirs, ours = trajectory(made(optax, name)), trajectory(made(adamx, name))

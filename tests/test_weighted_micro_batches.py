@@ -14,6 +14,8 @@ from table import OUTSIDE
 import adamx
 from adamx.inspect.program import read_program
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 ULP = 2.0**-23
 PARTS = (3, 1, 7, 5)
 
