@@ -138,3 +138,28 @@ def test_what_means_something_else_is_not_carried_over(pair, told):
     assert {path.split("/")[0] for path in adaptation.dropped} == had - has
     assert {path.split("/")[0] for path in adaptation.filled} == has - had
     assert had - has
+
+
+def pairs_of_kinds():
+    """Yield each kind with the next one, and with others further on, which are slow."""
+    kinds = [name for name, case in TRANSFORMATIONS.items() if case.kind]
+    for apart in (1, 5, 8, 11):
+        for old, new in zip(kinds, kinds[apart:] + kinds[:apart], strict=True):
+            yield pytest.param(old, new, marks=() if apart == 1 else pytest.mark.slow)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(("old", "new"), [*pairs_of_kinds()])
+def test_a_state_that_was_adapted_is_like_a_fresh_one(old, new):
+    device = jax.devices()[1]
+    params = jax.device_put(PARAMS, device)
+    old, new = TRANSFORMATIONS[old].make(), TRANSFORMATIONS[new].make()
+    state, _ = adamx.adapt_state(new, params, old.init(params), saved_by=old)
+    fresh = new.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(fresh)
+    for found, wanted in zip(*map(jax.tree.leaves, (state, fresh)), strict=True):
+        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+        assert found.sharding.is_equivalent_to(wanted.sharding, wanted.ndim)
+    again, said = adamx.adapt_state(new, params, state, saved_by=new)
+    assert (said.filled, said.dropped) == ((), ())
+    jax.tree.map(np.testing.assert_array_equal, again, state)
