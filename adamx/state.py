@@ -143,10 +143,11 @@ def _stored(concept: Any, path: str, first: Slots, words: Slots, seen: Slots) ->
         seen: the slots as the formula sees them, by path in the state.
     """
     wanted = {
-        name: seen[_at(name, path)]
+        name: seen[_at(name, path, seen)]
         for name in jax.eval_shape(functools.partial(decoded, concept), first)
     }
-    same = {name: words[_at(name, path)] for name in first if _at(name, path) in words}
+    places = {name: _at(name, path, words) for name in first}
+    same = {name: words[place] for name, place in places.items() if place in words}
     if {n: x.dtype for n, x in same.items()} == {n: x.dtype for n, x in first.items()}:
         read = decoded(concept, same)
         if all(jnp.array_equal(read[name], x, equal_nan=True) for name, x in wanted.items()):
@@ -265,12 +266,16 @@ def _kept_otherwise(name: str, first: Any, other: str, value: Any) -> ValueError
     said = f"adapt_state: {name!r} is stored as {first.dtype}, and {other!r} was saved as "
     said += f"{jnp.asarray(value).dtype}: "
     if _place(name)[1]:
-        return ValueError(said + "keep= of master_weights cannot change in the middle of a run")
+        return ValueError(
+            said + "neither keep= of master_weights nor the parameters' 16-bit dtype can change in "
+            "the middle of a run: start anew, from the float32 of adamx.masters(params, saved)"
+        )
     return ValueError(
         said + "the storage has changed: name the transformation that made the saved state, "
         "adapt_state(tx, params, saved, saved_by=old_tx)"
     )
 
 
-def _at(name: str, path: str) -> str:
-    return f"{name}/{path}" if path else name
+def _at(name: str, path: str, there: Slots) -> str:
+    """Return a leaf's path in the state: the slot's name alone if the parameters are one array."""
+    return place if (place := f"{name}/{path}") in there else name

@@ -440,3 +440,11 @@ def test_masters_are_added_to_a_saved_run():
     _, adaptation = adapt_state(new, BFLOAT16, old.init(BFLOAT16))
     assert adaptation.dropped == ("trace/b", "trace/w")
     assert set(adaptation.filled) == {"mu/b", "mu/w", "remainder/b", "remainder/w"}
+
+
+@pytest.mark.parametrize("params", [{"": jnp.ones(3)}, jnp.ones(3), {"a": {"": jnp.ones(2)}}])
+def test_a_key_may_be_empty(params):
+    old, new = adam("float32"), adam("packed16")
+    carried, adaptation = adapt_state(new, params, old.init(params), saved_by=old)
+    assert_same(carried, new.init(params))
+    assert (adaptation.filled, adaptation.dropped) == ((), ())
