@@ -42,6 +42,7 @@ from adamx.core.foreign import named
 from adamx.core.identity import identity
 from adamx.core.paths import all_but
 from adamx.core.precision_warning import PrecisionWarning
+from adamx.core.sharding import state_sharding
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
 from adamx.core.value import as_pytree
@@ -79,7 +80,6 @@ from adamx.optimizers.sgd import sgd
 from adamx.optimizers.sgdw import sgdw
 from adamx.optimizers.stable_adamw import stable_adamw
 from adamx.optimizers.yogi import yogi
-from adamx.sharding import state_sharding
 from adamx.state import Adaptation, adapt_state
 from adamx.storage.bfloat16 import bfloat16
 from adamx.storage.choice import stored

@@ -26,6 +26,7 @@ from adamx.core.concept import Slots
 from adamx.core.errors import describe
 from adamx.core.lifting import State
 from adamx.core.paths import flatten, leaves_by_path
+from adamx.core.sharding import placed
 from adamx.core.transformation import Transformation
 from adamx.storage import masters
 from adamx.storage.moments import decoded, decoded_slots, encoded
@@ -108,8 +109,10 @@ def adapt_state(
         uint32 adapt_state: everything was carried over.
     """
     if saved_by is None:
-        return _matched(tx.init(params), saved)
+        state, adaptation = _matched(tx.init(params), saved)
+        return placed(state, tx, params), adaptation
     before, misfit = _matched(saved_by.init(params), saved)
+    before = placed(before, saved_by, params)
     if misfit.filled or misfit.dropped:
         raise ValueError(
             "adapt_state: saved_by must be the transformation that made saved, but these paths do "
@@ -118,18 +121,18 @@ def adapt_state(
     start = tx.init(params)
     after, adaptation = _matched(_seen(start, tx, params), _seen(before, saved_by, params))
     leaves = lifting.take_apart(params, None)
-    tx = tx.for_tree(params)
+    bound = tx.for_tree(params)
     columns = {name: leaves.column(name, start[name]) for name in tx.tree_names()}
     words, seen = leaves_by_path(before), leaves_by_path(after)
     for i, (path, param) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
         if param is not None:
             first = {name: x[i] for name, x in columns.items() if x[i] is not None}
-            for name, x in _stored(tx.for_leaf(path, param), path, first, words, seen).items():
+            for name, x in _stored(bound.for_leaf(path, param), path, first, words, seen).items():
                 columns[name][i] = x
     slots = {name: leaves.tree(column) for name, column in columns.items()}
     rounded = tuple(name for name in misfit.rounded if name not in adaptation.dropped)
     state = {name: slots[name] if name in slots else after[name] for name in start}
-    return state, dataclasses.replace(adaptation, rounded=rounded)
+    return placed(state, tx, params), dataclasses.replace(adaptation, rounded=rounded)
 
 
 def _stored(concept: Any, path: str, first: Slots, words: Slots, seen: Slots) -> Slots:

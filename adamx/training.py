@@ -77,7 +77,9 @@ def _added(param: jax.Array, update: jax.Array, rounding: str, count: Any) -> ja
         return total.astype(param.dtype)
     place = jnp.zeros(param.shape, jnp.uint32)
     for axis, size in enumerate(param.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, param.shape, axis)
+        place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(
+            jnp.uint32, param.shape, axis
+        )
     noise = mix(random_bits(step_key(count), total) ^ place)
     return round_stochastically(total, noise, param.dtype)
 

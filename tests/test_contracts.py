@@ -387,3 +387,17 @@ def test_finite_in_finite_out_for_16_bit_gradients_of_any_value(name, way):
                     # a recorded norm above 1.8e19 is infinite
                     right = jnp.isfinite(leaf) if leaf.ndim else ~jnp.isnan(leaf)
                     assert right.all(), (dtype, updates, state)
+
+
+@of_each_kind
+@pytest.mark.parametrize("shape", [(2**16, 2**16), (2**31 + 8,)], ids=str)
+def test_a_leaf_may_have_more_elements_than_int32_can_count(name, shape):
+    tx = TRANSFORMATIONS[name].make()
+    like = {
+        "w": jax.ShapeDtypeStruct(shape, jnp.float32),
+        "b": jax.ShapeDtypeStruct((), jnp.float32),
+    }
+    state = jax.eval_shape(tx.init, like)
+    updates, after = jax.eval_shape(tx.update, like, state, like)
+    assert updates["w"].shape == shape and spec(after) == spec(state)
+    assert adamx.summary(tx, like).size == like["w"].size + 1

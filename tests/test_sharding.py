@@ -394,3 +394,27 @@ def test_what_state_sharding_cannot_use_is_an_error():
         adamx.state_sharding(tx, params, over="rows")
     with pytest.raises(ValueError, match=r"is on a mesh with axes \[\], which has no 'data'"):
         adamx.state_sharding(tx, {"w": jnp.ones(3)}, over="data")
+
+
+@KINDS
+@pytest.mark.parametrize("saved_by", [None, adamx.adamw(1e-3)], ids=["", "saved_by"])
+def test_a_state_from_the_host_goes_where_its_parameters_are(kind, saved_by):
+    params, _ = placed("fsdp_and_tensor_parallel", kind, jnp.float32)
+    moments = "float32" if saved_by is None else "packed16"
+    tx, fresh = adamx.adamw(1e-3, moments=moments), adamx.adamw(1e-3).init(params)
+    wanted = tx.init(params)
+    theirs = optax.adamw(1e-3).init(params)
+    for saved in (jax.device_get(fresh), jax.device_put(jax.device_get(fresh), jax.devices()[3])):
+        state, _ = adamx.adapt_state(tx, params, saved, saved_by=saved_by)
+        assert_like(state, wanted)
+    if saved_by is None:
+        assert_like(adamx.from_optax(jax.device_get(theirs), tx, params), wanted)
+        step: Any = adamx.make_step(tx)
+        step(jax.tree.map(jnp.copy, params), state, params)
+        assert step._cache_size() == 1
+
+
+def assert_like(state, wanted):
+    assert jax.tree.structure(state) == jax.tree.structure(wanted)
+    for x, y in zip(*map(jax.tree.leaves, (state, wanted)), strict=True):
+        assert x.dtype == y.dtype and x.sharding.is_equivalent_to(y.sharding, x.ndim)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import compute_dtype, real_dtype, root, squared_magnitude
 
@@ -51,17 +52,24 @@ def norm(x: jax.Array, axes: Axes = None) -> jax.Array:
     return math.sqrt(reduced_size(x, axes)) * rms(x, axes)
 
 
-def reduced_size(x: jax.Array, axes: Axes) -> int:
-    """Return how many elements are reduced to one, at least 1.
+def reduced_size(x: jax.Array, axes: Axes) -> float:
+    """Return how many elements are reduced to one, at least 1: a float, as int32 ends at 2^31.
 
     Example:
         >>> reduced_size(jnp.zeros((2, 3)), 0), reduced_size(jnp.zeros((2, 3)), None)
-        (2, 6)
+        (2.0, 6.0)
     """
     if axes is None:
-        return max(x.size, 1)
+        return float(max(x.size, 1))
     many = axes if isinstance(axes, tuple) else (axes,)
-    return max(math.prod(x.shape[axis] for axis in many), 1)
+    return float(max(math.prod(x.shape[axis] for axis in many), 1))
+
+
+def count(flags: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Return how many flags are True, in a floating dtype; the last axis has less than 2^32."""
+    if flags.size < 2**31:
+        return jnp.sum(flags, dtype=jnp.int32).astype(dtype)
+    return jnp.sum(jnp.sum(flags, -1, dtype=jnp.uint32).astype(dtype))
 
 
 def sum_of_all_squares(leaves: Sequence[jax.Array]) -> jax.Array:

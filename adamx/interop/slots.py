@@ -19,6 +19,7 @@ from adamx.core.errors import describe
 from adamx.core.foreign import named
 from adamx.core.lifting import State
 from adamx.core.paths import flatten
+from adamx.core.sharding import placed
 from adamx.core.transformation import Transformation
 from adamx.storage.moments import slot_of_kind
 from adamx.storage.storage import Storage
@@ -114,7 +115,7 @@ def assemble(
     scalars = {name: x for name, x in shapes.items() if name not in entries} | dict(given)
     computed = _after(tx, params, count, scalars.keys() - {_RATE, "count"} - given.keys())
     merged = computed | entries | dict(given)
-    return {name: merged[name] for name in shapes}
+    return placed({name: merged[name] for name in shapes}, tx, params)
 
 
 def _fitted(function: str, slot: str, path: str, where: str, value: Any, start: Any) -> jax.Array:

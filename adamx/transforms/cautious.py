@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from adamx.core.arithmetic import divide
 from adamx.core.checks import NonNegative
 from adamx.core.concept import Slots
+from adamx.core.norms import count
 from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
 from adamx.formula.expressions import ZERO, Expr, reduced, symbol
@@ -70,8 +71,8 @@ class cautious(Transformation):
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         update = self.inner.emit(u, slots, step.child(0))
         kept = agreement(update, u) > 0
-        number = jnp.sum(kept, dtype=jnp.int32).astype(u.real.dtype)
-        factor = divide(jnp.full_like(number, u.size), number + self.xi)
+        number = count(kept, u.real.dtype)
+        factor = divide(jnp.full_like(number, float(u.size)), number + self.xi)
         return jnp.where(kept, factor * update, 0)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

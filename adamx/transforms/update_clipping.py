@@ -83,7 +83,7 @@ class update_clipping(Transformation):
         least = jnp.maximum(nu, jnp.maximum(correction * self.eps**2, float(info.tiny)))
         g = limit_for_squares(u, step.grad_dtype)
         square = jnp.minimum(squared_magnitude(g), info.max)
-        excess = root(correction * (jnp.sum(square / least) / max(u.size, 1)))
+        excess = root(correction * (jnp.sum(square / least) / float(max(u.size, 1))))
         return self.inner.emit(u, slots, step.child(0)) / jnp.maximum(1, excess)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

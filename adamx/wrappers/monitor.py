@@ -27,7 +27,7 @@ from adamx.core import errors, paths
 from adamx.core.arithmetic import compute_dtype, divide, squared_magnitude, widen
 from adamx.core.concept import parts
 from adamx.core.lifting import Between, Leaves, State
-from adamx.core.norms import global_norm
+from adamx.core.norms import count, global_norm
 from adamx.core.paths import Pattern
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
@@ -254,14 +254,11 @@ def _mean(function: Callable[..., jax.Array]) -> Callable[[Rows], jax.Array]:
 
 
 def _stuck(rows: Rows) -> jax.Array:
-    stuck = [
-        jnp.sum((u != 0) & ((w.astype(jnp.float32) + u.astype(jnp.float32)).astype(w.dtype) == w))
-        for w, u in rows
-    ]
-    size = sum(w.size for w, _ in rows)
-    return sum((n.astype(jnp.float32) for n in stuck), start=jnp.zeros([], jnp.float32)) / float(
-        size
-    )
+    def stays(w: jax.Array, u: jax.Array) -> jax.Array:
+        return (w.astype(jnp.float32) + u.astype(jnp.float32)).astype(w.dtype) == w
+
+    stuck = [count((u != 0) & stays(w, u), jnp.float32) for w, u in rows]
+    return sum(stuck, start=jnp.zeros([], jnp.float32)) / float(sum(w.size for w, _ in rows))
 
 
 def _wide(arrays: Sequence[jax.Array]) -> list[jax.Array]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from adamx.core.arithmetic import shared_axes
@@ -89,6 +90,26 @@ def state_sharding(
         return where if memory_kind is None else where.with_memory_kind(memory_kind)
 
     return jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, params))
+
+
+def placed(state: Any, tx: optax.GradientTransformation, params: Any) -> Any:
+    """Return a state with each slot where its parameter is, and scalars on all devices.
+
+    It stays as it is if the parameters are not arrays, or are traced.
+    """
+    if not all(
+        isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in jax.tree.leaves(params)
+    ):
+        return state
+
+    def put(x: Any, where: Sharding | None) -> Any:
+        if where is None or (
+            isinstance(x, jax.Array) and x.sharding.is_equivalent_to(where, x.ndim)
+        ):
+            return x
+        return jax.device_put(x, where)
+
+    return jax.tree.map(put, state, state_sharding(tx, params))
 
 
 def _on_all_devices(shardings: list[Sharding]) -> Sharding | None:
