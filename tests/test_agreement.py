@@ -253,6 +253,7 @@ def test_steps_are_optaxs_to_a_few_ulps(name: str) -> None:
     renamed = {
         "momentum": {"mu/w", "0/ema/w"},
         "rmsprop_momentum": {"trace_of_steps/w", "2/trace/w"},
+        "rmsprop_nesterov": {"trace_of_steps/w", "2/trace/w"},
     }.get(name, set())
     assert {path for path in found.unmatched if path.endswith("/w")} == renamed
 

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from table import TRANSFORMATIONS, every, of_each_kind
 
 import adamx
+from adamx.storage import masters
 
 # what is kept does not depend on optimised code, and compiling takes most of the time
 pytestmark = pytest.mark.usefixtures("quick_compiler", "promotion_of_foreign_stages")
@@ -129,7 +130,7 @@ def test_float64_stays_float64(name):
     for slot in tx.tree_names():
         tree = after[slot]
         wanted = jnp.bfloat16 if slot in TRANSFORMATIONS[name].half_slots else jnp.float64
-        if slot not in ("remainder", "master"):
+        if slot not in masters.NAMES:
             assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(wanted)}
         else:
             assert not jax.tree.leaves(tree)
@@ -263,7 +264,7 @@ def test_takes_any_pytree(name, tree):
     assert spec(after) == spec(before)
     assert set(after) == set(tx.init(example())), "slot names do not depend on the tree"
     for slot in tx.tree_names():
-        if slot not in ("remainder", "master"):
+        if slot not in masters.NAMES:
             assert jax.tree.structure(after[slot]) == jax.tree.structure(params)
 
 

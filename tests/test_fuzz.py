@@ -31,6 +31,7 @@ from table import TRANSFORMATIONS
 
 import adamx
 from adamx.core.concept import any_of
+from adamx.storage import masters
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 EXAMPLES = int(os.environ.get("ADAMX_FUZZ", "0"))
@@ -373,7 +374,7 @@ def trajectory(tx, params, fills):
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         updates, state = update(grads, state, params)
         params = adamx.apply_updates(params, updates)
-        kept = {name: x for name, x in state.items() if name not in ("remainder", "master")}
+        kept = {name: x for name, x in state.items() if name not in masters.NAMES}
         steps.append((updates, kept, params))  # masters of float64 keep nothing
     return steps
 
