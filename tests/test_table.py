@@ -159,7 +159,7 @@ def test_a_state_that_was_adapted_is_like_a_fresh_one(old, new):
     assert jax.tree.structure(state) == jax.tree.structure(fresh)
     for found, wanted in zip(*map(jax.tree.leaves, (state, fresh)), strict=True):
         assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
-        assert found.sharding.is_equivalent_to(wanted.sharding, wanted.ndim)
+        assert found.devices() == {device}  # the scalars of a fresh state may be anywhere
     again, said = adamx.adapt_state(new, params, state, saved_by=new)
     assert (said.filled, said.dropped) == ((), ())
     jax.tree.map(np.testing.assert_array_equal, again, state)

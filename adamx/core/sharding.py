@@ -95,7 +95,7 @@ def state_sharding(
 def placed(state: Any, tx: optax.GradientTransformation, params: Any) -> Any:
     """Return a state with each slot where its parameter is, and scalars on all devices.
 
-    It stays as it is if the parameters are not arrays, or are traced.
+    It stays as it is if the parameters are not arrays, and where something is traced.
     """
     if not all(
         isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in jax.tree.leaves(params)
@@ -103,11 +103,10 @@ def placed(state: Any, tx: optax.GradientTransformation, params: Any) -> Any:
         return state
 
     def put(x: Any, where: Sharding | None) -> Any:
-        if where is None or (
-            isinstance(x, jax.Array) and x.sharding.is_equivalent_to(where, x.ndim)
-        ):
+        if where is None or isinstance(x, Tracer):
             return x
-        return jax.device_put(x, where)
+        there = isinstance(x, jax.Array) and x.sharding.is_equivalent_to(where, x.ndim)
+        return x if there else jax.device_put(x, where)
 
     return jax.tree.map(put, state, state_sharding(tx, params))
 
