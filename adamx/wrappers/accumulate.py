@@ -42,15 +42,16 @@ class accumulate(Wrapper):
     The state's `count`, and with it schedules and bias corrections, counts the optimizer's steps;
     `micro_step` (int32) the gradients since the last. Between steps the updates are zero.
 
-    Two more arguments of `update`, and of the step that `make_step` returns, are for it alone:
+    Two more arguments of `update`, and of the step that `make_step` returns, are for it alone.
 
-    - `weight`, with `weighted=True`: a real scalar >= 0, such as the number of tokens over which
-      this gradient is the mean. The step uses sum(weight * gradient) / sum(weight). A gradient of
-      weight 0 is left out, even if it is NaN; if all have weight 0, no step is taken and the next
-      sum begins. The state's `accumulated_weight` is the sum of the weights, in float32.
-    - `last`: a bool. True takes the step with this gradient, however few came before, as at the end
-      of an epoch. With `weighted=True`, `weight=0, last=True` and gradients of zero take the step
-      where no gradient is left.
+    With `weighted=True` each call needs `weight`, a real scalar >= 0, such as the number of tokens
+    over which this gradient is the mean. The step uses sum(weight * gradient) / sum(weight). A
+    gradient of weight 0 is left out, even if it is NaN; if all have weight 0, no step is taken and
+    the next sum begins. The state's `accumulated_weight` is the sum of the weights, in float32.
+
+    `last`, a bool, takes the step with this gradient if it is True, however few came before, as at
+    the end of an epoch. With `weighted=True`, `weight=0, last=True` and gradients of zero take the
+    step where no gradient is left.
 
     `make_step` runs the cheap program that adds, or the one that steps; it can choose if `last` is
     a Python bool, and runs the second if it is an array. `update` inside a program of your own
