@@ -59,3 +59,18 @@ def by_paper(state: Mapping[str, Any]) -> dict[str, Any]:
     names = {"trace_of_steps": "trace", "mu_scaled": "mu", "nu_inf": "nu", "nu_seeded": "nu"}
     names |= {f"nu_{kind}": "nu" for kind in ("additive", "deviation", "extrapolated", "mean")}
     return {names.get(name, name): x for name, x in state.items()}
+
+
+def numbers_of_programs(step: Any) -> list[int]:
+    """Return a list to which each call of a step adds the number of the program that it runs."""
+    ran: list[int] = []
+
+    def counting(number: int, program: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            ran.append(number)
+            return program(*args, **kwargs)
+
+        return run
+
+    step._programs = [counting(i, program) for i, program in enumerate(step._programs)]
+    return ran

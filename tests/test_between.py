@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import numbers_of_programs
 from table import OUTSIDE
 
 import adamx
@@ -126,16 +127,7 @@ def test_each_call_runs_the_cheapest_program_that_does_what_is_due():
     tx = adamx.monitor(adamx.accumulate(adamx.sgd(0.5), 2), every=3, groups=("*",))
     step: Any = adamx.make_step(tx)
     params, state = start(), tx.init(start())
-    ran = []
-
-    def counting(i, program):
-        def run(*args, **kwargs):
-            ran.append(i)
-            return program(*args, **kwargs)
-
-        return run
-
-    step._programs = [counting(i, program) for i, program in enumerate(step._programs)]
+    ran = numbers_of_programs(step)
     for t in range(12):
         params, state = step(params, state, gradients(t))
     # 0 measures, 1 steps without measuring, 2 adds alone

@@ -56,12 +56,12 @@ OTHERWISE: dict[str, Any] = {  # those that need more than a learning rate
     "dowg": lambda f: f(),
     "mechanize": lambda f: f(optax.adam(0.01)),
     "schedule_free": lambda f: f(optax.sgd(0.01), 0.01),
-    "sam": lambda f: f(optax.sgd(0.01), optax.chain(optax.contrib.normalize(), optax.sgd(0.1))),
 }
 MODULES = (optax, optax.contrib)
 STAGES = ("scale_by_learning_rate", "scale_by_rprop")
-# a deprecated one, and those that need an objective, other params, a gradient for each example
-ELSEWHERE = {"optimistic_adam", "sophia", "lookahead", "dpsgd"}
+# a deprecated one, and those that need an objective, other params, a gradient for each example; sam
+# takes no extra arguments, so that multi_transform cannot run it either
+ELSEWHERE = {"optimistic_adam", "sophia", "lookahead", "dpsgd", "sam"}
 MADE: dict[str, Any] = {
     name: functools.partial(OTHERWISE.get(name, at_a_rate), f)
     for module in MODULES
@@ -109,9 +109,8 @@ def train(step, state, params, number):
 def plain(tx):
     @jax.jit
     def step(params, state, grads, value):
-        extra = {} if tx.update.__qualname__.startswith("sam") else {"value": value}
-        tx_ = optax.with_extra_args_support(tx)
-        updates, state = tx_.update(grads, state, params, **extra)
+        update = optax.with_extra_args_support(tx).update
+        updates, state = update(grads, state, params, value=value)
         return optax.apply_updates(params, updates), state
 
     return step
@@ -119,8 +118,6 @@ def plain(tx):
 
 @of_every_optimizer("lamb", "galore", "masked")
 def test_a_group_is_trained_as_by_multi_transform(name):
-    if name == "sam":
-        pytest.skip("it takes no extra arguments, so that multi_transform cannot run it")
     label = lambda p: {"b": "b", "v": {"x": "rest", "y": "rest"}, "w": "rest"}  # noqa: E731
     theirs = optax.multi_transform({"b": optax.sgd(0.1), "rest": MADE[name]()}, label)
     ours = adamx.by_path({"b": adamx.sgd(0.1)}, default=MADE[name]())
@@ -132,8 +129,6 @@ def test_a_group_is_trained_as_by_multi_transform(name):
 
 @of_every_optimizer("prodigy", "dowg")
 def test_make_step_of_a_fresh_state_is_the_plain_step(name):
-    if name == "sam":
-        pytest.skip("it takes no extra arguments")
     tx = MADE[name]()
     wanted, _ = train(plain(tx), tx.init(start()), start(), 3)
     params, step = start(), adamx.make_step(tx)

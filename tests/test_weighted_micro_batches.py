@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import thinned
+from helpers import numbers_of_programs, thinned
 from table import OUTSIDE
 
 import adamx
@@ -225,16 +225,7 @@ def test_a_python_bool_chooses_the_program_and_an_array_runs_the_one_that_does_b
     tx = adamx.monitor(adamx.accumulate(adamx.sgd(0.5), 4), every=3, groups=("*",))
     step: Any = adamx.make_step(tx)
     a = start(), tx.init(start())
-    ran = []
-
-    def counting(i, program):
-        def run(*args, **kwargs):
-            ran.append(i)
-            return program(*args, **kwargs)
-
-        return run
-
-    step._programs = [counting(i, program) for i, program in enumerate(step._programs)]
+    ran = numbers_of_programs(step)
     no, yes = jnp.array(False), jnp.array(True)
     lasts = [False, True, False, False, True, False, np.False_, np.True_, True, no, yes, False]
     micro = []
