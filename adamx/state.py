@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from adamx.core import lifting
 from adamx.core.concept import Slots
 from adamx.core.errors import describe
+from adamx.core.leaves import take_apart
 from adamx.core.lifting import State
 from adamx.core.paths import flatten, leaves_by_path
 from adamx.core.sharding import placed
@@ -120,7 +120,7 @@ def adapt_state(
         )
     start = tx.init(params)
     after, adaptation = _matched(_seen(start, tx, params), _seen(before, saved_by, params))
-    leaves = lifting.take_apart(params, None)
+    leaves = take_apart(params, None)
     bound = tx.for_tree(params)
     columns = {name: leaves.column(name, start[name]) for name in tx.tree_names()}
     words, seen = leaves_by_path(before), leaves_by_path(after)
@@ -160,7 +160,7 @@ def _stored(concept: Any, path: str, first: Slots, words: Slots, seen: Slots) ->
 
 def _seen(state: State, tx: Transformation, params: Any) -> State:
     """Return a state with its slots as the formula sees them."""
-    leaves = lifting.take_apart(params, None)
+    leaves = take_apart(params, None)
     slots = decoded_slots(tx.for_tree(params), leaves, state)
     others = {name: x for name, x in state.items() if name not in tx.tree_names()}
     return others | {name: leaves.tree(column) for name, column in slots.items()}

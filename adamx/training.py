@@ -18,6 +18,7 @@ from jax.core import Tracer
 from adamx.core import errors, lifting
 from adamx.core.arithmetic import compute_dtype
 from adamx.core.foreign import as_transformation
+from adamx.core.leaves import take_apart
 from adamx.core.lifting import Between
 from adamx.core.precision_warning import PrecisionWarning
 from adamx.core.rounding import mix, random_bits, round_stochastically, step_key
@@ -61,7 +62,7 @@ def apply_updates(
         raise ValueError(
             'apply_updates: rounding="stochastic" needs the step number: count=state["count"]'
         )
-    leaves = lifting.take_apart(updates, None)
+    leaves = take_apart(updates, None)
     column = leaves.column("params", params)
     new = [
         param if u is None else _added(errors.check_shape(path, u, param), u, rounding, count)

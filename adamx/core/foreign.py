@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from adamx.core import errors
-from adamx.core.lifting import Leaves, State
+from adamx.core.leaves import Leaves
+from adamx.core.lifting import State
 from adamx.core.paths import flatten, leaves_by_path
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation

@@ -5,6 +5,7 @@ also an `optax.GradientTransformationExtraArgs`. Its layers, each a file of its 
 
     core/value.py           an immutable value that compares, pickles and prints
     core/concept.py         the methods that it may define for one array
+    core/leaves.py          a tree taken apart into its leaves
     core/lifting.py         from one array to any tree
     core/transformation.py  `init` and `update`
 """
@@ -21,6 +22,7 @@ import optax
 
 from adamx.core import errors, lifting
 from adamx.core.checks import as_float, ranges_of
+from adamx.core.leaves import completed, take_apart
 from adamx.core.lifting import Stage, State
 from adamx.core.value import as_pytree
 from adamx.formula.adjustable import adjustable
@@ -111,8 +113,8 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         tree = as_pytree(self)
         if lifting.is_concrete(tree, updates, state, extra):
             if not lifting.is_concrete(params):  # an unfiltered module: drop leaves without update
-                whole = lifting.completed(updates, params)
-                params = lifting.take_apart(whole, params).params_tree()
+                whole = completed(updates, params)
+                params = take_apart(whole, params).params_tree()
             if lifting.is_concrete(params):
                 return _compiled_update(tree, updates, state, params, extra)
         return lifting.update(self, updates, state, params, extra)

@@ -17,7 +17,8 @@ import optax
 from adamx.core import errors, lifting
 from adamx.core.concept import Slots, disjoint
 from adamx.core.foreign import as_concept
-from adamx.core.lifting import Between, Leaves, State
+from adamx.core.leaves import Leaves
+from adamx.core.lifting import Between, State
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 from adamx.formula.expressions import Expr

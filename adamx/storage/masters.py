@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adamx.core import lifting
 from adamx.core.arithmetic import compute_dtype
 from adamx.core.concept import Slots
+from adamx.core.leaves import take_apart
 from adamx.storage.remainder import join
 
 NAMES = ("remainder", "remainder8", "master")
@@ -87,7 +87,7 @@ def masters(params: Any, state: Mapping[str, Any]) -> Any:
         >>> masters(adamx.apply_updates(params, updates), state)
         Array([0.99902344], dtype=float32)
     """
-    leaves = lifting.take_apart(params, None)
+    leaves = take_apart(params, None)
     names = [name for name in NAMES if name in state]
     if not names:
         raise ValueError(f"masters: the state has no masters, only {sorted(state)}")

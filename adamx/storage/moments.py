@@ -11,7 +11,7 @@ from typing import Any
 
 from adamx.core import errors
 from adamx.core.concept import Concept, Slots
-from adamx.core.lifting import Leaves
+from adamx.core.leaves import Leaves
 from adamx.core.paths import flatten
 from adamx.core.transformation import Transformation
 from adamx.storage import masters

@@ -26,10 +26,11 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from adamx.core import errors, lifting
+from adamx.core import errors
 from adamx.core.arithmetic import compute_dtype, real_times_complex
 from adamx.core.checks import NonNegative, Range, Rate, Scalar
 from adamx.core.concept import Slots, disjoint
+from adamx.core.leaves import take_apart
 from adamx.core.schedules import scheduled
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
@@ -160,7 +161,7 @@ def schedule_free_eval_params(state: Mapping[str, Any], params: Any) -> Any:
             "not the state of a schedule-free optimizer"
         )
     wide = masters(params, state) if {*NAMES} & state.keys() else params
-    leaves, ys = lifting.take_apart(params, None), lifting.take_apart(wide, None)
+    leaves, ys = take_apart(params, None), take_apart(wide, None)
     zs = leaves.column("z", state["z"])
     b1 = state["b1"]
 

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from adamx.core import errors
 from adamx.core.arithmetic import real_dtype, real_times_complex, zeros
 from adamx.core.concept import Slots
-from adamx.core.lifting import Between, Leaves, State
+from adamx.core.leaves import Leaves
+from adamx.core.lifting import Between, State
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 from adamx.core.wrapper import Wrapper

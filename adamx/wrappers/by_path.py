@@ -21,7 +21,8 @@ import optax
 from adamx.core import errors, lifting, paths
 from adamx.core.concept import any_of, disjoint, parts
 from adamx.core.foreign import as_concept
-from adamx.core.lifting import Leaves, State
+from adamx.core.leaves import Leaves
+from adamx.core.lifting import State
 from adamx.core.paths import Pattern, Predicate
 from adamx.core.printing import Verbatim
 from adamx.core.step import Step

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from adamx.core import errors
 from adamx.core.arithmetic import compute_dtype
 from adamx.core.concept import Slots, disjoint
-from adamx.core.lifting import Between, Leaves, State
+from adamx.core.leaves import Leaves
+from adamx.core.lifting import Between, State
 from adamx.core.rounding import random_bits, step_key
 from adamx.core.step import Step
 from adamx.core.wrapper import Wrapper

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from adamx.core import errors, paths
 from adamx.core.arithmetic import compute_dtype, divide, squared_magnitude, widen
 from adamx.core.concept import parts
-from adamx.core.lifting import Between, Leaves, State
+from adamx.core.leaves import Leaves
+from adamx.core.lifting import Between, State
 from adamx.core.norms import count, global_norm
 from adamx.core.paths import Pattern
 from adamx.core.step import Step

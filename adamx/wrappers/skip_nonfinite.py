@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from adamx.core import errors
 from adamx.core.arithmetic import compute_dtype, widen
-from adamx.core.lifting import Between, Leaves, State
+from adamx.core.leaves import Leaves
+from adamx.core.lifting import Between, State
 from adamx.core.norms import sum_of_all_squares
 from adamx.core.step import Step
 from adamx.core.wrapper import Wrapper
