@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import adamx
+from adamx.core import norms
 from adamx.core.arithmetic import real_times_complex
 from adamx.core.norms import norm, rms
 
@@ -221,3 +222,12 @@ def test_a_gradient_that_the_compiler_knows_to_be_zero_has_the_norm_zero():
     updates, state = step(params, tx.init(params))
     assert float(state["grad_norm"]) == 0.0
     assert all((u == 0).all() for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4)])
+def test_flags_are_counted_alike_in_two_sums(shape, monkeypatch):
+    flags = jnp.asarray(np.random.default_rng(0).uniform(size=shape) < 0.6)
+    for limit in (2**31, 1):  # in one sum, and as in an array with more elements than that
+        monkeypatch.setattr(norms, "_COUNTED_BY_INT32", limit)
+        found = norms.count(flags, jnp.float32)
+        assert found.dtype == jnp.float32 and int(found) == np.asarray(flags).sum()

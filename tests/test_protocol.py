@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import adamx
 from adamx import Transformation, chain, ema, ema_of_squares, rms_scaling, scale
+from adamx.core import lifting
 
 PARAMS = {"w": jnp.array([1.0, -2.0, 3.0]), "b": jnp.array([0.5])}
 GRADS = [
@@ -319,3 +321,24 @@ def test_a_kernel_is_traced_once_for_each_shape_and_dtype():
     # accumulate and emit of a chain each run a stage's emit
     assert len(set(traces)) == 4
     assert len(traces) == 2 * 4
+
+
+MANY = {
+    "adamw": adamx.adamw(optax.linear_schedule(0.1, 0.0, 9)),
+    "schedule_free": adamx.schedule_free_adamw(0.1),
+    "masters": adamx.master_weights(adamx.adamw(0.1, moments="packed16")),
+    "groups": adamx.by_path({"w": adamx.sgd(0.1, 0.9)}, default=adamx.yogi(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_tree_of_many_leaves_starts_like_one_of_few(name, monkeypatch):
+    params = {"w": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3), "b": jnp.ones(3)}
+    few = MANY[name].init(params)
+    monkeypatch.setattr(lifting, "_MANY_LEAVES", 0)
+    many = MANY[name].init(params)
+    jax.tree.map(np.testing.assert_array_equal, many, few)
+    kinds = [[(x.dtype, x.weak_type) for x in jax.tree.leaves(state)] for state in (many, few)]
+    assert kinds[0] == kinds[1]
+    places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, many, few))]
+    assert len(set(places)) == len(places)

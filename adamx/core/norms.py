@@ -24,6 +24,8 @@ from adamx.core.arithmetic import compute_dtype, real_dtype, root, squared_magni
 Axes = int | tuple[int, ...] | None
 """The axes to reduce over; None means all of them."""
 
+_COUNTED_BY_INT32 = 2**31
+
 
 def rms(x: jax.Array, axes: Axes = None) -> jax.Array:
     """Return the root of the mean of |x|^2: real, and 0 for an empty array.
@@ -67,7 +69,7 @@ def reduced_size(x: jax.Array, axes: Axes) -> float:
 
 def count(flags: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Return how many flags are True, in a floating dtype; the last axis has less than 2^32."""
-    if flags.size < 2**31:
+    if flags.size < _COUNTED_BY_INT32:
         return jnp.sum(flags, dtype=jnp.int32).astype(dtype)
     return jnp.sum(jnp.sum(flags, -1, dtype=jnp.uint32).astype(dtype))
 
