@@ -376,6 +376,17 @@ def above(bound: int) -> Callable[[str], int]:
     return parse
 
 
+def folder(text: str) -> Path:
+    """Return the path of a folder that exists or can be made, for argparse."""
+    path = Path(text)
+    existing = next(x for x in (path, *path.absolute().parents) if x.exists())
+    if not existing.is_dir():
+        raise argparse.ArgumentTypeError(f"is no folder: {str(existing)!r}")
+    if not os.access(existing, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot be written to: {str(existing)!r}")
+    return path
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(
@@ -407,7 +418,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoints",
         metavar="FOLDER",
-        type=Path,
+        type=folder,
         help="the folder of the checkpoints; a run goes on from the newest one (default: a "
         "temporary folder, which stays if a process is lost)",
     )

@@ -216,6 +216,17 @@ def above_zero(text: str) -> int:
     raise argparse.ArgumentTypeError(f"must be a whole number > 0, got {text!r}")
 
 
+def folder(text: str) -> Path:
+    """Return the path of a folder that exists or can be made, for argparse."""
+    path = Path(text)
+    existing = next(x for x in (path, *path.absolute().parents) if x.exists())
+    if not existing.is_dir():
+        raise argparse.ArgumentTypeError(f"is no folder: {str(existing)!r}")
+    if not os.access(existing, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot be written to: {str(existing)!r}")
+    return path
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(
@@ -239,7 +250,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--directory",
         metavar="FOLDER",
-        type=Path,
+        type=folder,
         default=Path("checkpoints"),
         help="of the checkpoints (default: %(default)s)",
     )
@@ -256,15 +267,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     Returns:
         The parameters and the state at the end, and the step from which this run went on.
     """
-    parser = make_parser()
-    options = parser.parse_args(argv)
-    if options.directory.exists() and not options.directory.is_dir():
-        parser.error(f"argument --directory: is no folder: {str(options.directory)!r}")
-    existing = next(
-        x for x in (options.directory, *options.directory.absolute().parents) if x.exists()
-    )
-    if not os.access(existing, os.W_OK):
-        parser.error(f"argument --directory: cannot be written to: {str(existing)!r}")
+    options = make_parser().parse_args(argv)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns, TimeRemainingColumn(), console=Console(), disable=options.no_progress

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 import shutil
 import struct
 import time
@@ -435,7 +436,6 @@ def test_resumable_sees_each_image_once_an_epoch_in_another_order(resumable):
     [
         (["--steps", "0"], "--steps: must be a whole number > 0, got '0'"),
         (["--every", "some"], "--every: must be a whole number > 0, got 'some'"),
-        (["--directory", __file__], "--directory: is no folder"),
     ],
 )
 def test_resumable_explains_bad_arguments(resumable, capsys, argv, message):
@@ -556,6 +556,25 @@ def test_resumable_says_that_it_cannot_write(resumable, monkeypatch, tmp_path, c
 @pytest.fixture(scope="module")
 def data_parallel() -> ModuleType:
     return load("data_parallel")
+
+
+@pytest.mark.parametrize(
+    ("example", "option"), [("resumable", "--directory"), ("data_parallel", "--checkpoints")]
+)
+def test_a_folder_for_checkpoints_is_tried_before_anything_runs(
+    example, option, request, monkeypatch, tmp_path, capsys
+):
+    def refused(path) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            request.getfixturevalue(example).main([option, str(path)])
+        assert exit_.value.code == 2
+        return capsys.readouterr().err
+
+    assert f"{option}: is no folder: '{__file__}'" in refused(__file__)
+    assert f"{option}: is no folder: '{__file__}'" in refused(Path(__file__) / "new")
+    # the tests may run as root, who can write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert f"{option}: cannot be written to: '{tmp_path}'" in refused(tmp_path / "new" / "run")
 
 
 @damaging
