@@ -773,6 +773,17 @@ def test_a_count_that_is_none_is_named(name, count):
             adamx.make_step(COUNTING)(PARAMS, state, GRADS)
 
 
+@pytest.mark.parametrize("name", ["count", "micro_step", "skipped", "consecutive_skipped"])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint16])
+def test_a_count_of_fewer_than_32_bits_is_refused_before_it_overflows(name, dtype):
+    state = COUNTING.init(PARAMS)
+    state |= {name: state[name].astype(dtype)}
+    with pytest.raises(TypeError, match=rf"state\['{name}'\] must have 32 bits, got .*adapt_state"):
+        jax.eval_shape(lambda: COUNTING.update(GRADS, state, PARAMS))
+    carried, _ = adamx.adapt_state(COUNTING, PARAMS, state)
+    COUNTING.update(GRADS, carried, PARAMS)
+
+
 @pytest.mark.parametrize("rate", [None, "0.1", jnp.ones(1), {"all": jnp.ones(())}])
 def test_a_recorded_scalar_that_is_none_is_named(rate):
     with pytest.raises(ValueError, match=r"state\['learning_rate'\] is .*, expected float32\[\]"):

@@ -139,12 +139,18 @@ def entry(state: Mapping[str, Any], name: str) -> Any:
 
 
 def counter(state: Mapping[str, Any], name: str) -> Any:
-    """Return a counter of the state; raise TypeError unless it is one whole number."""
+    """Return a counter of the state; raise TypeError unless it is one whole number, of 32 bits."""
     count = entry(state, name)
     if _kind(count) is not jnp.integer or jnp.shape(count):
         raise TypeError(
             f"adamx: state[{name!r}] must be a whole number, got {describe(count)}: is it the "
             "state that init returned?"
+        )
+    if jnp.result_type(count).itemsize < 4:
+        raise TypeError(
+            f"adamx: state[{name!r}] must have 32 bits, got {describe(count)}, which counts to "
+            f"{jnp.iinfo(count.dtype).max}: it was cast; adapt_state(tx, params, state) carries it "
+            "over"
         )
     return count
 
