@@ -48,6 +48,7 @@ def eager(tx):
 
 
 def in_scans(tx):
+    @jax.jit
     def step(params, state, grads, **extra):
         def one(carry, extra):
             updates, state = tx.update(grads, carry[1], carry[0], **extra)
@@ -307,7 +308,7 @@ def test_each_lane_of_a_vmap_ends_where_it_is_told():
         state = jax.vmap(tx.init)(w)
         weights = jnp.array([1.0, 0.0, 3.0])
         for last in (jnp.array([False, False, True]), jnp.array([True, False, False])):
-            w, state = jax.vmap(run)(w, state, jnp.ones((3, 1)), weights, last)
+            w, state = jax.jit(jax.vmap(run))(w, state, jnp.ones((3, 1)), weights, last)
         np.testing.assert_array_equal(w[:, 0], [-1, 0, -1])
         np.testing.assert_array_equal(state["micro_step"], [0, 2, 1])
 
