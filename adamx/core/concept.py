@@ -196,16 +196,29 @@ def hook(concept: Concept, name: str, *args: Any) -> Any:
         ) from error
 
 
-def scalars_of(tx: Concept, step: Step, leaves: Sequence[jax.Array] | None) -> Scalars:
-    """Return the scalars of a concept and its children; the first child may read the tree too."""
-    now = tx.adjusted(step.state)
-    if leaves is not None and tx.overrides("tree_scalars"):
-        wide = [widen(u, compute_dtype(u.dtype)) for u in leaves]
-        own = hook(now, "tree_scalars", step, wide)
-    else:
-        own = hook(now, "scalars", step)
-    inner = [scalars_of(child, step, None if i else leaves) for i, child in enumerate(tx.children)]
-    return own, tuple(inner)
+def scalars_of(
+    tx: Concept, step: Step, leaves: Sequence[jax.Array] | None, known: dict[Any, Scalars]
+) -> Scalars:
+    """Return the scalars of a concept and its children; the first child may read the tree too.
+
+    Args:
+        tx: the concept.
+        step: the step.
+        leaves: the updates of the whole tree; None for a concept that does not read them.
+        known: what has been computed in this step from the same updates: a mask makes several
+            variants of a chain, and a norm of the whole tree is measured once for all of them.
+    """
+    if tx not in known:
+        now = tx.adjusted(step.state)
+        if leaves is not None and tx.overrides("tree_scalars"):
+            wide = [widen(u, compute_dtype(u.dtype)) for u in leaves]
+            own = hook(now, "tree_scalars", step, wide)
+        else:
+            own = hook(now, "scalars", step)
+        children = enumerate(tx.children)
+        inner = (scalars_of(x, step, None if i else leaves, known) for i, x in children)
+        known[tx] = own, tuple(inner)
+    return known[tx]
 
 
 def recorded(tx: Concept, scalars: Scalars) -> Slots:

@@ -71,7 +71,8 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
 
         Returns:
             A dict: `count` (int32 scalar, the number of steps taken), recorded scalars such as
-            `learning_rate` (float32), and for each slot a tree shaped like params.
+            `learning_rate` (float32), and for each slot a tree shaped like params. A slot lies
+            where its parameter does, scalars on all of the parameters' devices.
 
         Raises:
             TypeError: if the dtype of a leaf is neither floating nor complex.
@@ -84,7 +85,8 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         # compiled, it puts the scalars on all devices
         state = _compiled_init(tree, params) if many else lifting.init(self, params)
         held = set(map(id, jax.tree.leaves((tree, params))))
-        return jax.tree.map(lambda x: jnp.copy(x) if id(x) in held else x, state)
+        state = jax.tree.map(lambda x: jnp.copy(x) if id(x) in held else x, state)
+        return lifting.committed_with(params, state)
 
     def update(  # pyright: ignore
         self, updates: Any, state: State, params: Any = None, **extra: Any
