@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import assert_close, thinned
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from table import TRANSFORMATIONS, of_each_kind
 
 import adamx
+from adamx.core import transformation
+from adamx.core.checks import ranges_of
 from adamx.core.rounding import step_key
 from adamx.inspect.compare import _side_by_side
 from adamx.wrappers import monitor
@@ -87,35 +90,38 @@ def programs_of_three_steps(tx: Any, state: Any, params: Any) -> dict[str, int]:
 
 
 def check_compiled_once(tx, state, params):
-    full = 1 + isinstance(tx, adamx.monitor)  # one program measures, the other is another step
-    assert programs_of_three_steps(tx, state, params) == {"step": full, "of_a_user": 1}
+    assert programs_of_three_steps(tx, state, params) == {"step": 1, "of_a_user": 1}
 
 
-@of_each_kind
-def test_a_step_of_committed_parameters_is_compiled_once(name):
-    tx, params = TRANSFORMATIONS[name].make(), jax.tree.map(PLACES["committed"], start())
-    if name.startswith("accumulate"):  # it adds twice before the full step
+def check_compiled_once_from_the_start(name, place):
+    tx, params = TRANSFORMATIONS[name].make(), jax.tree.map(PLACES[place], start())
+    if hasattr(tx, "every"):  # with full steps alone: the others have a program of their own
         tx = tx.replace(every=1)
     check_compiled_once(tx, tx.init(params), params)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["committed", "another device", "uncommitted"])
+@of_each_kind
+def test_a_fresh_state_is_committed_if_its_parameters_are(name, place):
+    params = jax.tree.map(PLACES[place], start())
+    state = TRANSFORMATIONS[name].make().init(params)
+    kinds = {(x.committed, x.sharding) for x in jax.tree.leaves(state)}
+    assert kinds == {(params["w"].committed, params["w"].sharding)}
+
+
+@pytest.mark.parametrize("place", thinned(PLACES))
 def test_a_step_is_compiled_once_wherever_the_parameters_are(place):
-    tx, params = TRANSFORMATIONS["adamw"].make(), jax.tree.map(PLACES[place], start())
-    check_compiled_once(tx, tx.init(params), params)
+    check_compiled_once_from_the_start("adamw", place)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
-@of_each_kind
-def test_any_step_is_compiled_once_wherever_the_parameters_are(name, place):
-    tx, params = TRANSFORMATIONS[name].make(), jax.tree.map(PLACES[place], start())
-    if name.startswith("accumulate"):
-        tx = tx.replace(every=1)
-    check_compiled_once(tx, tx.init(params), params)
+@pytest.mark.parametrize("name", [name for name, case in TRANSFORMATIONS.items() if case.kind])
+def test_a_step_of_each_kind_is_compiled_once_wherever_the_parameters_are(name, place):
+    check_compiled_once_from_the_start(name, place)
 
 
-@pytest.mark.parametrize("place", ["committed", "mesh of 1", "mesh of 8"])
+@pytest.mark.parametrize("place", thinned(["committed", "mesh of 1", "mesh of 8"], keep=3))
 def test_a_step_from_a_saved_state_is_compiled_once(place):
     tx, params = adamx.adamw(0.1), jax.tree.map(PLACES[place], start())
     saved = jax.tree.map(np.asarray, tx.init(params))
@@ -128,6 +134,44 @@ def test_the_slots_of_optaxs_stages_are_where_their_parameters_are():
     params = jax.tree.map(PLACES["mesh of 8"], start())
     state = adamx.chain(optax.trace(0.9), adamx.sgd(0.1)).init(params)
     assert state["trace"].trace["w"].sharding == params["w"].sharding
+
+
+# ------------------------------------------------------------------- outside jit, whatever the rate
+
+
+FEW = ["adamw_masked", "by_path", "clip_then_adamw"]
+OTHERS = [name for name, case in TRANSFORMATIONS.items() if name not in FEW]
+
+
+def with_rates(tx: Any, factor: float) -> Any:
+    """Return a transformation with all of its rates multiplied."""
+    inside = tx.with_children([with_rates(child, factor) for child in tx.children])
+    rates = [name for name, range_ in ranges_of(type(tx)).items() if range_.is_rate]
+    numbers = {name: getattr(tx, name) for name in rates if isinstance(getattr(tx, name), float)}
+    return inside.with_fields(**{name: factor * x for name, x in numbers.items()})
+
+
+@pytest.mark.parametrize("name", FEW + [pytest.param(x, marks=pytest.mark.slow) for x in OTHERS])
+def test_outside_jit_other_rates_run_the_same_program(name):
+    tx, params = TRANSFORMATIONS[name].make(), start()
+    grads, state = jax.tree.map(jnp.sin, params), tx.init(params)
+    compiled: Any = transformation._compiled_update
+    programs = compiled._cache_size()
+    with Compiled() as names:
+        found = [with_rates(tx, factor).update(grads, state, params) for factor in (1.0, 0.7, 0.3)]
+    if not TRANSFORMATIONS[name].foreign:  # Optax makes new closures each time
+        assert names.count("update") <= 1
+        assert compiled._cache_size() <= programs + 1
+    # where rates are constants, the compiler multiplies two in a row: one rounding less
+    assert_close(jax.jit(with_rates(tx, 0.3).update)(grads, state, params), found[-1], ulps=2)
+
+
+def test_a_rate_is_read_in_each_step_outside_jit():
+    params = {"w": jnp.ones(2)}
+    state = adamx.sgd(0.5).init(params)
+    for rate in (0.5, 0.25, 0.0):
+        updates, state = adamx.sgd(rate).update(params, state, params)
+        assert (updates["w"] == -rate).all() and float(state["learning_rate"]) == rate
 
 
 # ------------------------------------------------------------------------- a kernel, a scalar, once

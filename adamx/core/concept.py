@@ -161,6 +161,22 @@ class Concept(Value):
         fields = ((name, getattr(self, name)) for name in ranges_of(type(self)))
         return {name: value for name, value in fields if isinstance(value, adjustable)}
 
+    @functools.cached_property
+    def with_rates_as_arrays(self) -> Any:
+        """This concept with arrays in the place of its rates, so that a program serves for all.
+
+        A rate is a number without an upper end that may be a schedule: a learning rate, a weight
+        decay, a bound. Decays stay numbers, since 1 - b and log(b) are computed in double precision
+        from them, and so do numbers that no schedule may replace, such as eps.
+        """
+        numbers = {
+            name: np.asarray(value)
+            for name, range_ in ranges_of(type(self)).items()
+            if range_.is_rate and isinstance(value := getattr(self, name), float)
+        }
+        inside = self.with_children([child.with_rates_as_arrays for child in self.children])
+        return inside.with_fields(**numbers) if numbers else inside
+
     def adjusted(self, state: Mapping[str, Any]) -> Any:
         """Return this concept with schedules that give what a state has for its adjustables."""
         found = {

@@ -95,8 +95,9 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
 
         Called with arrays it compiles itself, as `jax.jit` would: Python code in a schedule or a
         mask runs once for each compilation, and later changes of objects that it reads are not
-        seen. Inside jit, vmap, grad or scan it is traced. Nothing is donated: the caller's arrays
-        stay usable.
+        seen. A rate that is a number, such as the learning rate, is an argument of the program:
+        `adam(0.1 / t).update(...)` compiles once. Another decay or eps is compiled anew. Inside
+        jit, vmap, grad or scan it is traced. Nothing is donated: the caller's arrays stay usable.
 
         Args:
             updates: the gradients: a pytree shaped like the parameters, of any floating dtype;
@@ -112,7 +113,7 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
             ValueError: if the trees or shapes of updates, params and state do not fit.
             TypeError: if the dtype of a leaf is neither floating nor complex.
         """
-        tree = as_pytree(self)
+        tree = as_pytree(self.with_rates_as_arrays)
         if lifting.is_concrete(tree, updates, state, extra):
             if not lifting.is_concrete(params):  # an unfiltered module: drop leaves without update
                 whole = completed(updates, params)
