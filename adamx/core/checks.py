@@ -52,6 +52,11 @@ class Range:
     optional: bool = False
     constant: str = ""
 
+    @property
+    def is_rate(self) -> bool:
+        """Whether it may change from step to step, and has no end from which it is subtracted."""
+        return self.schedule and math.isinf(self.high)
+
     def check(self, function: str, argument: str, value: Any) -> None:
         """Raise ValueError (TypeError for a wrong kind of value) unless value is in the range."""
         if value is None and self.optional:

@@ -161,6 +161,22 @@ class Concept(Value):
         fields = ((name, getattr(self, name)) for name in ranges_of(type(self)))
         return {name: value for name, value in fields if isinstance(value, adjustable)}
 
+    @functools.cached_property
+    def with_rates_as_arrays(self) -> Any:
+        """This concept with arrays in the place of its rates, so that a program serves for all.
+
+        A rate is a number without an upper end that may be a schedule: a learning rate, a weight
+        decay, a bound. Decays stay numbers, since 1 - b and log(b) are computed in double precision
+        from them, and so do numbers that no schedule may replace, such as eps.
+        """
+        numbers = {
+            name: np.asarray(value)
+            for name, range_ in ranges_of(type(self)).items()
+            if range_.is_rate and isinstance(value := getattr(self, name), float)
+        }
+        inside = self.with_children([child.with_rates_as_arrays for child in self.children])
+        return inside.with_fields(**numbers) if numbers else inside
+
     def adjusted(self, state: Mapping[str, Any]) -> Any:
         """Return this concept with schedules that give what a state has for its adjustables."""
         found = {
@@ -196,16 +212,29 @@ def hook(concept: Concept, name: str, *args: Any) -> Any:
         ) from error
 
 
-def scalars_of(tx: Concept, step: Step, leaves: Sequence[jax.Array] | None) -> Scalars:
-    """Return the scalars of a concept and its children; the first child may read the tree too."""
-    now = tx.adjusted(step.state)
-    if leaves is not None and tx.overrides("tree_scalars"):
-        wide = [widen(u, compute_dtype(u.dtype)) for u in leaves]
-        own = hook(now, "tree_scalars", step, wide)
-    else:
-        own = hook(now, "scalars", step)
-    inner = [scalars_of(child, step, None if i else leaves) for i, child in enumerate(tx.children)]
-    return own, tuple(inner)
+def scalars_of(
+    tx: Concept, step: Step, leaves: Sequence[jax.Array] | None, known: dict[Any, Scalars]
+) -> Scalars:
+    """Return the scalars of a concept and its children; the first child may read the tree too.
+
+    Args:
+        tx: the concept.
+        step: the step.
+        leaves: the updates of the whole tree; None for a concept that does not read them.
+        known: what has been computed in this step from the same updates: a mask makes several
+            variants of a chain, and a norm of the whole tree is measured once for all of them.
+    """
+    if tx not in known:
+        now = tx.adjusted(step.state)
+        if leaves is not None and tx.overrides("tree_scalars"):
+            wide = [widen(u, compute_dtype(u.dtype)) for u in leaves]
+            own = hook(now, "tree_scalars", step, wide)
+        else:
+            own = hook(now, "scalars", step)
+        children = enumerate(tx.children)
+        inner = (scalars_of(x, step, None if i else leaves, known) for i, x in children)
+        known[tx] = own, tuple(inner)
+    return known[tx]
 
 
 def recorded(tx: Concept, scalars: Scalars) -> Slots:

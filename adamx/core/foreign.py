@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import optax
 
 from adamx.core import errors
+from adamx.core.arithmetic import placed_like
 from adamx.core.leaves import Leaves
 from adamx.core.lifting import State
-from adamx.core.paths import flatten, leaves_by_path
+from adamx.core.paths import flatten, leaves_by_path, with_path_of
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 from adamx.formula.expressions import Expr, call
@@ -65,7 +66,15 @@ class named(Transformation):
 
     def init_tree(self, leaves: Leaves) -> State:
         # a copy, since some states hold the parameters, or a key that the stage holds too
-        state = jax.tree.map(jnp.copy, self.tx.init(leaves.tree(leaves.values)))
+        params = leaves.tree(leaves.values)
+        state = jax.tree.map(jnp.copy, self.tx.init(params))
+        known = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+
+        def put(path: tuple[Any, ...], x: Any) -> Any:
+            param = with_path_of(path, known)
+            return x if param is None or not jnp.ndim(x) else placed_like(x, param)
+
+        state = jax.tree_util.tree_map_with_path(put, state)
         return {name: state for name in self.state_names()}
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:

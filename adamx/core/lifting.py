@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from adamx.core import errors
 from adamx.core.arithmetic import compute_dtype, is_inexact, placed_like, real_times_complex, widen
@@ -46,7 +47,7 @@ from adamx.formula.adjustable import adjustable
 
 State = dict[str, Any]
 
-_MANY_LEAVES = 64  # compiling their start costs as much as some hundred calls of it
+_MANY_LEAVES = 64  # one trace, or one compilation, for each shape costs some hundred calls
 _MAX_COUNT = np.iinfo(np.int32).max
 
 
@@ -119,8 +120,9 @@ class Stage(Concept):
         """Return the slots' start values: by name, a tree each."""
         columns: dict[str, list[Any]] = {n: [None] * len(leaves.paths) for n in self.slot_names()}
         varies = any_of(self, lambda concept: concept.overrides("for_leaf"))
-        many = len(leaves.paths) > _MANY_LEAVES and is_concrete(leaves.values)
-        start = _compiled_slots if many else _slots
+        start = _slots if is_concrete(leaves.values) else _placed_slots
+        if len(leaves.paths) > _MANY_LEAVES:
+            start = _once_a_shape[start]
         for i, (path, param) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
             if param is not None and columns:
                 concept: Any = hook(self, "for_leaf", path, param) if varies else self
@@ -130,7 +132,7 @@ class Stage(Concept):
                             f"{type(concept).__name__}.slots: started {name!r} for leaf {path!r}, "
                             f"but the names of the slots are {sorted(columns)}: define slot_names"
                         )
-                    columns[name][i] = placed_like(value, param)
+                    columns[name][i] = value
         return {name: leaves.tree(column) for name, column in columns.items()}
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
@@ -147,7 +149,8 @@ class Stage(Concept):
         columns = {name: leaves.column(name, errors.entry(step.state, name)) for name in names}
         present = [u for u in leaves.values if u is not None]
         varies = any_of(self, lambda concept: concept.overrides("for_leaf"))
-        whole = Variant(self, step, present)
+        measured: dict[Any, Scalars] = {}
+        whole = Variant(self, step, present, measured)
         # equal variants share a kernel; most are the same object, found by its id
         variants: dict[Stage, Variant] = {self: whole}
         seen, alive = {id(self): whole}, [self]
@@ -158,7 +161,7 @@ class Stage(Concept):
             own: Any = hook(self, "for_leaf", path, like) if varies else self
             if id(own) not in seen:
                 if own not in variants:
-                    variants[own] = Variant(own, step, present)
+                    variants[own] = Variant(own, step, present, measured)
                 seen[id(own)] = variants[own]
                 alive.append(own)
             variant = seen[id(own)]
@@ -244,9 +247,11 @@ def run(tx: Stage, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
 class Variant:
     """The scalars, kernel and shapes of slots of all leaves with the same variant of a concept."""
 
-    def __init__(self, tx: Concept, step: Step, leaves: Sequence[jax.Array]) -> None:
-        """Make the kernel, and compute the scalars from the step and the leaves."""
-        self.scalars = scalars_of(tx, step, leaves)
+    def __init__(
+        self, tx: Concept, step: Step, leaves: Sequence[jax.Array], known: dict[Any, Scalars]
+    ) -> None:
+        """Make the kernel, and compute from the step and the leaves the scalars not yet known."""
+        self.scalars = scalars_of(tx, step, leaves, known)
         self.kernel = leaf_kernel(tx, step, self.scalars)
         self.slots_like = slots_like(tx)
 
@@ -296,7 +301,11 @@ def _slots(tree: as_pytree, param: jax.Array) -> Slots:
     return hook(tree.tx, "slots", param)
 
 
-_compiled_slots = jax.jit(_slots)
+def _placed_slots(tree: as_pytree, param: jax.Array) -> Slots:
+    return {name: placed_like(x, param) for name, x in _slots(tree, param).items()}
+
+
+_once_a_shape = {start: jax.jit(start) for start in (_slots, _placed_slots)}
 
 
 def is_concrete(*trees: Any) -> bool:
@@ -313,6 +322,29 @@ def is_concrete(*trees: Any) -> bool:
 def on_many_devices(tree: Any) -> bool:
     """Say whether an array of the tree is on more than one device."""
     return any(len(x.devices()) > 1 for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+
+
+def committed_with(params: Any, state: Any) -> Any:
+    """Return a state committed to the devices of its parameters, if those are committed.
+
+    A step returns all arrays committed as soon as one of its arguments is. A count or a rate that
+    is not would have the second step compiled anew, since JAX compiles for where arrays lie.
+    """
+    arrays = [x for x in jax.tree.leaves(params) if is_committed(x)]
+    if not arrays:
+        return state
+    where = arrays[0].sharding
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec())
+    elif len(where.device_set) == 1:
+        where = SingleDeviceSharding(*where.device_set)
+    stays = lambda x: isinstance(x, Tracer) or is_committed(x)  # noqa: E731
+    return jax.tree.map(lambda x: x if stays(x) else jax.device_put(x, where), state)
+
+
+def is_committed(x: Any) -> bool:
+    """Say whether x is an array that JAX may not move to another device by itself."""
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
 
 
 _CONCRETE = (jax.Array, np.ndarray, np.generic, numbers.Number)

@@ -14,7 +14,7 @@ import dataclasses
 import fnmatch
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,6 +94,17 @@ def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
 
 
 _BOX = (GetAttrKey("value"),)
+
+
+def with_path_of(path: tuple[Any, ...], leaves: Mapping[tuple[Any, ...], Any]) -> Any:
+    """Return the leaf whose path ends the path of a slot, as its parameter's does, or None.
+
+    Args:
+        path: JAX's keys: the slot's name, and then the path of its parameter.
+        leaves: by their paths, of JAX's keys as well.
+    """
+    ends = (path[start:] for start in range(1, len(path) + 1))
+    return next((leaves[end] for end in ends if end in leaves), None)
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from adamx.core.arithmetic import shared_axes
 from adamx.core.errors import describe
 from adamx.core.foreign import as_transformation
+from adamx.core.lifting import is_committed
+from adamx.core.paths import with_path_of
 
 
 def state_sharding(
@@ -81,9 +83,7 @@ def state_sharding(
     everywhere = _on_all_devices([param.sharding for param in known.values()])
 
     def of(path: tuple[Any, ...], leaf: Any) -> Sharding | None:
-        # the slot's path is its name and then the path of its parameter
-        ends = (path[start:] for start in range(1, len(path) + 1))
-        param = next((known[end] for end in ends if end in known), None)
+        param = with_path_of(path, known)
         if param is None or leaf.ndim == 0:
             return everywhere
         where = _divided(_alike(param, leaf.shape), leaf.shape, axes)
@@ -101,12 +101,14 @@ def placed(state: Any, tx: optax.GradientTransformation, params: Any) -> Any:
         isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in jax.tree.leaves(params)
     ):
         return state
+    committed = any(map(is_committed, jax.tree.leaves(params)))
 
     def put(x: Any, where: Sharding | None) -> Any:
         if where is None or isinstance(x, Tracer):
             return x
         there = isinstance(x, jax.Array) and x.sharding.is_equivalent_to(where, x.ndim)
-        return x if there else jax.device_put(x, where)
+        stays = there and (is_committed(x) or not committed)
+        return x if stays else jax.device_put(x, where)
 
     return jax.tree.map(put, state, state_sharding(tx, params))
 

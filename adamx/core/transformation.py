@@ -71,7 +71,8 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
 
         Returns:
             A dict: `count` (int32 scalar, the number of steps taken), recorded scalars such as
-            `learning_rate` (float32), and for each slot a tree shaped like params.
+            `learning_rate` (float32), and for each slot a tree shaped like params. A slot lies
+            where its parameter does, scalars on all of the parameters' devices.
 
         Raises:
             TypeError: if the dtype of a leaf is neither floating nor complex.
@@ -84,7 +85,8 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         # compiled, it puts the scalars on all devices
         state = _compiled_init(tree, params) if many else lifting.init(self, params)
         held = set(map(id, jax.tree.leaves((tree, params))))
-        return jax.tree.map(lambda x: jnp.copy(x) if id(x) in held else x, state)
+        state = jax.tree.map(lambda x: jnp.copy(x) if id(x) in held else x, state)
+        return lifting.committed_with(params, state)
 
     def update(  # pyright: ignore
         self, updates: Any, state: State, params: Any = None, **extra: Any
@@ -93,8 +95,9 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
 
         Called with arrays it compiles itself, as `jax.jit` would: Python code in a schedule or a
         mask runs once for each compilation, and later changes of objects that it reads are not
-        seen. Inside jit, vmap, grad or scan it is traced. Nothing is donated: the caller's arrays
-        stay usable.
+        seen. A rate that is a number, such as the learning rate, is an argument of the program:
+        `adam(0.1 / t).update(...)` compiles once. Another decay or eps is compiled anew. Inside
+        jit, vmap, grad or scan it is traced. Nothing is donated: the caller's arrays stay usable.
 
         Args:
             updates: the gradients: a pytree shaped like the parameters, of any floating dtype;
@@ -110,7 +113,7 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
             ValueError: if the trees or shapes of updates, params and state do not fit.
             TypeError: if the dtype of a leaf is neither floating nor complex.
         """
-        tree = as_pytree(self)
+        tree = as_pytree(self.with_rates_as_arrays)
         if lifting.is_concrete(tree, updates, state, extra):
             if not lifting.is_concrete(params):  # an unfiltered module: drop leaves without update
                 whole = completed(updates, params)

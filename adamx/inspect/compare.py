@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
@@ -186,24 +187,33 @@ def _side_by_side(a: Any, b: Any) -> tuple[dict[str, Difference], list[str]]:
     """Match entries of the same path, then entries of which one path ends with the other."""
     left, right = _arrays(a), _arrays(b)
     shapes = {path: np.shape(y) for path, y in right.items()}
+    order = {path: i for i, path in enumerate(right)}
     pairs = {path: path for path, x in left.items() if shapes.get(path) == np.shape(x)}
+    taken = set(pairs)
+    ending = collections.defaultdict[str, list[str]](list)  # with a path, in order
+    for other in right:
+        for end in _ends(other):
+            ending[end].append(other)
     for path, x in left.items():
-        free = (other for other in right if path not in pairs and other not in pairs.values())
-        for other in free:
-            if _ends_alike(path, other) and shapes[other] == np.shape(x):
-                pairs[path] = other
-                break
+        shorter = [end for end in _ends(path) if end in right]
+        free = (other for other in (*ending[path], *shorter) if other not in taken)
+        alike = (other for other in free if shapes[other] == np.shape(x))
+        first = min(alike, key=order.__getitem__, default=None)
+        if path not in pairs and first is not None:
+            pairs[path] = first
+            taken.add(first)
     slots = {
         path: dataclasses.replace(_largest(path, left[path], right[pairs[path]]), path=path)
         for path in left
         if path in pairs
     }
     unmatched = [p for p in left if p not in slots]
-    return slots, unmatched + [p for p in right if p not in pairs.values()]
+    return slots, unmatched + [p for p in right if p not in taken]
 
 
-def _ends_alike(path: str, other: str) -> bool:
-    return ("/" + path).endswith("/" + other) or ("/" + other).endswith("/" + path)
+def _ends(path: str) -> list[str]:
+    """Return the path and what follows each of its slashes."""
+    return [path, *(path[i + 1 :] for i, letter in enumerate(path) if letter == "/")]
 
 
 def _arrays(tree: Any) -> dict[str, np.ndarray]:

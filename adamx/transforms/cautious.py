@@ -72,7 +72,7 @@ class cautious(Transformation):
         update = self.inner.emit(u, slots, step.child(0))
         kept = agreement(update, u) > 0
         number = count(kept, u.real.dtype)
-        factor = divide(jnp.full_like(number, float(u.size)), number + self.xi)
+        factor = divide(jnp.full_like(number, float(u.size)), number + self.xi, least=self.xi)
         return jnp.where(kept, factor * update, 0)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

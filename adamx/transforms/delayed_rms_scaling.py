@@ -60,7 +60,7 @@ class delayed_rms_scaling(Transformation):
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         u = limit_for_squares(u, step.grad_dtype)
         second_moment = self.second_moment.emit(u, slots | step.old, step.child(0))
-        scaled = divide(u, jnp.maximum(root(second_moment), self.eps))
+        scaled = divide(u, jnp.maximum(root(second_moment), self.eps), least=self.eps)
         return jnp.where(step.count == 1, 0, scaled)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

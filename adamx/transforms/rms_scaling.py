@@ -61,7 +61,7 @@ class rms_scaling(Transformation):
         u = limit_for_squares(u, step.grad_dtype)
         numerator = self.numerator.emit(u, slots, step.child(0))
         second_moment = self.second_moment.emit(u, slots, step.child(1))
-        return divide(numerator, root(second_moment + self.eps_root) + self.eps)
+        return divide(numerator, root(second_moment + self.eps_root) + self.eps, least=self.eps)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         u = symbols.named(u)

@@ -168,8 +168,9 @@ class monitor(Wrapper):
         groups: dict[str, list[int]] = {}
         for i, path in enumerate(leaves.paths):
             groups.setdefault(self._group(path), []).append(i)
+        kinds = _statistics(self.inner, count)
         for group, members in groups.items():
-            for name, (needed, chosen, statistic) in _statistics(self.inner, count).items():
+            for name, (needed, chosen, statistic) in kinds.items():
                 if all(key in columns for key in needed):
                     rows = [tuple(columns[key][i] for key in needed) for i in members]
                     rows = chosen([row for row in rows if all(x is not None for x in row)])
@@ -227,7 +228,8 @@ def _statistics(tx: Transformation, count: jax.Array) -> dict[str, Statistic]:
             return (jnp.sqrt(v / weight.astype(v.dtype)) < eps).astype(v.dtype)
 
         kinds["eps_share"] = ("nu",), _filled, _mean(small)
-    return kinds
+    # compiled, a statistic is traced once for all groups of one shape
+    return {name: (needed, rows, jax.jit(f)) for name, (needed, rows, f) in kinds.items()}
 
 
 def _filled(rows: Rows) -> Rows:
