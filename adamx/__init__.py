@@ -42,6 +42,7 @@ from adamx.core.foreign import named
 from adamx.core.identity import identity
 from adamx.core.paths import all_but
 from adamx.core.precision_warning import PrecisionWarning
+from adamx.core.shard import ShardWarning
 from adamx.core.sharding import state_sharding
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
@@ -128,6 +129,7 @@ from adamx.transforms.trust_ratio import trust_ratio
 from adamx.transforms.update_clipping import update_clipping
 from adamx.wrappers.accumulate import accumulate
 from adamx.wrappers.by_path import by_path
+from adamx.wrappers.in_shard_map import in_shard_map
 from adamx.wrappers.master_weights import master_weights
 from adamx.wrappers.monitor import monitor, statistics
 from adamx.wrappers.skip_nonfinite import skip_nonfinite
@@ -140,6 +142,7 @@ __all__ = [
     "Comparison",
     "LeafStep",
     "PrecisionWarning",
+    "ShardWarning",
     "Step",
     "Storage",
     "Summary",
@@ -194,6 +197,7 @@ __all__ = [
     "growing_clip",
     "half_life_schedule",
     "identity",
+    "in_shard_map",
     "interpolated_ema",
     "lamb",
     "lion",

@@ -12,6 +12,7 @@ import jax
 
 from adamx.core import errors
 from adamx.core.paths import flatten
+from adamx.core.shard import WHOLE, Shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Leaves:
         came: the gradients' dtypes.
         emit: the dtypes of the outgoing updates; None leaves an update as it is.
         treedef: the structure that turns a list into a tree again.
+        shards: which shard of an array each is, inside `in_shard_map`.
     """
 
     paths: list[str]
@@ -33,6 +35,7 @@ class Leaves:
     came: list[Any]
     emit: list[Any]
     treedef: Any
+    shards: list[Shard]
 
     def tree(self, values: list[Any]) -> Any:
         """Return a parallel list as a tree."""
@@ -57,6 +60,11 @@ class Leaves:
     def like(self) -> list[Any]:
         """Return the parameters if `update` got them, otherwise the updates."""
         return self.values if self.params is None else self.params
+
+    def whole(self) -> list[Any]:
+        """Return them as `like` does, with the shape of the whole array in the place of a shard."""
+        pairs = zip(self.like(), self.shards, strict=True)
+        return [None if x is None else shard.whole(x) for x, shard in pairs]
 
     def narrowed(self) -> Leaves:
         """Return the updates in their outgoing dtypes."""
@@ -111,4 +119,4 @@ def take_apart(updates: Any, params: Any) -> Leaves:
             )
         ]
     came = [None if u is None else u.dtype for u in values]
-    return Leaves(paths, values, column, came, came, treedef)
+    return Leaves(paths, values, column, came, came, treedef, [WHOLE] * len(paths))

@@ -41,6 +41,7 @@ from adamx.core.concept import (
 )
 from adamx.core.leaves import Leaves, completed, take_apart
 from adamx.core.precision_warning import warn_of_rounding
+from adamx.core.shard import Shard, check_alike
 from adamx.core.step import LeafStep, Step
 from adamx.core.value import as_pytree
 from adamx.formula.adjustable import adjustable
@@ -123,9 +124,10 @@ class Stage(Concept):
         start = _slots if is_concrete(leaves.values) else _placed_slots
         if len(leaves.paths) > _MANY_LEAVES:
             start = _once_a_shape[start]
+        whole = leaves.whole()
         for i, (path, param) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
             if param is not None and columns:
-                concept: Any = hook(self, "for_leaf", path, param) if varies else self
+                concept: Any = hook(self, "for_leaf", path, whole[i]) if varies else self
                 for name, value in start(as_pytree(concept), param).items():
                     if name not in columns:
                         raise ValueError(
@@ -147,10 +149,12 @@ class Stage(Concept):
         """
         names = self.slot_names()
         columns = {name: leaves.column(name, errors.entry(step.state, name)) for name in names}
-        present = [u for u in leaves.values if u is not None]
+        pairs = [(u, s) for u, s in zip(leaves.values, leaves.shards, strict=True) if u is not None]
+        present = [u for u, _ in pairs]
+        step = dataclasses.replace(step, shards=tuple(s for _, s in pairs))
         varies = any_of(self, lambda concept: concept.overrides("for_leaf"))
         measured: dict[Any, Scalars] = {}
-        whole = Variant(self, step, present, measured)
+        whole, arrays = Variant(self, step, present, measured), leaves.whole()
         # equal variants share a kernel; most are the same object, found by its id
         variants: dict[Stage, Variant] = {self: whole}
         seen, alive = {id(self): whole}, [self]
@@ -158,7 +162,7 @@ class Stage(Concept):
         for i, (path, like) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
             if out[i] is None:
                 continue
-            own: Any = hook(self, "for_leaf", path, like) if varies else self
+            own: Any = hook(self, "for_leaf", path, arrays[i]) if varies else self
             if id(own) not in seen:
                 if own not in variants:
                     variants[own] = Variant(own, step, present, measured)
@@ -168,7 +172,7 @@ class Stage(Concept):
             slots = {name: columns[name][i] for name in names if columns[name][i] is not None}
             errors.check_slots(path, slots, variant.slots_like(like))
             param = None if leaves.params is None else leaves.params[i]
-            out[i], new = variant.kernel(out[i], slots, param, leaves.came[i])
+            out[i], new = variant.kernel(out[i], slots, param, leaves.came[i], leaves.shards[i])
             for name, value in new.items():
                 columns[name][i] = value
         entries = {name: leaves.tree(column) for name, column in columns.items()}
@@ -176,6 +180,7 @@ class Stage(Concept):
         before = {name: errors.entry(step.state, name) for name in scalars}
         for name, x in scalars.items():  # the dtype stays, also with wider gradients
             errors.check_recorded(name, before[name], x)
+            check_alike(name, before[name], x)
             scalars[name] = x.astype(jnp.result_type(before[name]))
         kept = {name: held(value, step.state) for name, value in all_adjustables(self).items()}
         return leaves.with_values(out), entries | kept | step.select(scalars, before)
@@ -272,9 +277,9 @@ def leaf_kernel(
     """
     as_stored = frozenset(tx.stored_names())
 
-    @functools.partial(jax.jit, static_argnums=3)
+    @functools.partial(jax.jit, static_argnums=(3, 4))
     def kernel(
-        u: jax.Array, slots: Slots, param: jax.Array | None, came: Any
+        u: jax.Array, slots: Slots, param: jax.Array | None, came: Any, shard: Shard
     ) -> tuple[jax.Array, Slots]:
         present = [x for x in (u, param, *slots.values()) if x is not None and is_inexact(x)]
         compute = compute_dtype(*(x.dtype for x in present))
@@ -286,7 +291,7 @@ def leaf_kernel(
         concept = jax.tree.map(wide, as_pytree(tx)).tx
         own, inner = jax.tree.map(wide, scalars)
         u, param, old = wide(u), jax.tree.map(wide, param), seen(slots)
-        here = LeafStep(step.count, own, inner, old, param, came)
+        here = LeafStep(step.count, own, inner, old, param, came, shard)
         with real_times_complex(compute):
             new = accumulated(concept, u, old, here)
             new = {name: x.astype(slots[name].dtype) for name, x in new.items()}

@@ -20,19 +20,18 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adamx.core.arithmetic import compute_dtype, real_dtype, root, squared_magnitude
-
-Axes = int | tuple[int, ...] | None
-"""The axes to reduce over; None means all of them."""
+from adamx.core.shard import WHOLE, Axes, Shard, axis_size, total, total_of_all
 
 _COUNTED_BY_INT32 = 2**31
 
 
-def rms(x: jax.Array, axes: Axes = None) -> jax.Array:
+def rms(x: jax.Array, axes: Axes = None, shard: Shard = WHOLE) -> jax.Array:
     """Return the root of the mean of |x|^2: real, and 0 for an empty array.
 
     Args:
         x: real or complex.
         axes: to reduce over; they stay, with size 1, so that the result broadcasts against x.
+        shard: which shard of an array x is; the result is the whole array's.
 
     Example:
         >>> rms(jnp.array([3e10, 4e10, 0.0, 0.0]))
@@ -40,47 +39,60 @@ def rms(x: jax.Array, axes: Axes = None) -> jax.Array:
         >>> rms(jnp.array([[1.0, 2.0], [7.0, 2.0]]), axes=0)
         Array([[5., 2.]], dtype=float32)
     """
-    sum_of_squares = jnp.sum(squared_magnitude(x), axes, keepdims=True)
-    return root(sum_of_squares / reduced_size(x, axes))
+    return root(mean_square(x, axes, shard))
 
 
-def norm(x: jax.Array, axes: Axes = None) -> jax.Array:
+def mean_square(x: jax.Array, axes: Axes = None, shard: Shard = WHOLE) -> jax.Array:
+    """Return the mean of |x|^2; arguments as for `rms`."""
+    return total(squared_magnitude(x), axes, shard) / reduced_size(x, axes, shard)
+
+
+def norm(x: jax.Array, axes: Axes = None, shard: Shard = WHOLE) -> jax.Array:
     """Return the root of the sum of |x|^2; arguments as for `rms`.
 
     Example:
         >>> norm(jnp.array([3.0, 4.0])), norm(jnp.zeros((0,)))
         (Array([5.], dtype=float32), Array([0.], dtype=float32))
     """
-    return math.sqrt(reduced_size(x, axes)) * rms(x, axes)
+    return math.sqrt(reduced_size(x, axes, shard)) * rms(x, axes, shard)
 
 
-def reduced_size(x: jax.Array, axes: Axes) -> float:
-    """Return how many elements are reduced to one, at least 1: a float, as int32 ends at 2^31.
+def reduced_size(x: jax.Array, axes: Axes = None, shard: Shard = WHOLE) -> float:
+    """Return how many elements of an array are reduced to one, at least 1.
+
+    It is a float, as int32 ends at 2^31. Arguments as for `rms`.
 
     Example:
         >>> reduced_size(jnp.zeros((2, 3)), 0), reduced_size(jnp.zeros((2, 3)), None)
         (2.0, 6.0)
     """
-    if axes is None:
-        return float(max(x.size, 1))
-    many = axes if isinstance(axes, tuple) else (axes,)
-    return float(max(math.prod(x.shape[axis] for axis in many), 1))
+    many = axes if isinstance(axes, tuple) else range(x.ndim) if axes is None else (axes,)
+    own = math.prod(x.shape[axis] for axis in many)
+    return float(max(own * axis_size(shard.along(x, axes)), 1))
 
 
-def count(flags: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Return how many flags are True, in a floating dtype; the last axis has less than 2^32."""
-    if flags.size < _COUNTED_BY_INT32:
-        return jnp.sum(flags, dtype=jnp.int32).astype(dtype)
-    return jnp.sum(jnp.sum(flags, -1, dtype=jnp.uint32).astype(dtype))
+def count(flags: jax.Array, dtype: DTypeLike, shard: Shard = WHOLE) -> jax.Array:
+    """Return how many flags of an array are True.
+
+    Args:
+        flags: bools; the last axis has less than 2^32.
+        dtype: the result's, a floating one.
+        shard: which shard of an array they are.
+    """
+    if reduced_size(flags, None, shard) < _COUNTED_BY_INT32:
+        return total(flags.astype(jnp.int32), None, shard).reshape(()).astype(dtype)
+    rows = jnp.sum(flags, -1, dtype=jnp.uint32, keepdims=True)
+    return total(rows.astype(dtype), None, shard).reshape(())
 
 
-def sum_of_all_squares(leaves: Sequence[jax.Array]) -> jax.Array:
+def sum_of_all_squares(leaves: Sequence[jax.Array], shards: Sequence[Shard] = ()) -> jax.Array:
     """Return the sum of |u|^2 over all elements: infinite if it overflows.
 
     Everything that needs this sum calls this function, so that the compiler can merge the sums.
 
     Args:
         leaves: arrays in compute dtype.
+        shards: which shards of arrays they are; () if each is a whole one.
 
     Example:
         >>> print(sum_of_all_squares([jnp.array([1.0, 2.0]), jnp.array(3.0)]))
@@ -88,14 +100,15 @@ def sum_of_all_squares(leaves: Sequence[jax.Array]) -> jax.Array:
     """
     dtype = real_dtype(compute_dtype(*(u.dtype for u in leaves)))
     sums = [jnp.sum(squared_magnitude(u)).astype(dtype) for u in leaves]
-    return sum(sums, start=jnp.zeros([], dtype))
+    return total_of_all(sums, leaves, shards) if sums else jnp.zeros([], dtype)
 
 
-def global_norm(leaves: Sequence[jax.Array]) -> jax.Array:
+def global_norm(leaves: Sequence[jax.Array], shards: Sequence[Shard] = ()) -> jax.Array:
     """Return the root of the sum of squares over all elements of all leaves.
 
     Args:
         leaves: arrays in compute dtype; with none the norm is 0.
+        shards: which shards of arrays they are; () if each is a whole one.
 
     Returns:
         A scalar, float32 or float64: inf where an element is infinite, NaN where one is NaN.
@@ -106,4 +119,4 @@ def global_norm(leaves: Sequence[jax.Array]) -> jax.Array:
         >>> print(global_norm([jnp.array([1e20])]))
         inf
     """
-    return root(sum_of_all_squares(leaves))
+    return root(sum_of_all_squares(leaves, shards))

@@ -47,11 +47,11 @@ def warn_of_rounding(params: Sequence[jax.Array]) -> None:
         f"{max(float(jnp.finfo(dtype).eps) for dtype in narrow) / 2:.1g} of a parameter is rounded "
         f"away when it is added. Keep the lost bits with adamx.master_weights(tx){said}",
         PrecisionWarning,
-        stacklevel=_levels_up(),
+        stacklevel=levels_up(),
     )
 
 
-def _levels_up() -> int:
+def levels_up() -> int:
     """Return how many frames above the caller the first code outside adamx and JAX is."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:

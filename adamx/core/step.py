@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adamx.core.shard import WHOLE, Shard
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -21,12 +23,14 @@ class Step:
         extra: the extra keyword arguments of `update`.
         taken: a bool scalar. False means: skip this step; slots and scalars keep their old values
             and the updates are zero. None means that the step is taken, and nothing is selected.
+        shards: which shards of arrays the leaves of `tree_scalars` are, for `global_norm`.
     """
 
     count: jax.Array
     state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     taken: jax.Array | None = None
+    shards: tuple[Shard, ...] = ()
 
     def only_if(self, taken: jax.Array) -> Step:
         """Return the same step, skipped unless `taken` is True as well."""
@@ -62,6 +66,7 @@ class LeafStep:
         old: the leaf's slots before this step, in compute dtype.
         param: the parameter in compute dtype; None if `update` was called without params.
         grad_dtype: the gradient's dtype before widening.
+        shard: which shard of an array the leaf is, inside `in_shard_map`.
 
     Example:
         >>> import adamx, jax.numpy as jnp
@@ -84,6 +89,7 @@ class LeafStep:
     old: dict[str, jax.Array]
     param: jax.Array | None
     grad_dtype: Any
+    shard: Shard = WHOLE
 
     def child(self, index: int) -> LeafStep:
         """Return the step as the child concept number `index` sees it."""

@@ -13,6 +13,7 @@ from adamx.core import errors
 from adamx.core.concept import Concept, Slots
 from adamx.core.leaves import Leaves
 from adamx.core.paths import flatten
+from adamx.core.shard import WHOLE
 from adamx.core.transformation import Transformation
 from adamx.storage import masters
 from adamx.storage.storage import Storage
@@ -75,7 +76,7 @@ def moments(state: Mapping[str, Any], tx: Transformation) -> dict[str, Any]:
     none = [None] * len(paths)
     columns = [treedef.flatten_up_to(errors.entry(state, name)) for name in names]
     like = [_largest(slots) for slots in zip(*columns, strict=True)]
-    leaves = Leaves(paths, like, None, none, none, treedef)
+    leaves = Leaves(paths, like, None, none, none, treedef, [WHOLE] * len(paths))
     found = decoded_slots(tx.for_tree(leaves.tree(like)), leaves, state)
     return {name: leaves.tree(x) for name, x in found.items() if name not in masters.NAMES}
 
@@ -86,7 +87,7 @@ def decoded_slots(tx: Any, leaves: Leaves, state: Mapping[str, Any]) -> dict[str
     columns = [leaves.treedef.flatten_up_to(errors.entry(state, name)) for name in names]
     seen = without_storages(tx).tree_names()
     found: dict[str, list[Any]] = {name: [None] * len(leaves.paths) for name in seen}
-    for i, (path, like) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
+    for i, (path, like) in enumerate(zip(leaves.paths, leaves.whole(), strict=True)):
         if like is not None:
             slots = {n: x[i] for n, x in zip(names, columns, strict=True) if x[i] is not None}
             for name, x in decoded(tx.for_leaf(path, like), slots).items():

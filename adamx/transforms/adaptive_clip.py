@@ -60,9 +60,9 @@ class adaptive_clip(Transformation):
     axis: Axes = None
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
-        axes = self._axes(u)
-        largest = self.clipping * jnp.maximum(norm(step.needs_param(self), axes), self.eps)
-        size = norm(u, axes)
+        axes, shard = self._axes(step.shard.whole(u)), step.shard
+        largest = self.clipping * jnp.maximum(norm(step.needs_param(self), axes, shard), self.eps)
+        size = norm(u, axes, shard)
         over = size > largest
         return u * jnp.where(over, largest / jnp.where(over, size, 1), 1)
 

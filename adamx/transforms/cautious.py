@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from adamx.core.arithmetic import divide
 from adamx.core.checks import NonNegative
 from adamx.core.concept import Slots
-from adamx.core.norms import count
+from adamx.core.norms import count, reduced_size
 from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
 from adamx.formula.expressions import ZERO, Expr, reduced, symbol
@@ -71,8 +71,9 @@ class cautious(Transformation):
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         update = self.inner.emit(u, slots, step.child(0))
         kept = agreement(update, u) > 0
-        number = count(kept, u.real.dtype)
-        factor = divide(jnp.full_like(number, float(u.size)), number + self.xi, least=self.xi)
+        number = count(kept, u.real.dtype, step.shard)
+        size = jnp.full_like(number, reduced_size(u, shard=step.shard))
+        factor = divide(size, number + self.xi, least=self.xi)
         return jnp.where(kept, factor * update, 0)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

@@ -68,7 +68,7 @@ class clip_by_global_norm(Transformation):
             yield "record", self.recorded_as == "grad_norm" or self.recorded_as
 
     def tree_scalars(self, step: Step, leaves: list[jax.Array]) -> Any:
-        norm = global_norm(leaves)
+        norm = global_norm(leaves, step.shards)
         limit = jnp.asarray(scheduled(self, "max_norm", step.count), norm.dtype)
         beyond = norm > limit
         return jnp.where(beyond, limit / jnp.where(beyond, norm, 1), 1), norm

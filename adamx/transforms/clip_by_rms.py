@@ -45,7 +45,7 @@ class clip_by_rms(Transformation):
     threshold: NonNegative
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
-        size = rms(u).reshape(())
+        size = rms(u, shard=step.shard).reshape(())
         over = size > self.threshold
         return u * jnp.where(over, self.threshold / jnp.where(over, size, 1), 1)
 

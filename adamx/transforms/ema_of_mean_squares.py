@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamx.core.arithmetic import average, placed_like, squared_magnitude, zeros
+from adamx.core.arithmetic import average, placed_like, zeros
 from adamx.core.checks import Decay
 from adamx.core.concept import Slots
-from adamx.core.norms import reduced_size
+from adamx.core.norms import mean_square
 from adamx.core.schedules import scheduled_decay
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
@@ -79,8 +79,8 @@ class ema_of_mean_squares(Transformation):
         return scheduled_decay(self, step.count)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
-        nu, axes = slots[self.name], self._axes(u)
-        mean = jnp.sum(squared_magnitude(u), axes, keepdims=True) / reduced_size(u, axes)
+        nu = slots[self.name]
+        mean = mean_square(u, self._axes(u), step.shard)
         mean = jnp.minimum(mean, jnp.finfo(nu.dtype).max)  # as in ema_of_squares
         decay, weight = step.scalars
         return {self.name: average(nu, mean, decay, weight)}

@@ -53,7 +53,8 @@ class trust_ratio(Transformation):
     eps: NonNegative = 0.0
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
-        of_weights, of_update = norm(step.needs_param(self)).reshape(()), norm(u).reshape(())
+        param = step.needs_param(self)
+        of_weights, of_update = (norm(x, shard=step.shard).reshape(()) for x in (param, u))
         nothing = (of_weights == 0) | (of_update == 0) | jnp.isinf(of_weights)
         ratio = self.trust_coefficient * of_weights / jnp.where(nothing, 1, of_update + self.eps)
         return u * jnp.where(nothing, 1, ratio)

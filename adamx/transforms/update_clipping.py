@@ -26,6 +26,8 @@ import jax.numpy as jnp
 from adamx.core.arithmetic import limit_for_squares, root, squared_magnitude
 from adamx.core.checks import Decay, NonNegative
 from adamx.core.concept import Slots
+from adamx.core.norms import reduced_size
+from adamx.core.shard import total
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
 from adamx.formula.expressions import Expr, call, reduced, sqrt
@@ -83,7 +85,8 @@ class update_clipping(Transformation):
         least = jnp.maximum(nu, jnp.maximum(correction * self.eps**2, float(info.tiny)))
         g = limit_for_squares(u, step.grad_dtype)
         square = jnp.minimum(squared_magnitude(g), info.max)
-        excess = root(correction * (jnp.sum(square / least) / float(max(u.size, 1))))
+        mean = total(square / least, shard=step.shard) / reduced_size(u, shard=step.shard)
+        excess = root(correction * mean.reshape(()))
         return self.inner.emit(u, slots, step.child(0)) / jnp.maximum(1, excess)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:

@@ -161,7 +161,7 @@ class by_path(Transformation):
     def _groups(self, leaves: Leaves) -> list[_Group]:
         """Return the groups in the order of their transformations."""
         places: list[list[int]] = [[] for _ in self.transformations]
-        for i, (path, leaf) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
+        for i, (path, leaf) in enumerate(zip(leaves.paths, leaves.whole(), strict=True)):
             places[self._number(path, leaf)].append(i)
         each = zip(self._labels, self.transformations, places, strict=True)
         return [_Group(label, tx, where, _only(leaves, where)) for label, tx, where in each]
@@ -203,7 +203,7 @@ def _only(leaves: Leaves, places: list[int]) -> Leaves:
     treedef = jax.tree.structure(leaves.tree(tree))
     params = None if leaves.params is None else some(leaves.params)
     lists = some(leaves.paths), some(leaves.values), params, some(leaves.came), some(leaves.emit)
-    return Leaves(*lists, treedef)
+    return Leaves(*lists, treedef, some(leaves.shards))
 
 
 def _merged(leaves: Leaves, groups: list[_Group], entries: list[State]) -> State:

@@ -20,6 +20,7 @@ from adamx.core.arithmetic import compute_dtype, widen
 from adamx.core.leaves import Leaves
 from adamx.core.lifting import Between, State
 from adamx.core.norms import sum_of_all_squares
+from adamx.core.shard import Shard, anywhere, check_alike
 from adamx.core.step import Step
 from adamx.core.wrapper import Wrapper
 from adamx.formula.expressions import Expr
@@ -29,13 +30,16 @@ from adamx.transforms.clip_by_global_norm import clip_by_global_norm
 COUNTERS = ("skipped", "consecutive_skipped")
 
 
-def all_finite(leaves: Sequence[jax.Array], before_clip: bool = False) -> jax.Array:
+def all_finite(
+    leaves: Sequence[jax.Array], before_clip: bool = False, shards: Sequence[Shard] = ()
+) -> jax.Array:
     """Say whether no element of the leaves is NaN or infinite.
 
     Args:
         leaves: arrays in compute dtype.
         before_clip: whether a clip by the global norm comes next: then its sum of squares is used,
             so that both share one reading of the gradients, and one that overflows is not finite.
+        shards: which shards of arrays they are; () if each is a whole one.
 
     Example:
         >>> print(all_finite([jnp.array([3e38, 3e38])]), all_finite([jnp.array([1.0, jnp.nan])]))
@@ -44,10 +48,10 @@ def all_finite(leaves: Sequence[jax.Array], before_clip: bool = False) -> jax.Ar
         False
     """
     if before_clip:
-        return jnp.isfinite(sum_of_all_squares(leaves))
+        return jnp.isfinite(sum_of_all_squares(leaves, shards))
     # u - u is 0 or NaN. Not max: XLA's can drop NaN in large or sharded arrays, sums never do; and
     # not u * 0, which XLA:CPU would write to memory before it sums
-    return jnp.array([jnp.sum(u - u) == 0 for u in leaves]).all()
+    return ~anywhere(~jnp.array([jnp.sum(u - u) == 0 for u in leaves]).all(), leaves, shards)
 
 
 class skip_nonfinite(Wrapper):
@@ -94,10 +98,13 @@ class skip_nonfinite(Wrapper):
         return {name: jnp.zeros([], jnp.int32) for name in COUNTERS}  # two buffers to donate
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
-        present = [widen(u, compute_dtype(u.dtype)) for u in leaves.values if u is not None]
+        pairs = [(u, s) for u, s in zip(leaves.values, leaves.shards, strict=True) if u is not None]
+        present = [widen(u, compute_dtype(u.dtype)) for u, _ in pairs]
         heads = [p for s in self.inner.segments()[:1] for p in (s, *s.children[:1])]
-        finite = all_finite(present, any(isinstance(p, clip_by_global_norm) for p in heads))
+        before_clip = any(isinstance(p, clip_by_global_norm) for p in heads)
+        finite = all_finite(present, before_clip, [shard for _, shard in pairs])
         skipped, in_a_row = (errors.counter(step.state, name) for name in COUNTERS)
+        check_alike(COUNTERS[0], skipped, finite)
         given_up = False if self.max_consecutive is None else in_a_row >= self.max_consecutive
         taken = finite | given_up
         leaves, entries = self.run(leaves, step.only_if(taken))
