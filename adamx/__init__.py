@@ -43,6 +43,7 @@ from adamx.core.identity import identity
 from adamx.core.paths import all_but
 from adamx.core.precision_warning import PrecisionWarning
 from adamx.core.sharding import state_sharding
+from adamx.core.stacked import stacked
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
 from adamx.core.value import as_pytree
@@ -234,6 +235,7 @@ __all__ = [
     "sign",
     "skip_nonfinite",
     "stable_adamw",
+    "stacked",
     "state_sharding",
     "statistics",
     "stored",

@@ -99,7 +99,7 @@ class chain(Transformation):
 
     def segments(self) -> list[Transformation]:
         runs: list[list[Transformation]] = []
-        for stage in self.stages:
+        for stage in (part for stage in self.stages for part in _parts(stage)):
             if runs and stage.leafwise and not _over_the_tree(runs[-1][-1]):
                 runs[-1].append(stage)
                 continue
@@ -115,6 +115,11 @@ class chain(Transformation):
         for stage in self.stages:
             u = stage.formula(u, symbols)
         return u
+
+
+def _parts(stage: Transformation) -> list[Transformation]:
+    """Return a stage, or its segments if it becomes a chain of them once the tree is known."""
+    return [stage] if stage.leafwise else stage.segments()
 
 
 def _over_the_tree(stage: Transformation) -> bool:

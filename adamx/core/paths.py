@@ -134,6 +134,28 @@ def check_all_used(function: str, patterns: Sequence[Pattern | Predicate], tree:
             raise ValueError(f"{said}the paths are {some}")
 
 
+def settled(pattern: Pattern | Predicate, tree: Any) -> Pattern | Predicate:
+    """Return a pattern as it is, and for a predicate the one that knows its leaves of a tree.
+
+    Example:
+        >>> found = settled(lambda path, leaf: leaf > 1, {"w": 1.0, "v": 2.0})
+        >>> matches(found, "w", 5.0), matches(found, "v", 0.0), text(found)
+        (False, True, '<lambda>')
+    """
+    if not callable(pattern):
+        return pattern
+    paths, leaves, _ = flatten(tree)
+    pairs = zip(paths, leaves, strict=True)
+    chosen = frozenset(path for path, leaf in pairs if matches(pattern, path, leaf))
+
+    def found(path: str, leaf: Any) -> bool:
+        del leaf
+        return path in chosen
+
+    found.__qualname__ = text(pattern)
+    return found
+
+
 def all_but(*patterns: Pattern) -> Callable[[Any], Any]:
     """Return a mask that is True for every leaf that none of the patterns matches.
 

@@ -24,8 +24,9 @@ from adamx.core.concept import any_of, parts
 from adamx.core.foreign import as_concept, as_transformation, named
 from adamx.core.paths import flatten
 from adamx.core.precision_warning import PrecisionWarning
+from adamx.core.stacked import stacked_axes
 from adamx.core.transformation import Transformation
-from adamx.formula.expressions import REDUCTIONS, G, W
+from adamx.formula.expressions import REDUCTIONS, Expr, G, W
 from adamx.formula.symbols import Formula, Symbols
 from adamx.formula.values import factory_name
 from adamx.wrappers.by_path import by_path
@@ -48,6 +49,7 @@ class Leaf:
         slots: by name, the shapes and dtypes of its slots.
         formula: the formula of its update.
         rereads: whether a step reads an array as large as its gradient once more.
+        stacked: how many of its leading axes are declared by `stacked`.
     """
 
     path: str
@@ -56,11 +58,22 @@ class Leaf:
     slots: dict[str, jax.ShapeDtypeStruct]
     formula: Formula
     rereads: bool
+    stacked: int = 0
 
     @property
     def frozen(self) -> bool:
         """Whether it never moves."""
         return self.formula.step == W
+
+    @property
+    def decayed(self) -> bool:
+        """Whether a weight decay acts on it."""
+        return any(symbol.args[0].base == "wd" for symbol in self.formula.values)
+
+    @property
+    def layer(self) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of the parameter, or of one layer of a stacked one."""
+        return jax.ShapeDtypeStruct(self.param.shape[self.stacked :], self.param.dtype)
 
     @property
     def slot_bytes(self) -> int:
@@ -208,9 +221,11 @@ def summary(
     paths, given, treedef = flatten(params)
     shapes = [_shape(path, leaf) for path, leaf in zip(paths, given, strict=True)]
     bound: list[Transformation | None] = [None] * len(paths)
+    groups: list[by_path] = []
 
     def look(params: Any) -> Any:
         resolved = concept.for_tree(params)
+        groups.extend(part for part in parts(resolved) if isinstance(part, by_path))
         for i, (path, leaf) in enumerate(zip(paths, treedef.flatten_up_to(params), strict=True)):
             bound[i] = None if leaf is None else resolved.for_leaf(path, leaf)
         return tx.init(params)
@@ -221,7 +236,6 @@ def summary(
     entries = state if isinstance(tx, Transformation) else {_FOREIGN: state}
     slots, scalars = _slots(concept, entries, paths, shapes, treedef)
     formulas = {b: derived(b) for b in dict.fromkeys(bound) if b is not None}
-    groups = [part for part in parts(concept) if isinstance(part, by_path)]
     guarded = any_of(concept, lambda part: isinstance(part, skip_nonfinite))
     leaves = []
     for path, shape, variant, own in zip(paths, shapes, bound, slots, strict=True):
@@ -229,14 +243,16 @@ def summary(
             formula = formulas[variant]
             rereads = guarded or not formula.operations().isdisjoint(REDUCTIONS)
             group = " / ".join(part.label(path, shape) for part in groups)
-            leaves.append(Leaf(path, group, shape, own, formula, rereads))
+            number = stacked_axes(variant)
+            leaves.append(Leaf(path, group, shape, own, formula, rereads, number))
     said = []
     for warning in caught:
         if issubclass(warning.category, PrecisionWarning):
             said.append(str(warning.message).removeprefix("adamx: "))
         else:
             warnings.warn(warning.message, stacklevel=2)
-    said += [*_foreign_precision(tx, leaves), *_decayed_vectors(leaves), *_large_eps(leaves)]
+    said += [*_foreign_precision(tx, leaves), *_undeclared_layers(leaves)]
+    said += [*_decayed_vectors(leaves), *_large_eps(leaves)]
     composition = repr(tx) if isinstance(tx, Transformation) else f"{factory_name(tx)}(...)"
     return Summary(tuple(leaves), scalars, composition, tuple(said), by)
 
@@ -327,13 +343,63 @@ def _foreign_precision(tx: Any, leaves: list[Leaf]) -> Iterator[str]:
 
 def _decayed_vectors(leaves: list[Leaf]) -> Iterator[str]:
     """Warn of a weight decay on leaves of rank 0 and 1, if there are others."""
-    decayed = [leaf for leaf in leaves if any(s.args[0].base == "wd" for s in leaf.formula.values)]
-    vectors = [leaf for leaf in decayed if len(leaf.param.shape) <= 1]
-    if vectors and any(len(leaf.param.shape) > 1 for leaf in leaves):
+    vectors = [leaf for leaf in leaves if leaf.decayed and leaf.layer.ndim <= 1]
+    if vectors and any(leaf.layer.ndim > 1 for leaf in leaves):
         yield (
             f"weight decay acts on {_some(vectors)}, of rank 1 or less: biases and the scales of "
             "norms are usually left out, with mask=adamx.all_but(...)"
         )
+
+
+def _undeclared_layers(leaves: list[Leaf]) -> Iterator[str]:
+    """Warn of leaves that look like stacked layers, if the optimizer takes each as one array.
+
+    So look all leaves below one place in the tree if they have the same first size L, and are
+    matrices [L, m, n] as well as biases and norms [L, n].
+    """
+    seen: set[str] = set()
+    for place, found in _by_place(leaves).items():
+        sizes = {leaf.layer.shape[:1] for leaf in found}
+        ranks = {leaf.layer.ndim for leaf in found}
+        alike = len(sizes) == 1 and sizes != {(1,)} and min(ranks) == 2 < max(ranks)
+        inside = any(f"{place}/".startswith(above) for above in seen)
+        if alike and not inside and any(map(_takes_layers_as_one, found)):
+            seen.add(f"{place}/" if place else "")
+            pattern = f"{place}/*" if place else "*"
+            yield (
+                f"{_some(found)} look like {sizes.pop()[0]} layers stacked along the first axis, "
+                f'and this optimizer takes each leaf as one array: adamx.stacked(tx, {{"{pattern}":'
+                f" {found[0].stacked + 1}}}) takes each layer as an array"
+            )
+
+
+def _by_place(leaves: list[Leaf]) -> dict[str, list[Leaf]]:
+    """Return the leaves below each place in the tree, the root first."""
+    found: dict[str, list[Leaf]] = {}
+    for depth in range(max((leaf.path.count("/") for leaf in leaves), default=0) + 1):
+        for leaf in leaves:
+            steps = leaf.path.split("/")
+            if depth < len(steps):
+                found.setdefault("/".join(steps[:depth]), []).append(leaf)
+    return found
+
+
+def _takes_layers_as_one(leaf: Leaf) -> bool:
+    """Say whether a leaf's update would be another one if it were stacked layers."""
+    first = (_axes(part.args[2], leaf.layer) for part in leaf.formula.parts() if _of_array(part))
+    return any(0 in axes for axes in first) or (leaf.decayed and leaf.layer.ndim == 2)
+
+
+def _of_array(part: Expr) -> bool:
+    return part.op in REDUCTIONS and part.args[1] != "all"
+
+
+def _axes(function: Callable[[Any], Any] | None, x: jax.ShapeDtypeStruct) -> set[int]:
+    """Return the axes of an array that a reduction is over."""
+    axes = None if function is None else function(x)
+    if axes is None:
+        return set(range(x.ndim))
+    return {axis % x.ndim for axis in (axes if isinstance(axes, tuple) else (axes,))}
 
 
 def _large_eps(leaves: list[Leaf]) -> Iterator[str]:
@@ -360,7 +426,8 @@ def _grouped(leaves: Iterable[Leaf], key: Callable[[Leaf], Any]) -> list[list[Le
 
 def _kind(leaf: Leaf) -> Any:
     slots = tuple((name, str(x.dtype)) for name, x in leaf.slots.items())
-    return leaf.group, str(leaf.formula), str(leaf.param.dtype), slots
+    layers = leaf.param.shape[: leaf.stacked]
+    return leaf.group, str(leaf.formula), str(leaf.param.dtype), slots, layers
 
 
 def _some(leaves: list[Leaf]) -> str:
@@ -371,7 +438,10 @@ def _some(leaves: list[Leaf]) -> str:
 def _row(group: list[Leaf], leafwise: bool) -> tuple[str, ...]:
     first = group[0]
     label = f"{first.group}: " if first.group else ""
-    shape = str(list(first.param.shape)) if len(group) == 1 else f"{len(group)} leaves"
+    shape = str(list(first.layer.shape)) if len(group) == 1 else f"{len(group)} leaves"
+    if first.stacked:
+        layers = math.prod(first.param.shape[: first.stacked])
+        shape = f"{layers} arrays {shape}" if len(group) == 1 else f"{shape} of {layers} arrays"
     slots = [
         f"{name} {x.dtype}{list(x.shape) if leafwise and x.shape != first.param.shape else ''}"
         for name, x in first.slots.items()
