@@ -7,6 +7,7 @@ whole tree: Optax transformations, and concepts that read all updates.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,7 +100,7 @@ class chain(Transformation):
 
     def segments(self) -> list[Transformation]:
         runs: list[list[Transformation]] = []
-        for stage in (part for stage in self.stages for part in _parts(stage)):
+        for stage in itertools.chain.from_iterable(map(_parts, self.stages)):
             if runs and stage.leafwise and not _over_the_tree(runs[-1][-1]):
                 runs[-1].append(stage)
                 continue

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from adamx.core import paths
 from adamx.core.concept import Slots, accumulated, any_of, emitted, hook, parts
@@ -31,11 +32,7 @@ from adamx.formula.expressions import Expr
 from adamx.formula.symbols import Symbols
 from adamx.formula.values import value_text
 
-Axes = (
-    Mapping[Pattern | Predicate, int]
-    | tuple[tuple[Pattern | Predicate, int], ...]
-    | Callable[[str, Any], int]
-)
+Axes = Mapping[Any, int] | tuple[tuple[Any, int], ...] | Callable[[str, Any], int]
 """The number of stacked axes of each leaf, by pattern, or as a function of path and leaf."""
 
 
@@ -48,7 +45,8 @@ class stacked(Transformation):
 
     What reads the whole tree, such as `clip_by_global_norm` or a stage of Optax, reads it as
     before, and a wrapper's own slots are the leaf's. Methods without such statistics, such as
-    `adamw` without a mask, do the same with and without it, bit for bit, in every storage.
+    `adamw` without a mask, compute the same with and without it. So do the library's storages: the
+    rounding of an element depends on its value and the step alone.
 
     An array among the hyperparameters of `tx`, or what a schedule of a learning rate or a weight
     decay returns, may have one number for each layer: its shape broadcasts to the stacked axes.
@@ -298,7 +296,7 @@ def each_layer(
                     f"whose stacked axes are {list(leading)}: it may give a number, or an array "
                     "with one for each layer"
                 )
-            vectors[i] = jnp.broadcast_to(x, leading)
+            vectors[i] = _along(leading, x, jax.tree.leaves(arrays)[0])
 
     def one(vectors: dict[int, jax.Array], *arrays: Any) -> Any:
         own = [vectors.get(i, x) for i, x in enumerate(flat)]
@@ -307,6 +305,14 @@ def each_layer(
     for _ in leading:
         one = jax.vmap(one)
     return one(vectors, *arrays)
+
+
+def _along(leading: tuple[int, ...], x: Any, array: jax.Array) -> jax.Array:
+    """Return one number for each layer, sharded as the array's stacked axes are."""
+    vector, where = jnp.broadcast_to(x, leading), jax.typeof(array).sharding
+    where = where.update(spec=PartitionSpec(*where.spec[: len(leading)]))
+    # on a mesh with explicit axes the two may differ
+    return vector if jax.typeof(vector).sharding == where else jax.sharding.reshard(vector, where)
 
 
 def stacked_axes(bound: Any) -> int:

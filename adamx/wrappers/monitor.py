@@ -288,9 +288,10 @@ def statistics(state: Mapping[str, Any]) -> dict[str, float]:
 
     Args:
         state: of any adamx transformation. A state of `monitor` gives "grad_norm/dense/kernel" and
-            so on ("grad_norm/layers/kernel/3" for the fourth of `stacked` layers), and two ratios: "update_to_param/..." = update_norm / param_norm, and
-            "step_size/..." = update_mean / learning_rate if there is one learning rate. A ratio to
-            0, such as a bias at its start or a learning rate before its warm-up, is NaN.
+            so on ("grad_norm/layers/kernel/3" for the fourth of `stacked` layers), and two ratios:
+            "update_to_param/..." = update_norm / param_norm, and "step_size/..." = update_mean /
+            learning_rate if there is one learning rate. A ratio to 0, such as a bias at its start
+            or a learning rate before its warm-up, is NaN.
 
     Returns:
         A flat dict. The call waits for the step that made the state.
