@@ -29,7 +29,8 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     schedule_free around adamw without its ema of g
 
 `skip_nonfinite`, `accumulate`, `monitor` and `master_weights` wrap a whole optimizer, `by_path`
-gives each group of parameters its own, and a `Storage` is the format of the slots in the state.
+gives each group of parameters its own, `stacked` takes layers stacked for a scan as arrays of their
+own, and a `Storage` is the format of the slots in the state.
 
 Every transformation is an `optax.GradientTransformationExtraArgs`, and `chain` takes any Optax
 transformation as a stage.

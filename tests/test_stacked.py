@@ -382,10 +382,13 @@ def test_it_is_a_value():
     assert repr(adamx.stacked(adamx.ema(0.5), first)) == "stacked(ema(0.5), <lambda>)"
     again = adamx.stacked(adamx.sgd(0.1), {**axes})
     assert tx == again and hash(tx) == hash(again)
-    assert tx == pickle.loads(pickle.dumps(tx)) == tx.replace(axes={**axes})
-    assert tx != tx.replace(axes={"layers/*": 1}) and tx.replace(tx=adamx.ema(0.5)).axes == tx.axes
+    assert tx == pickle.loads(pickle.dumps(tx)) == tx.replace(leading={**axes})
+    assert (
+        tx != tx.replace(leading={"layers/*": 1})
+        and tx.replace(tx=adamx.ema(0.5)).leading == tx.leading
+    )
     for axes in (first, {first: 1}):
-        with pytest.raises(pickle.PicklingError, match="stacked: axes holds"):
+        with pytest.raises(pickle.PicklingError, match="stacked: leading holds"):
             pickle.dumps(adamx.stacked(adamx.sgd(0.1), axes))
 
 
@@ -487,9 +490,9 @@ def test_layers_are_taken_for_stacked_if_matrices_and_vectors_have_one_first_siz
     [
         (3, {"*": 1}, TypeError, "stacked: tx must be an adamx or Optax"),
         (optax.adam(0.1), {"*": 1}, ValueError, "which takes the whole tree"),
-        (adamx.sgd(0.1), 1, TypeError, "axes must map patterns .* got 1"),
+        (adamx.sgd(0.1), 1, TypeError, "leading must map patterns .* got 1"),
         (adamx.sgd(0.1), {1: 1}, TypeError, "stacked: a pattern must be"),
-        (adamx.sgd(0.1), {"*": -1}, ValueError, r"axes\['\*'\] .* got -1"),
+        (adamx.sgd(0.1), {"*": -1}, ValueError, r"leading\['\*'\] .* got -1"),
         (adamx.sgd(0.1), {"*": 1.5}, ValueError, "whole and >= 0, got 1.5"),
     ],
 )
@@ -503,7 +506,7 @@ def test_a_mistake_is_an_error_at_construction(tx: Any, axes: Any, kind, said):
     [
         (adamx.sgd(0.1), {"blocks/*": 1}, "stacked: the pattern 'blocks/.' matches no leaf"),
         (adamx.sgd(0.1), {"layers/*": 3}, r"leaf 'layers/b' has the shape \[2, 3\] .* give it 0"),
-        (adamx.sgd(0.1), lambda path, leaf: 0.5, "what axes gives for leaf 'head' .* got 0.5"),
+        (adamx.sgd(0.1), lambda path, leaf: 0.5, "what leading gives for leaf 'head' .* got 0.5"),
         (
             adamx.sgd(jnp.ones(2)),
             {"layers/*": 1},

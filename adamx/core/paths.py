@@ -146,14 +146,23 @@ def settled(pattern: Pattern | Predicate, tree: Any) -> Pattern | Predicate:
         return pattern
     paths, leaves, _ = flatten(tree)
     pairs = zip(paths, leaves, strict=True)
-    chosen = frozenset(path for path, leaf in pairs if matches(pattern, path, leaf))
+    return _Settled(text(pattern), frozenset(p for p, leaf in pairs if matches(pattern, p, leaf)))
 
-    def found(path: str, leaf: Any) -> bool:
+
+@dataclasses.dataclass(frozen=True)
+class _Settled:
+    """A predicate that is true of these paths, and has the name of another."""
+
+    name: str
+    paths: frozenset[str]
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __call__(self, path: str, leaf: Any) -> bool:
         del leaf
-        return path in chosen
-
-    found.__qualname__ = text(pattern)
-    return found
+        return path in self.paths
 
 
 def all_but(*patterns: Pattern) -> Callable[[Any], Any]:

@@ -32,7 +32,7 @@ from adamx.formula.expressions import Expr
 from adamx.formula.symbols import Symbols
 from adamx.formula.values import value_text
 
-Axes = Mapping[Any, int] | tuple[tuple[Any, int], ...] | Callable[[str, Any], int]
+Leading = Mapping[Any, int] | tuple[tuple[Any, int], ...] | Callable[[str, Any], int]
 """The number of stacked axes of each leaf, by pattern, or as a function of path and leaf."""
 
 
@@ -54,12 +54,12 @@ class stacked(Transformation):
 
     Attributes:
         tx: an adamx transformation: a piece, a whole optimizer, or one in wrappers.
-        axes: how many leading axes of a leaf are stacked: a mapping from patterns of paths, or
+        leading: how many leading axes of a leaf are stacked: a mapping from patterns of paths, or
             predicates of path and leaf, as in `by_path`, to whole numbers >= 0, where the first
             match wins and a leaf without one has 0; or a function of path and leaf.
 
     Raises:
-        TypeError: if `tx` is not a transformation, `axes` neither a mapping nor a function, or a
+        TypeError: if `tx` is not a transformation, `leading` neither a mapping nor a function, or a
             pattern not one.
         ValueError: if a number is not whole or negative, or `tx` has no part that takes one array
             at a time; at `init` and `update`, if a pattern matches no leaf, a leaf has fewer axes,
@@ -84,7 +84,7 @@ class stacked(Transformation):
     """
 
     tx: Transformation
-    axes: Axes
+    leading: Leading
 
     def __post_init__(self) -> None:
         tx = as_concept(self.tx, "stacked: tx")
@@ -94,18 +94,18 @@ class stacked(Transformation):
                 f"{value_text(self.tx)}, which takes the whole tree, and stacked leaves as one "
                 "array each: write such a method as an adamx transformation"
             )
-        axes = self.axes
-        if isinstance(axes, Mapping | tuple):
-            axes = tuple(axes.items()) if isinstance(axes, Mapping) else axes
-            for pattern, number in axes:
+        leading = self.leading
+        if isinstance(leading, Mapping | tuple):
+            leading = tuple(leading.items()) if isinstance(leading, Mapping) else leading
+            for pattern, number in leading:
                 paths.check_pattern("stacked", pattern, predicates=True)
-                _check_number(f"axes[{paths.text(pattern)!r}]", number)
-        elif not callable(axes):
+                _check_number(f"leading[{paths.text(pattern)!r}]", number)
+        elif not callable(leading):
             raise TypeError(
-                "stacked: axes must map patterns to numbers of leading axes, as {'layers/*': 1}, "
-                f"or be a function of path and leaf, got {axes!r}"
+                "stacked: leading must map patterns to numbers of axes, as {'layers/*': 1}, "
+                f"or be a function of path and leaf, got {leading!r}"
             )
-        self._set(tx=tx, axes=axes)
+        self._set(tx=tx, leading=leading)
 
     @classmethod
     def check_argument(cls, name: str, value: Any) -> None:
@@ -113,8 +113,8 @@ class stacked(Transformation):
 
     def arguments(self) -> Iterator[tuple[str, Any]]:
         yield "", self.tx
-        if callable(self.axes):
-            yield "", self.axes
+        if callable(self.leading):
+            yield "", self.leading
         else:
             texts = ((paths.text(p), n) if callable(p) else (repr(paths.text(p)), n)
                      for p, n in self._by_pattern)  # fmt: skip
@@ -127,7 +127,7 @@ class stacked(Transformation):
 
     @property
     def _by_pattern(self) -> tuple[tuple[Pattern | Predicate, int], ...]:
-        return self.axes if isinstance(self.axes, tuple) else ()
+        return self.leading if isinstance(self.leading, tuple) else ()
 
     def tree_names(self) -> tuple[str, ...]:
         return self.tx.tree_names()
@@ -161,9 +161,9 @@ class stacked(Transformation):
 
     def _number(self, path: str, leaf: Any) -> int:
         """Return how many leading axes of a leaf are stacked."""
-        if callable(self.axes):
-            number = self.axes(path, leaf)
-            _check_number(f"what axes gives for leaf {path!r}", number)
+        if callable(self.leading):
+            number = self.leading(path, leaf)
+            _check_number(f"what leading gives for leaf {path!r}", number)
         else:
             found = (n for pattern, n in self._by_pattern if paths.matches(pattern, path, leaf))
             number = next(found, 0)

@@ -26,66 +26,15 @@ from adamx.core.paths import flatten
 from adamx.core.precision_warning import PrecisionWarning
 from adamx.core.stacked import stacked_axes
 from adamx.core.transformation import Transformation
-from adamx.formula.expressions import REDUCTIONS, Expr, G, W
+from adamx.formula.expressions import REDUCTIONS, G
 from adamx.formula.symbols import Formula, Symbols
 from adamx.formula.values import factory_name
+from adamx.inspect.leaf import Leaf, bytes_of, some
+from adamx.inspect.mistakes import likely_mistakes
 from adamx.wrappers.by_path import by_path
 from adamx.wrappers.skip_nonfinite import skip_nonfinite
 
-LARGE_EPS = 1e-3
-"""From here on `summary` warns of eps: gradients of single elements are often smaller."""
-
 _FOREIGN = ""  # the name of the state of an Optax transformation
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One parameter in a summary.
-
-    Attributes:
-        path: such as "dense/kernel".
-        group: the pattern of its `by_path` group; "" if there are no groups.
-        param: its shape and dtype.
-        slots: by name, the shapes and dtypes of its slots.
-        formula: the formula of its update.
-        rereads: whether a step reads an array as large as its gradient once more.
-        stacked: how many of its leading axes are declared by `stacked`.
-    """
-
-    path: str
-    group: str
-    param: jax.ShapeDtypeStruct
-    slots: dict[str, jax.ShapeDtypeStruct]
-    formula: Formula
-    rereads: bool
-    stacked: int = 0
-
-    @property
-    def frozen(self) -> bool:
-        """Whether it never moves."""
-        return self.formula.step == W
-
-    @property
-    def decayed(self) -> bool:
-        """Whether a weight decay acts on it."""
-        return any(symbol.args[0].base == "wd" for symbol in self.formula.values)
-
-    @property
-    def layer(self) -> jax.ShapeDtypeStruct:
-        """The shape and dtype of the parameter, or of one layer of a stacked one."""
-        return jax.ShapeDtypeStruct(self.param.shape[self.stacked :], self.param.dtype)
-
-    @property
-    def slot_bytes(self) -> int:
-        """The bytes of its slots."""
-        return sum(map(_bytes, self.slots.values()))
-
-    @property
-    def traffic(self) -> int:
-        """The least bytes that a step moves for it; a frozen one is neither read nor written."""
-        moved = 0 if self.frozen else 2
-        read = int(bool(self.slots) or not self.frozen) + self.rereads
-        return (moved + read) * _bytes(self.param) + 2 * self.slot_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +63,7 @@ class Summary:
     @property
     def bytes(self) -> dict[str, int]:
         """The bytes of "parameters", "gradients" (in the parameters' dtypes) and "slots"."""
-        params = sum(_bytes(leaf.param) for leaf in self.leaves)
+        params = sum(bytes_of(leaf.param) for leaf in self.leaves)
         slots = sum(leaf.slot_bytes for leaf in self.leaves)
         return {"parameters": params, "gradients": params, "slots": slots}
 
@@ -142,7 +91,7 @@ class Summary:
         groups = _grouped(self.leaves, lambda leaf: write(leaf.formula))
         if len(groups) == 1:
             return write(groups[0][0].formula)
-        return "\n".join(form.format(_some(group), write(group[0].formula)) for group in groups)
+        return "\n".join(form.format(some(group), write(group[0].formula)) for group in groups)
 
     def __str__(self) -> str:
         leafwise = self.by == "leaf"
@@ -251,8 +200,7 @@ def summary(
             said.append(str(warning.message).removeprefix("adamx: "))
         else:
             warnings.warn(warning.message, stacklevel=2)
-    said += [*_foreign_precision(tx, leaves), *_undeclared_layers(leaves)]
-    said += [*_decayed_vectors(leaves), *_large_eps(leaves)]
+    said += likely_mistakes(tx, leaves)
     composition = repr(tx) if isinstance(tx, Transformation) else f"{factory_name(tx)}(...)"
     return Summary(tuple(leaves), scalars, composition, tuple(said), by)
 
@@ -301,11 +249,11 @@ def _slots(
         elif name in foreign:
             for i, slot, x in _matched(name, entry, paths, shapes):
                 if i is None:
-                    scalars += _bytes(x)
+                    scalars += bytes_of(x)
                 else:
                     slots[i][slot] = x
         else:
-            scalars += sum(map(_bytes, jax.tree.leaves(entry)))
+            scalars += sum(map(bytes_of, jax.tree.leaves(entry)))
     return slots, scalars
 
 
@@ -328,92 +276,6 @@ def _matched(
             yield None, name, x
 
 
-# ------------------------------------------------------------------------------------ warnings
-
-
-def _foreign_precision(tx: Any, leaves: list[Leaf]) -> Iterator[str]:
-    """Warn of 16-bit parameters in a foreign transformation; the `init` of adamx's warns itself."""
-    narrow = [leaf for leaf in leaves if jnp.finfo(leaf.param.dtype).bits < 32]
-    if narrow and not isinstance(tx, Transformation):
-        yield (
-            f"{len(narrow)} of the parameters' leaves are {narrow[0].param.dtype}, and an Optax "
-            "transformation may lose small steps by rounding: adamx.master_weights(tx) does not"
-        )
-
-
-def _decayed_vectors(leaves: list[Leaf]) -> Iterator[str]:
-    """Warn of a weight decay on leaves of rank 0 and 1, if there are others."""
-    vectors = [leaf for leaf in leaves if leaf.decayed and leaf.layer.ndim <= 1]
-    if vectors and any(leaf.layer.ndim > 1 for leaf in leaves):
-        yield (
-            f"weight decay acts on {_some(vectors)}, of rank 1 or less: biases and the scales of "
-            "norms are usually left out, with mask=adamx.all_but(...)"
-        )
-
-
-def _undeclared_layers(leaves: list[Leaf]) -> Iterator[str]:
-    """Warn of leaves that look like stacked layers, if the optimizer takes each as one array.
-
-    So look all leaves below one place in the tree if they have the same first size L, and are
-    matrices [L, m, n] as well as biases and norms [L, n].
-    """
-    seen: set[str] = set()
-    for place, found in _by_place(leaves).items():
-        sizes = {leaf.layer.shape[:1] for leaf in found}
-        ranks = {leaf.layer.ndim for leaf in found}
-        alike = len(sizes) == 1 and sizes != {(1,)} and min(ranks) == 2 < max(ranks)
-        inside = any(f"{place}/".startswith(above) for above in seen)
-        if alike and not inside and any(map(_takes_layers_as_one, found)):
-            seen.add(f"{place}/" if place else "")
-            pattern = f"{place}/*" if place else "*"
-            yield (
-                f"{_some(found)} look like {sizes.pop()[0]} layers stacked along the first axis, "
-                f'and this optimizer takes each leaf as one array: adamx.stacked(tx, {{"{pattern}":'
-                f" {found[0].stacked + 1}}}) takes each layer as an array"
-            )
-
-
-def _by_place(leaves: list[Leaf]) -> dict[str, list[Leaf]]:
-    """Return the leaves below each place in the tree, the root first."""
-    found: dict[str, list[Leaf]] = {}
-    for depth in range(max((leaf.path.count("/") for leaf in leaves), default=0) + 1):
-        for leaf in leaves:
-            steps = leaf.path.split("/")
-            if depth < len(steps):
-                found.setdefault("/".join(steps[:depth]), []).append(leaf)
-    return found
-
-
-def _takes_layers_as_one(leaf: Leaf) -> bool:
-    """Say whether a leaf's update would be another one if it were stacked layers."""
-    first = (_axes(part.args[2], leaf.layer) for part in leaf.formula.parts() if _of_array(part))
-    return any(0 in axes for axes in first) or (leaf.decayed and leaf.layer.ndim == 2)
-
-
-def _of_array(part: Expr) -> bool:
-    return part.op in REDUCTIONS and part.args[1] != "all"
-
-
-def _axes(function: Callable[[Any], Any] | None, x: jax.ShapeDtypeStruct) -> set[int]:
-    """Return the axes of an array that a reduction is over."""
-    axes = None if function is None else function(x)
-    if axes is None:
-        return set(range(x.ndim))
-    return {axis % x.ndim for axis in (axes if isinstance(axes, tuple) else (axes,))}
-
-
-def _large_eps(leaves: list[Leaf]) -> Iterator[str]:
-    """Warn of an eps from LARGE_EPS on, of an eps under the root from its square on."""
-    values = [(s.args[0].base, x) for leaf in leaves for s, x in leaf.formula.values.items()]
-    for base, least in (("eps", LARGE_EPS), ("eps_root", LARGE_EPS**2)):
-        for eps in [x for b, x in values if b == base and isinstance(x, float) and x >= least][:1]:
-            size = eps if base == "eps" else math.sqrt(eps)
-            yield (
-                f"{base} = {eps:g}: elements whose gradients stay below {size:g} are divided by "
-                "that and not by their own size, so their steps are as small as their gradients"
-            )
-
-
 # ----------------------------------------------------------------------------------- the table
 
 
@@ -430,11 +292,6 @@ def _kind(leaf: Leaf) -> Any:
     return leaf.group, str(leaf.formula), str(leaf.param.dtype), slots, layers
 
 
-def _some(leaves: list[Leaf]) -> str:
-    paths = [leaf.path or "the array" for leaf in leaves[:3]]
-    return ", ".join(paths) + (f" and {len(leaves) - 3} more" if len(leaves) > 3 else "")
-
-
 def _row(group: list[Leaf], leafwise: bool) -> tuple[str, ...]:
     first = group[0]
     label = f"{first.group}: " if first.group else ""
@@ -447,12 +304,12 @@ def _row(group: list[Leaf], leafwise: bool) -> tuple[str, ...]:
         for name, x in first.slots.items()
     ]
     return (
-        label + _some(group),
+        label + some(group),
         shape,
         str(first.param.dtype),
         f"{sum(leaf.param.size for leaf in group):,}",
         "frozen" if first.frozen and not slots else ", ".join(slots) or "none",
-        _text(sum(_bytes(leaf.param) + leaf.slot_bytes for leaf in group)),
+        _text(sum(bytes_of(leaf.param) + leaf.slot_bytes for leaf in group)),
     )
 
 
@@ -466,10 +323,6 @@ def _table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def _bytes(x: Any) -> int:
-    return x.size * x.dtype.itemsize
 
 
 def _text(number: int) -> str:
