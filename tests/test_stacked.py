@@ -413,6 +413,19 @@ def test_statistics_have_a_row_for_each_layer_and_groups_one():
     assert {"grad_norm/0", "grad_norm/1"} <= adamx.statistics(state).keys()
 
 
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_run_goes_on_when_its_layers_are_declared():
+    before, params = adamx.monitor(adamx.adamw(0.5), every=1), example()
+    now = adamx.monitor(adamx.stacked(adamx.adamw(0.5), {"layers/*": 1}), every=1)
+    _, state = run(before, [example(seed=1)], params)
+    with pytest.raises(ValueError, match=r"shape \[\] and is measured with \[2\].* delete"):
+        now.update(example(seed=2), state, params)
+    del state["monitor"]
+    state, said = adamx.adapt_state(now, params, state)
+    assert {path.split("/")[0] for path in said.filled} == {"monitor"} and not said.dropped
+    assert int(now.update(example(seed=2), state, params)[1]["count"]) == 2
+
+
 MODEL = {
     "layers": {
         "mlp": {"w": jax.ShapeDtypeStruct((4, 8, 6), "float32"),

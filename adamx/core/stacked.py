@@ -43,8 +43,8 @@ class stacked(Transformation):
     stacked axes in front; masks, predicates and `axes=` see the shapes of one layer. The results
     are those of the same layers as leaves of their own, except for rounding in the last bits.
 
-    What reads the whole tree, such as `clip_by_global_norm` or a stage of Optax, reads it as
-    before, and a wrapper's own slots are the leaf's. Methods without such statistics, such as
+    What takes the whole tree, such as `clip_by_global_norm`, a stage of Optax or of `named`, takes
+    it as before, and a wrapper's own slots are the leaf's. Methods without such statistics, such as
     `adamw` without a mask, compute the same with and without it. So do the library's storages: the
     rounding of an element depends on its value and the step alone.
 
@@ -88,7 +88,7 @@ class stacked(Transformation):
 
     def __post_init__(self) -> None:
         tx = as_concept(self.tx, "stacked: tx")
-        if not any_of(tx, _takes_one_array):
+        if not any_of(tx, lambda part: part.leafwise):
             raise ValueError(
                 "stacked: tx must have a part that takes one array at a time, got "
                 f"{value_text(self.tx)}, which takes the whole tree, and stacked leaves as one "
@@ -116,9 +116,11 @@ class stacked(Transformation):
         if callable(self.leading):
             yield "", self.leading
         else:
-            texts = ((paths.text(p), n) if callable(p) else (repr(paths.text(p)), n)
-                     for p, n in self._by_pattern)  # fmt: skip
-            yield "", Verbatim("{" + ", ".join(f"{text}: {n}" for text, n in texts) + "}")
+            texts = [
+                f"{paths.text(p) if callable(p) else repr(paths.text(p))}: {number}"
+                for p, number in self._by_pattern
+            ]
+            yield "", Verbatim("{" + ", ".join(texts) + "}")
 
     @property
     def place(self) -> str:  # pyright: ignore
@@ -177,13 +179,9 @@ class stacked(Transformation):
 
 def _mapped(tx: Any, found: tuple[tuple[str, int], ...]) -> Any:
     """Return a transformation with each largest part that takes one array mapped over layers."""
-    if _takes_one_array(tx):
+    if tx.leafwise:
         return _of_leaves(tx, found)
     return tx.with_children([_mapped(child, found) for child in tx.children])
-
-
-def _takes_one_array(tx: Any) -> bool:
-    return tx.leafwise
 
 
 class _of_leaves(Transformation):

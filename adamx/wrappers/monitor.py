@@ -150,8 +150,15 @@ class monitor(Wrapper):
         """Return the statistics by name and group; the old ones where something is missing."""
         slots = decoded_slots(self.inner, leaves, state)
         found = {name: dict(groups) for name, groups in before.items()}
-        for name, group, _, rows, statistic in self._rows(leaves, out, slots, state["count"]):
+        for name, group, shape, rows, statistic in self._rows(leaves, out, slots, state["count"]):
             if group in found.get(name, {}):
+                if (kept := jnp.shape(found[name][group])) != shape:
+                    raise ValueError(
+                        f"monitor: state['monitor'][{name!r}][{group!r}] has the shape "
+                        f"{list(kept)} and is measured with {list(shape)}, since its layers were "
+                        "not `stacked` as they are now: delete state['monitor'], and "
+                        "adapt_state(tx, params, state) starts the statistics anew"
+                    )
                 found[name][group] = statistic(rows).astype(jnp.float32)
         return found
 
