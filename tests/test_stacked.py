@@ -338,8 +338,12 @@ def test_a_step_moves_no_more_bytes(make):
 
 @pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
-@pytest.mark.parametrize("spec", [P(None, "data"), P("data", None, "model")], ids=str)
-def test_sharded_along_the_layers_or_another_axis_it_is_the_same(kind, spec):
+@pytest.mark.parametrize(
+    ("spec", "over"),
+    [(P(None, "data"), None), (P("data", None, "model"), None), (P(None, None, "model"), "data")],
+    ids=["another axis", "the layers", "slots over the layers"],
+)
+def test_however_it_is_sharded_it_is_the_same(kind, spec, over):
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
     rates = jnp.array([0.1, 0.2, 0.3, 0.4])
     tx = adamx.stacked(adamx.adam_mini(rates, weight_decay=0.1), {"*": 1})
@@ -347,13 +351,15 @@ def test_sharded_along_the_layers_or_another_axis_it_is_the_same(kind, spec):
     wanted, kept = run(tx, [grads], params)
     where = NamedSharding(mesh, spec)
     placed = jax.device_put(params, where)
+    of_state = adamx.state_sharding(tx, placed, over=over)
     state = jax.jit(tx.init)(placed)
-    of_state = adamx.state_sharding(tx, placed)
+    if over:
+        state = jax.device_put(state, of_state)
     for name in tx.tree_names():
         x, expected = state[name]["w"], of_state[name]["w"]
         assert x.sharding.is_equivalent_to(expected, x.ndim), (name, x.sharding, expected)
     entry = (*of_state["nu_mean"]["w"].spec, None)[0]
-    assert entry == spec[0], "the stacked axis keeps its sharding"
+    assert entry == (over or spec[0]), "the stacked axis keeps its sharding"
     updates, state = jax.jit(tx.update)(jax.device_put(grads, where), state, placed)
     assert_close(updates, wanted)
     assert_close(state, kept)

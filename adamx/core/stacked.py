@@ -294,7 +294,7 @@ def each_layer(
                     f"whose stacked axes are {list(leading)}: it may give a number, or an array "
                     "with one for each layer"
                 )
-            vectors[i] = _along(leading, x, jax.tree.leaves(arrays)[0])
+            vectors[i] = jnp.broadcast_to(x, leading)
 
     def one(vectors: dict[int, jax.Array], *arrays: Any) -> Any:
         own = [vectors.get(i, x) for i, x in enumerate(flat)]
@@ -302,15 +302,37 @@ def each_layer(
 
     for _ in leading:
         one = jax.vmap(one)
-    return one(vectors, *arrays)
+    return one(*_sharded_alike((vectors, *arrays), len(leading)))
 
 
-def _along(leading: tuple[int, ...], x: Any, array: jax.Array) -> jax.Array:
-    """Return one number for each layer, sharded as the array's stacked axes are."""
-    vector, where = jnp.broadcast_to(x, leading), jax.typeof(array).sharding
-    where = where.update(spec=PartitionSpec(*where.spec[: len(leading)]))
-    # on a mesh with explicit axes the two may differ
-    return vector if jax.typeof(vector).sharding == where else jax.sharding.reshard(vector, where)
+def _sharded_alike(trees: Any, number: int) -> Any:
+    """Return trees of arrays whose first axes are sharded alike, as vmap needs them.
+
+    On a mesh with explicit axes they may differ: a slot that is divided over more devices than its
+    parameter, or one number for each layer. Each axis is divided as in the first array that has it
+    divided. On other meshes the compiler sees to it.
+    """
+    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(trees)]
+    specs = [where.spec for where in shardings]
+    first: list[Any] = []
+    used: set[str] = set()
+    for i in range(number):
+        free = (spec[i] for spec in specs if spec[i] and used.isdisjoint(_mesh_axes(spec[i])))
+        first.append(next(free, None))
+        used |= _mesh_axes(first[i])
+
+    def put(x: jax.Array) -> jax.Array:
+        spec = jax.typeof(x).sharding.spec
+        rest = [e if used.isdisjoint(_mesh_axes(e)) else None for e in spec[number:]]
+        wanted = PartitionSpec(*first, *rest)
+        # the last is the leaf's own, and is on the mesh
+        return x if wanted == spec else jax.sharding.reshard(x, shardings[-1].update(spec=wanted))
+
+    return jax.tree.map(put, trees)
+
+
+def _mesh_axes(entry: Any) -> set[str]:
+    return set() if entry is None else {entry} if isinstance(entry, str) else {*entry}
 
 
 def stacked_axes(bound: Any) -> int:
