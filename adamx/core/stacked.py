@@ -341,7 +341,7 @@ def stacked_axes(bound: Any) -> int:
     Example:
         >>> import adamx
         >>> w = jnp.zeros((2, 3))
-        >>> tx = adamx.chain(stacked(adamx.trust_ratio(), {"*": 1}), adamx.scale(-0.5))
+        >>> tx = adamx.chain(stacked(adamx.clip_by_rms(1.0), {"*": 1}), adamx.scale(-0.5))
         >>> stacked_axes(tx.for_tree(w).for_leaf("", w))
         1
     """
