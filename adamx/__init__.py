@@ -29,7 +29,8 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     schedule_free around adamw without its ema of g
 
 `skip_nonfinite`, `accumulate`, `monitor` and `master_weights` wrap a whole optimizer, `by_path`
-gives each group of parameters its own, and a `Storage` is the format of the slots in the state.
+gives each group of parameters its own, `stacked` takes layers stacked for a scan as arrays of their
+own, and a `Storage` is the format of the slots in the state.
 
 Every transformation is an `optax.GradientTransformationExtraArgs`, and `chain` takes any Optax
 transformation as a stage.
@@ -44,6 +45,7 @@ from adamx.core.paths import all_but
 from adamx.core.precision_warning import PrecisionWarning
 from adamx.core.shard import ShardWarning
 from adamx.core.sharding import state_sharding
+from adamx.core.stacked import stacked
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
 from adamx.core.value import as_pytree
@@ -238,6 +240,7 @@ __all__ = [
     "sign",
     "skip_nonfinite",
     "stable_adamw",
+    "stacked",
     "state_sharding",
     "statistics",
     "stored",

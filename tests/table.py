@@ -64,6 +64,10 @@ def _blocks(path, leaf):
     return (leaf.ndim - 1,) if "w" in path and leaf.ndim else ()
 
 
+def _first_axis(path, leaf):
+    return min(leaf.ndim, 1)
+
+
 # Averages of coarse numbers with these decays are exact in float32, so that every way to run them
 # gives the same bits: otherwise the last bit would decide how a storage rounds.
 _EXACT: dict[str, Any] = {"b1": 0.5, "b2": 0.75}
@@ -236,6 +240,25 @@ TRANSFORMATIONS: dict[str, Case] = {
             adamx.scale(0.5),
         ),
         kind="groups of leaves",
+    ),
+    "stacked": Case(
+        lambda: adamx.stacked(
+            adamx.lamb(0.1, weight_decay=0.1, mask=_all_but_vectors), _first_axis
+        ),
+        kind="stacked layers",
+        whole=True,
+    ),
+    "stacked_around": Case(
+        lambda: adamx.stacked(
+            adamx.skip_nonfinite(
+                adamx.chain(
+                    adamx.clip_by_global_norm(1.0),
+                    adamx.by_path({"*": adamx.adam_mini(0.1)}, default=None),
+                )
+            ),
+            _first_axis,
+        ),
+        whole=True,
     ),
     "mean_of_params": Case(lambda: adamx.chain(adamx.momentum(0.1), adamx.mean_of_params())),
     "ema_of_params": Case(

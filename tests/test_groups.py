@@ -138,6 +138,19 @@ def test_each_group_is_trained_as_it_would_be_alone():
     assert {k: round(float(v), 6) for k, v in state["learning_rate"].items()} == rates
 
 
+def test_a_predicate_is_asked_about_the_parameters_as_they_were_given():
+    asked = []
+
+    def narrow(path, leaf):
+        asked.append(str(leaf.dtype))
+        return leaf.dtype == jnp.bfloat16
+
+    tx = adamx.master_weights(adamx.by_path({narrow: adamx.sgd(0.5)}, default=None))
+    w = jnp.ones(1, jnp.bfloat16)
+    assert tx.update(w, tx.init(w), w)[0] == -0.5
+    assert set(asked) == {"bfloat16"}
+
+
 def test_the_first_match_wins():
     groups = {"layers/0/bias": adamx.sgd(1.0), "*/bias": adamx.sgd(2.0), "layers/*": None}
     params, _ = train(adamx.by_path(groups, default=adamx.sgd(4.0)), [jax.tree.map(

@@ -1,6 +1,7 @@
 """Formulas that concepts write are what they compute; bytes are those of the real state."""
 
 import functools
+import math
 import warnings
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from table import TRANSFORMATIONS, every
 
 import adamx
+from adamx.core.stacked import stacked_axes
 from adamx.formula.expressions import REDUCTIONS, Expr, expr, latex, symbol, where
 from adamx.inspect.summary import derived
 
@@ -48,8 +50,8 @@ def quick_compiler():
 class Follower:
     """One leaf's formula, followed in float64 from its own definitions and starts."""
 
-    def __init__(self, formula, param, leaves):
-        self.formula, self.param, self.leaves = formula, param, leaves
+    def __init__(self, formula, param, leaves, stacked=0):
+        self.formula, self.param, self.leaves, self.stacked = formula, param, leaves, stacked
         self.t, self.grad, self.now = 0, np.zeros_like(param), {}
 
     def begin(self, param, grad):
@@ -70,14 +72,17 @@ class Follower:
         if over == "all":
             assert op == "norm"
             return np.sqrt(sum(np.sum(leaf.value(x) ** 2) for leaf in self.leaves.values()))
-        values = self.value(x)
-        axis = None if axes is None else axes(np.broadcast_to(values, self.param.shape))
+        values = np.broadcast_to(self.value(x), self.param.shape)
+        layer = np.zeros(values.shape[self.stacked :])
+        axis = None if axes is None else axes(layer)
+        of_layer = range(layer.ndim) if axis is None else np.atleast_1d(np.array(axis, int))
+        axis = tuple(int(i) % max(layer.ndim, 1) + self.stacked for i in of_layer)
         if op == "norm":
             return np.sqrt(np.sum(values**2, axis=axis, keepdims=True))
         return {"mean": np.mean, "sum": np.sum}[op](values, axis=axis, keepdims=True)
 
     def symbol(self, x, name: Any):
-        given: dict[str, Any] = {"t": self.t, "n": self.param.size}
+        given: dict[str, Any] = {"t": self.t, "n": math.prod(self.param.shape[self.stacked :])}
         if name.base in given:
             return given[name.base]
         if name.base == "g" and not name.hats:
@@ -134,7 +139,8 @@ def test_a_formula_is_what_the_transformation_computes(name):
     assert str(formula_of(made, params)) == str(formula_of(tx, params))
     leaves = {}
     for path in ["w"] if tx.leafwise else params:  # one leaf takes half the time of two
-        leaves[path] = Follower(formula_of(tx, params, path), params[path], leaves)
+        bound = tx.for_tree(params).for_leaf(path, params[path])
+        leaves[path] = Follower(derived(bound), params[path], leaves, stacked_axes(bound))
         assert has_formula(leaves[path].formula)
     # In float64 some hundred roundings of 1e-16 each lead to each number, which the smallest
     # divisors here multiply by 100 at most. What schedule_free records is float32, whose half ULP

@@ -7,6 +7,7 @@ whole tree: Optax transformations, and concepts that read all updates.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,7 +100,7 @@ class chain(Transformation):
 
     def segments(self) -> list[Transformation]:
         runs: list[list[Transformation]] = []
-        for stage in self.stages:
+        for stage in itertools.chain.from_iterable(map(_parts, self.stages)):
             if runs and stage.leafwise and not _over_the_tree(runs[-1][-1]):
                 runs[-1].append(stage)
                 continue
@@ -115,6 +116,11 @@ class chain(Transformation):
         for stage in self.stages:
             u = stage.formula(u, symbols)
         return u
+
+
+def _parts(stage: Transformation) -> list[Transformation]:
+    """Return a stage, or its segments if it becomes a chain of them once the tree is known."""
+    return [stage] if stage.leafwise else stage.segments()
 
 
 def _over_the_tree(stage: Transformation) -> bool:

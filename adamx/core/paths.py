@@ -145,6 +145,37 @@ def check_all_used(function: str, patterns: Sequence[Pattern | Predicate], tree:
             raise ValueError(f"{said}the paths are {some}")
 
 
+def settled(pattern: Pattern | Predicate, tree: Any) -> Pattern | Predicate:
+    """Return a pattern as it is, and for a predicate the one that knows its leaves of a tree.
+
+    Example:
+        >>> found = settled(lambda path, leaf: leaf > 1, {"w": 1.0, "v": 2.0})
+        >>> matches(found, "w", 5.0), matches(found, "v", 0.0), text(found)
+        (False, True, '<lambda>')
+    """
+    if not callable(pattern):
+        return pattern
+    paths, leaves, _ = flatten(tree)
+    pairs = zip(paths, leaves, strict=True)
+    return _Settled(text(pattern), frozenset(p for p, leaf in pairs if matches(pattern, p, leaf)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settled:
+    """A predicate that is true of these paths, and has the name of another."""
+
+    name: str
+    paths: frozenset[str]
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __call__(self, path: str, leaf: Any) -> bool:
+        del leaf
+        return path in self.paths
+
+
 def all_but(*patterns: Pattern) -> Callable[[Any], Any]:
     """Return a mask that is True for every leaf that none of the patterns matches.
 

@@ -115,6 +115,19 @@ class Shard:
         dims = self.dims[max(len(self.dims) - number, 0) :]
         return Shard(tuple(itertools.chain.from_iterable(dims)), dims)
 
+    def of_slot(self, slot: Any, whole: Any) -> Shard:
+        """Return which shard of a slot belongs to this one of its parameter.
+
+        Args:
+            slot: the slot that belongs to this shard, of as many axes as the parameter.
+            whole: the slot that belongs to the whole parameter.
+        """
+        if self.dims is None:
+            return self
+        pairs = zip(self.dims, slot.shape, whole.shape, strict=True)
+        dims = tuple(names if a != b else () for names, a, b in pairs)
+        return Shard(tuple(itertools.chain.from_iterable(dims)), dims)
+
 
 WHOLE = Shard()
 
@@ -197,8 +210,8 @@ def anywhere(flag: jax.Array, arrays: Sequence[jax.Array], shards: Sequence[Shar
         arrays: the shards.
         shards: which shards they are; () if each is a whole array.
     """
-    names = [name for x, shard in zip(arrays, shards) for name in shard.along(x, None)]
-    found = tuple(dict.fromkeys(names))
+    pairs = zip(arrays, shards or (WHOLE,) * len(arrays), strict=True)
+    found = tuple(dict.fromkeys(name for x, shard in pairs for name in shard.along(x, None)))
     return _psum(flag.astype(jnp.int32), found) > 0 if found else flag
 
 

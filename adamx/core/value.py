@@ -186,7 +186,7 @@ class Value:
 
     def __reduce__(self) -> Any:
         for name, value in self._held.items():
-            for held in value if isinstance(value, tuple) else (value,):
+            for held in jax.tree.leaves(value):
                 if callable(held) and not _can_be_pickled(held) and not _in_a_larger_pickler():
                     function = held.func if isinstance(held, functools.partial) else held
                     raise pickle.PicklingError(

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -202,9 +202,14 @@ class Formula:
     slots: dict[str, Expr]
     remarks: tuple[str, ...]
 
+    def parts(self) -> Iterator[Expr]:
+        """Yield the expressions that occur in the step and in the definitions."""
+        for x in (self.step, *self.definitions.values()):
+            yield from parts_of(x)
+
     def operations(self) -> set[str]:
         """Return the operations and functions that occur."""
-        return {part.op for x in (self.step, *self.definitions.values()) for part in parts_of(x)}
+        return {part.op for part in self.parts()}
 
     def __str__(self) -> str:
         lines = [f"    {what} = {value}" for what, value in self.definitions.items()]

@@ -24,55 +24,17 @@ from adamx.core.concept import any_of, parts
 from adamx.core.foreign import as_concept, as_transformation, named
 from adamx.core.paths import flatten
 from adamx.core.precision_warning import PrecisionWarning
+from adamx.core.stacked import stacked_axes
 from adamx.core.transformation import Transformation
-from adamx.formula.expressions import REDUCTIONS, G, W
+from adamx.formula.expressions import REDUCTIONS, G
 from adamx.formula.symbols import Formula, Symbols
 from adamx.formula.values import factory_name
+from adamx.inspect.leaf import Leaf, bytes_of, some
+from adamx.inspect.mistakes import likely_mistakes
 from adamx.wrappers.by_path import by_path
 from adamx.wrappers.skip_nonfinite import skip_nonfinite
 
-LARGE_EPS = 1e-3
-"""From here on `summary` warns of eps: gradients of single elements are often smaller."""
-
 _FOREIGN = ""  # the name of the state of an Optax transformation
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One parameter in a summary.
-
-    Attributes:
-        path: such as "dense/kernel".
-        group: the pattern of its `by_path` group; "" if there are no groups.
-        param: its shape and dtype.
-        slots: by name, the shapes and dtypes of its slots.
-        formula: the formula of its update.
-        rereads: whether a step reads an array as large as its gradient once more.
-    """
-
-    path: str
-    group: str
-    param: jax.ShapeDtypeStruct
-    slots: dict[str, jax.ShapeDtypeStruct]
-    formula: Formula
-    rereads: bool
-
-    @property
-    def frozen(self) -> bool:
-        """Whether it never moves."""
-        return self.formula.step == W
-
-    @property
-    def slot_bytes(self) -> int:
-        """The bytes of its slots."""
-        return sum(map(_bytes, self.slots.values()))
-
-    @property
-    def traffic(self) -> int:
-        """The least bytes that a step moves for it; a frozen one is neither read nor written."""
-        moved = 0 if self.frozen else 2
-        read = int(bool(self.slots) or not self.frozen) + self.rereads
-        return (moved + read) * _bytes(self.param) + 2 * self.slot_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +63,7 @@ class Summary:
     @property
     def bytes(self) -> dict[str, int]:
         """The bytes of "parameters", "gradients" (in the parameters' dtypes) and "slots"."""
-        params = sum(_bytes(leaf.param) for leaf in self.leaves)
+        params = sum(bytes_of(leaf.param) for leaf in self.leaves)
         slots = sum(leaf.slot_bytes for leaf in self.leaves)
         return {"parameters": params, "gradients": params, "slots": slots}
 
@@ -129,7 +91,7 @@ class Summary:
         groups = _grouped(self.leaves, lambda leaf: write(leaf.formula))
         if len(groups) == 1:
             return write(groups[0][0].formula)
-        return "\n".join(form.format(_some(group), write(group[0].formula)) for group in groups)
+        return "\n".join(form.format(some(group), write(group[0].formula)) for group in groups)
 
     def __str__(self) -> str:
         leafwise = self.by == "leaf"
@@ -208,9 +170,11 @@ def summary(
     paths, given, treedef = flatten(params)
     shapes = [_shape(path, leaf) for path, leaf in zip(paths, given, strict=True)]
     bound: list[Transformation | None] = [None] * len(paths)
+    groups: list[by_path] = []
 
     def look(params: Any) -> Any:
         resolved = concept.for_tree(params)
+        groups.extend(part for part in parts(resolved) if isinstance(part, by_path))
         for i, (path, leaf) in enumerate(zip(paths, treedef.flatten_up_to(params), strict=True)):
             bound[i] = None if leaf is None else resolved.for_leaf(path, leaf)
         return tx.init(params)
@@ -221,7 +185,6 @@ def summary(
     entries = state if isinstance(tx, Transformation) else {_FOREIGN: state}
     slots, scalars = _slots(concept, entries, paths, shapes, treedef)
     formulas = {b: derived(b) for b in dict.fromkeys(bound) if b is not None}
-    groups = [part for part in parts(concept) if isinstance(part, by_path)]
     guarded = any_of(concept, lambda part: isinstance(part, skip_nonfinite))
     leaves = []
     for path, shape, variant, own in zip(paths, shapes, bound, slots, strict=True):
@@ -229,14 +192,15 @@ def summary(
             formula = formulas[variant]
             rereads = guarded or not formula.operations().isdisjoint(REDUCTIONS)
             group = " / ".join(part.label(path, shape) for part in groups)
-            leaves.append(Leaf(path, group, shape, own, formula, rereads))
+            number = stacked_axes(variant)
+            leaves.append(Leaf(path, group, shape, own, formula, rereads, number))
     said = []
     for warning in caught:
         if issubclass(warning.category, PrecisionWarning):
             said.append(str(warning.message).removeprefix("adamx: "))
         else:
             warnings.warn(warning.message, stacklevel=2)
-    said += [*_foreign_precision(tx, leaves), *_decayed_vectors(leaves), *_large_eps(leaves)]
+    said += likely_mistakes(tx, leaves)
     composition = repr(tx) if isinstance(tx, Transformation) else f"{factory_name(tx)}(...)"
     return Summary(tuple(leaves), scalars, composition, tuple(said), by)
 
@@ -285,11 +249,11 @@ def _slots(
         elif name in foreign:
             for i, slot, x in _matched(name, entry, paths, shapes):
                 if i is None:
-                    scalars += _bytes(x)
+                    scalars += bytes_of(x)
                 else:
                     slots[i][slot] = x
         else:
-            scalars += sum(map(_bytes, jax.tree.leaves(entry)))
+            scalars += sum(map(bytes_of, jax.tree.leaves(entry)))
     return slots, scalars
 
 
@@ -312,42 +276,6 @@ def _matched(
             yield None, name, x
 
 
-# ------------------------------------------------------------------------------------ warnings
-
-
-def _foreign_precision(tx: Any, leaves: list[Leaf]) -> Iterator[str]:
-    """Warn of 16-bit parameters in a foreign transformation; the `init` of adamx's warns itself."""
-    narrow = [leaf for leaf in leaves if jnp.finfo(leaf.param.dtype).bits < 32]
-    if narrow and not isinstance(tx, Transformation):
-        yield (
-            f"{len(narrow)} of the parameters' leaves are {narrow[0].param.dtype}, and an Optax "
-            "transformation may lose small steps by rounding: adamx.master_weights(tx) does not"
-        )
-
-
-def _decayed_vectors(leaves: list[Leaf]) -> Iterator[str]:
-    """Warn of a weight decay on leaves of rank 0 and 1, if there are others."""
-    decayed = [leaf for leaf in leaves if any(s.args[0].base == "wd" for s in leaf.formula.values)]
-    vectors = [leaf for leaf in decayed if len(leaf.param.shape) <= 1]
-    if vectors and any(len(leaf.param.shape) > 1 for leaf in leaves):
-        yield (
-            f"weight decay acts on {_some(vectors)}, of rank 1 or less: biases and the scales of "
-            "norms are usually left out, with mask=adamx.all_but(...)"
-        )
-
-
-def _large_eps(leaves: list[Leaf]) -> Iterator[str]:
-    """Warn of an eps from LARGE_EPS on, of an eps under the root from its square on."""
-    values = [(s.args[0].base, x) for leaf in leaves for s, x in leaf.formula.values.items()]
-    for base, least in (("eps", LARGE_EPS), ("eps_root", LARGE_EPS**2)):
-        for eps in [x for b, x in values if b == base and isinstance(x, float) and x >= least][:1]:
-            size = eps if base == "eps" else math.sqrt(eps)
-            yield (
-                f"{base} = {eps:g}: elements whose gradients stay below {size:g} are divided by "
-                "that and not by their own size, so their steps are as small as their gradients"
-            )
-
-
 # ----------------------------------------------------------------------------------- the table
 
 
@@ -360,29 +288,28 @@ def _grouped(leaves: Iterable[Leaf], key: Callable[[Leaf], Any]) -> list[list[Le
 
 def _kind(leaf: Leaf) -> Any:
     slots = tuple((name, str(x.dtype)) for name, x in leaf.slots.items())
-    return leaf.group, str(leaf.formula), str(leaf.param.dtype), slots
-
-
-def _some(leaves: list[Leaf]) -> str:
-    paths = [leaf.path or "the array" for leaf in leaves[:3]]
-    return ", ".join(paths) + (f" and {len(leaves) - 3} more" if len(leaves) > 3 else "")
+    layers = leaf.param.shape[: leaf.stacked]
+    return leaf.group, str(leaf.formula), str(leaf.param.dtype), slots, layers
 
 
 def _row(group: list[Leaf], leafwise: bool) -> tuple[str, ...]:
     first = group[0]
     label = f"{first.group}: " if first.group else ""
-    shape = str(list(first.param.shape)) if len(group) == 1 else f"{len(group)} leaves"
+    shape = str(list(first.layer.shape)) if len(group) == 1 else f"{len(group)} leaves"
+    if first.stacked:
+        layers = math.prod(first.param.shape[: first.stacked])
+        shape = f"{layers} arrays {shape}" if len(group) == 1 else f"{shape} of {layers} arrays"
     slots = [
         f"{name} {x.dtype}{list(x.shape) if leafwise and x.shape != first.param.shape else ''}"
         for name, x in first.slots.items()
     ]
     return (
-        label + _some(group),
+        label + some(group),
         shape,
         str(first.param.dtype),
         f"{sum(leaf.param.size for leaf in group):,}",
         "frozen" if first.frozen and not slots else ", ".join(slots) or "none",
-        _text(sum(_bytes(leaf.param) + leaf.slot_bytes for leaf in group)),
+        _text(sum(bytes_of(leaf.param) + leaf.slot_bytes for leaf in group)),
     )
 
 
@@ -396,10 +323,6 @@ def _table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def _bytes(x: Any) -> int:
-    return x.size * x.dtype.itemsize
 
 
 def _text(number: int) -> str:

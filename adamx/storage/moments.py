@@ -14,6 +14,7 @@ from adamx.core.concept import Concept, Slots
 from adamx.core.leaves import Leaves
 from adamx.core.paths import flatten
 from adamx.core.shard import WHOLE
+from adamx.core.stacked import of_layers
 from adamx.core.transformation import Transformation
 from adamx.storage import masters
 from adamx.storage.storage import Storage
@@ -21,6 +22,8 @@ from adamx.storage.storage import Storage
 
 def decoded(concept: Concept, slots: Slots) -> Slots:
     """Return one leaf's slots as the formula sees them, from the stored slots."""
+    if isinstance(concept, of_layers):
+        return concept.each(decoded, concept.slot_names(), slots)
     if isinstance(concept, Storage) and slots:
         slots = concept.decoded(slots)
     for child in concept.children:
@@ -30,6 +33,8 @@ def decoded(concept: Concept, slots: Slots) -> Slots:
 
 def encoded(concept: Concept, slots: Slots) -> Slots:
     """Return one leaf's stored slots, from the slots as the formula sees them."""
+    if isinstance(concept, of_layers):
+        return concept.each(encoded, without_storages(concept).slot_names(), slots)
     for child in concept.children:
         slots = encoded(child, slots)
     if isinstance(concept, Storage) and slots:

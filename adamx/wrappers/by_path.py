@@ -123,8 +123,10 @@ class by_path(Transformation):
         return tuple(dict.fromkeys(n for tx in self.transformations for n in tx.state_names()))
 
     def for_tree(self, tree: Any) -> Any:
+        """Return this with the groups' transformations, and the leaves of each predicate, known."""
         paths.check_all_used("by_path", self.patterns, tree)
-        return super().for_tree(tree)
+        patterns = tuple(paths.settled(pattern, tree) for pattern in self.patterns)
+        return super().for_tree(tree).with_fields(patterns=patterns)
 
     def for_leaf(self, path: str, leaf: jax.Array) -> Any:
         return self.transformations[self._number(path, leaf)].for_leaf(path, leaf)

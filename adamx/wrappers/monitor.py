@@ -22,18 +22,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamx.core import errors, paths
 from adamx.core.arithmetic import compute_dtype, divide, squared_magnitude, widen
 from adamx.core.concept import parts
 from adamx.core.leaves import Leaves
-from adamx.core.lifting import Between, State
-from adamx.core.norms import count, global_norm
+from adamx.core.lifting import Between, State, slots_like
+from adamx.core.norms import count, global_norm, reduced_size
 from adamx.core.paths import Pattern
+from adamx.core.shard import Shard, check_alike, total_of_all
+from adamx.core.stacked import each_layer, stacked_axes
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 from adamx.core.wrapper import Wrapper
-from adamx.storage.moments import decoded_slots, slot_of_kind
+from adamx.storage.moments import decoded_slots, slot_of_kind, without_storages
 from adamx.transforms.bias_correction import bias_correction, one_minus_power
 from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.running_max import running_max
@@ -42,7 +45,7 @@ STATISTICS, SINCE = "monitor", "monitor_step"
 OTHERS = "others"
 
 Column = Sequence[Any]  # a value for each leaf of a group
-Rows = list[tuple[jax.Array, ...]]
+Rows = list[tuple[Any, ...]]  # arrays, and which shard the first of them is
 # the columns that it needs, which of their rows it takes, and the function of at least one row
 Statistic = tuple[tuple[str, ...], Callable[[Rows], Rows], Callable[[Rows], jax.Array]]
 
@@ -51,7 +54,8 @@ class monitor(Wrapper):
     """Keep statistics of every n-th step in the state, for `statistics` and any logger.
 
     `state["monitor"][name][group]` are float32 scalars of the last step that was measured;
-    `monitor_step` (int32) counts the steps since. Parameters and slots are bit for bit the same as
+    `monitor_step` (int32) counts the steps since. Without `groups`, a leaf of `stacked` layers has
+    an array, with one number for each layer. Parameters and slots are bit for bit the same as
     without it. Every n-th time `make_step` runs a program that measures, otherwise one that does
     not; `update` in a program of your own branches, and writes the updates to memory at every step.
 
@@ -117,8 +121,8 @@ class monitor(Wrapper):
         state = entries | {"count": jnp.ones([], jnp.int32)}
         slots = jax.eval_shape(lambda: decoded_slots(self.inner, like, state))
         none: dict[str, dict[str, jax.Array]] = {}
-        for name, group, _, _ in self._rows(like, like, slots, state["count"]):
-            none.setdefault(name, {})[group] = jnp.zeros([], jnp.float32)
+        for name, group, shape, _, _ in self._rows(like, like, slots, state["count"]):
+            none.setdefault(name, {})[group] = jnp.zeros(shape, jnp.float32)
         return entries | {STATISTICS: none}
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
@@ -147,15 +151,23 @@ class monitor(Wrapper):
         """Return the statistics by name and group; the old ones where something is missing."""
         slots = decoded_slots(self.inner, leaves, state)
         found = {name: dict(groups) for name, groups in before.items()}
-        for name, group, rows, statistic in self._rows(leaves, out, slots, state["count"]):
+        for name, group, shape, rows, statistic in self._rows(leaves, out, slots, state["count"]):
             if group in found.get(name, {}):
+                if (kept := jnp.shape(found[name][group])) != shape:
+                    raise ValueError(
+                        f"monitor: state['monitor'][{name!r}][{group!r}] has the shape "
+                        f"{list(kept)} and is measured with {list(shape)}, since its layers were "
+                        "not `stacked` as they are now: delete state['monitor'], and "
+                        "adapt_state(tx, params, state) starts the statistics anew"
+                    )
                 found[name][group] = statistic(rows).astype(jnp.float32)
+        check_alike(STATISTICS, before, found)
         return found
 
     def _rows(
         self, leaves: Leaves, out: Leaves, slots: Mapping[str, Column], count: jax.Array
-    ) -> Iterator[tuple[str, str, Rows, Callable[[Rows], jax.Array]]]:
-        """Yield name, group, inputs and function of each statistic that has inputs."""
+    ) -> Iterator[tuple[str, str, tuple[int, ...], Rows, Callable[[Rows], jax.Array]]]:
+        """Yield name, group, shape, inputs and function of each statistic that has inputs."""
         updates = [
             jnp.zeros_like(g) if u is None and g is not None else u
             for u, g in zip(out.values, leaves.values, strict=True)
@@ -165,17 +177,44 @@ class monitor(Wrapper):
             columns["w"] = leaves.params
         of_kind = {kind: slot_of_kind(kind, slots) for kind in ("mu", "nu")}
         columns |= {kind: slots[name] for kind, name in of_kind.items() if name}
+        shards = {key: leaves.shards for key in columns}
+        shards |= {
+            kind: self._of_slots(leaves, name, slots[name])
+            for kind, name in of_kind.items()
+            if name
+        }
         groups: dict[str, list[int]] = {}
         for i, path in enumerate(leaves.paths):
             groups.setdefault(self._group(path), []).append(i)
         kinds = _statistics(self.inner, count)
         for group, members in groups.items():
+            shape = self._layers(leaves, members[0])
             for name, (needed, chosen, statistic) in kinds.items():
                 if all(key in columns for key in needed):
-                    rows = [tuple(columns[key][i] for key in needed) for i in members]
+                    rows = [
+                        (*(columns[key][i] for key in needed), shards[needed[0]][i])
+                        for i in members
+                    ]
                     rows = chosen([row for row in rows if all(x is not None for x in row)])
                     if rows:
-                        yield name, group, rows, statistic
+                        yield name, group, shape, rows, _of_each_layer(statistic, shape)
+
+    def _of_slots(self, leaves: Leaves, name: str, slots: Column) -> list[Shard]:
+        """Return the shards of a slot, which may be smaller than its parameter."""
+        found = list(leaves.shards)
+        for i, (path, whole) in enumerate(zip(leaves.paths, leaves.whole(), strict=True)):
+            if found[i].names and slots[i] is not None:
+                tx = without_storages(self.inner.for_leaf(path, whole))
+                keeps = next(part for part in parts(tx) if name in part.slot_names())
+                found[i] = found[i].of_slot(slots[i], slots_like(keeps)(whole)[name])
+        return found
+
+    def _layers(self, leaves: Leaves, i: int) -> tuple[int, ...]:
+        """Return the sizes of a leaf's stacked axes, () if it is a part of a larger group."""
+        leaf = leaves.like()[i]
+        if self.groups is not None or leaf is None:
+            return ()
+        return leaf.shape[: stacked_axes(self.inner.for_leaf(leaves.paths[i], leaves.whole()[i]))]
 
     def _group(self, path: str) -> str:
         if self.groups is None:
@@ -232,6 +271,15 @@ def _statistics(tx: Transformation, count: jax.Array) -> dict[str, Statistic]:
     return {name: (needed, rows, jax.jit(f)) for name, (needed, rows, f) in kinds.items()}
 
 
+def _of_each_layer(
+    statistic: Callable[[Rows], jax.Array], shape: tuple[int, ...]
+) -> Callable[[Rows], jax.Array]:
+    def of_layer(_: Any, rows: Rows) -> jax.Array:
+        return statistic([(*arrays, shard.last(arrays[0].ndim)) for *arrays, shard in rows])
+
+    return lambda rows: each_layer(of_layer, shape, (), rows)
+
+
 def _filled(rows: Rows) -> Rows:
     return [row for row in rows if row[0].size]
 
@@ -242,16 +290,14 @@ def _narrow(rows: Rows) -> Rows:
 
 
 def _norm(rows: Rows) -> jax.Array:
-    return global_norm(_wide([x for (x,) in rows]))
+    return global_norm(_wide([x for x, _ in rows]), _shards(rows))
 
 
 def _mean(function: Callable[..., jax.Array]) -> Callable[[Rows], jax.Array]:
     """Return the mean of a function over all elements of a group."""
 
     def mean(rows: Rows) -> jax.Array:
-        size = sum(row[0].size for row in rows)
-        sums = [jnp.sum(function(*_wide(row))).astype(jnp.float32) for row in rows]
-        return sum(sums, start=jnp.zeros([], jnp.float32)) / float(size)
+        return _mean_of_sums([jnp.sum(function(*_wide(row[:-1]))) for row in rows], rows)
 
     return mean
 
@@ -260,8 +306,18 @@ def _stuck(rows: Rows) -> jax.Array:
     def stays(w: jax.Array, u: jax.Array) -> jax.Array:
         return (w.astype(jnp.float32) + u.astype(jnp.float32)).astype(w.dtype) == w
 
-    stuck = [count((u != 0) & stays(w, u), jnp.float32) for w, u in rows]
-    return sum(stuck, start=jnp.zeros([], jnp.float32)) / float(sum(w.size for w, _ in rows))
+    return _mean_of_sums([count((u != 0) & stays(w, u), jnp.float32) for w, u, _ in rows], rows)
+
+
+def _mean_of_sums(sums: Sequence[jax.Array], rows: Rows) -> jax.Array:
+    """Return the mean over a group, from the sum over each shard."""
+    size = sum(reduced_size(row[0], shard=row[-1]) for row in rows)
+    narrow = [x.astype(jnp.float32) for x in sums]
+    return total_of_all(narrow, [row[0] for row in rows], _shards(rows)) / size
+
+
+def _shards(rows: Rows) -> list[Shard]:
+    return [row[-1] for row in rows]
 
 
 def _wide(arrays: Sequence[jax.Array]) -> list[jax.Array]:
@@ -273,9 +329,10 @@ def statistics(state: Mapping[str, Any]) -> dict[str, float]:
 
     Args:
         state: of any adamx transformation. A state of `monitor` gives "grad_norm/dense/kernel" and
-            so on, and two ratios: "update_to_param/..." = update_norm / param_norm, and
-            "step_size/..." = update_mean / learning_rate if there is one learning rate. A ratio to
-            0, such as a bias at its start or a learning rate before its warm-up, is NaN.
+            so on ("grad_norm/layers/kernel/3" for the fourth of `stacked` layers), and two ratios:
+            "update_to_param/..." = update_norm / param_norm, and "step_size/..." = update_mean /
+            learning_rate if there is one learning rate. A ratio to 0, such as a bias at its start
+            or a learning rate before its warm-up, is NaN.
 
     Returns:
         A flat dict. The call waits for the step that made the state.
@@ -290,10 +347,14 @@ def statistics(state: Mapping[str, Any]) -> dict[str, float]:
     """
     errors.check_state(state)
     named = paths.leaves_by_path(state)
-    scalars = jax.device_get({name: x for name, x in named.items() if jnp.ndim(x) == 0})
+    measured = f"{STATISTICS}/"
+    scalars = jax.device_get(
+        {n: x for n, x in named.items() if jnp.ndim(x) == 0 or n.startswith(measured)}
+    )
     found = {
-        name.removeprefix(f"{STATISTICS}/").rstrip("/"): value.item()
+        "/".join([name.removeprefix(measured).rstrip("/"), *map(str, place)]): value[place].item()
         for name, value in scalars.items()
+        for place in np.ndindex(value.shape)
     }
     for name, value in list(found.items()):
         kind, slash, group = name.partition("/")
