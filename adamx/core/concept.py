@@ -260,7 +260,8 @@ def _first_of_own(tx: Concept, leaves: Sequence[jax.Array], count: Any) -> Slots
     if not tx.overrides("tree_scalars"):
         return _recorded(tx, hook(now, "scalars", step))
     shapes = jax.eval_shape(
-        lambda leaves: _recorded(tx, hook(now, "tree_scalars", step, leaves)), leaves
+        lambda leaves: _recorded(tx, hook(now, "tree_scalars", step, leaves)),
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves],  # whichever shards they are
     )
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 

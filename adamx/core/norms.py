@@ -72,17 +72,23 @@ def reduced_size(x: jax.Array, axes: Axes = None, shard: Shard = WHOLE) -> float
 
 
 def count(flags: jax.Array, dtype: DTypeLike, shard: Shard = WHOLE) -> jax.Array:
-    """Return how many flags of an array are True.
+    """Return how many flags of an array are True; arguments as for `count_here`.
+
+    The shard is which one the flags are.
+    """
+    return total_of_all([count_here(flags, dtype)], [flags], [shard])
+
+
+def count_here(flags: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Return how many of the flags that a device has are True.
 
     Args:
         flags: bools; the last axis has less than 2^32.
         dtype: the result's, a floating one.
-        shard: which shard of an array they are.
     """
-    if reduced_size(flags, None, shard) < _COUNTED_BY_INT32:
-        return total(flags.astype(jnp.int32), None, shard).reshape(()).astype(dtype)
-    rows = jnp.sum(flags, -1, dtype=jnp.uint32, keepdims=True)
-    return total(rows.astype(dtype), None, shard).reshape(())
+    if flags.size < _COUNTED_BY_INT32:
+        return jnp.sum(flags, dtype=jnp.int32).astype(dtype)
+    return jnp.sum(jnp.sum(flags, -1, dtype=jnp.uint32).astype(dtype))
 
 
 def sum_of_all_squares(leaves: Sequence[jax.Array], shards: Sequence[Shard] = ()) -> jax.Array:

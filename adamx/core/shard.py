@@ -53,7 +53,7 @@ class Shard:
     """Which shard of an array a device has.
 
     Attributes:
-        names: the mesh axes over which the array is divided, in any order.
+        names: the mesh axes that divide the leaf, in any order.
         dims: for each dimension of the array, those that divide it; None if that is unknown.
 
     Example:
@@ -113,7 +113,7 @@ class Shard:
         if self.dims is None:
             return self
         dims = self.dims[max(len(self.dims) - number, 0) :]
-        return Shard(tuple(itertools.chain.from_iterable(dims)), dims)
+        return Shard(self.names, dims)
 
     def of_slot(self, slot: Any, whole: Any) -> Shard:
         """Return which shard of a slot belongs to this one of its parameter.
@@ -125,8 +125,7 @@ class Shard:
         if self.dims is None:
             return self
         pairs = zip(self.dims, slot.shape, whole.shape, strict=True)
-        dims = tuple(names if a != b else () for names, a, b in pairs)
-        return Shard(tuple(itertools.chain.from_iterable(dims)), dims)
+        return Shard(self.names, tuple(names if a != b else () for names, a, b in pairs))
 
 
 WHOLE = Shard()

@@ -29,7 +29,7 @@ from adamx.core.arithmetic import compute_dtype, divide, squared_magnitude, wide
 from adamx.core.concept import parts
 from adamx.core.leaves import Leaves
 from adamx.core.lifting import Between, State, slots_like
-from adamx.core.norms import count, global_norm, reduced_size
+from adamx.core.norms import count_here, global_norm, reduced_size
 from adamx.core.paths import Pattern
 from adamx.core.shard import Shard, check_alike, total_of_all
 from adamx.core.stacked import each_layer, stacked_axes
@@ -306,7 +306,9 @@ def _stuck(rows: Rows) -> jax.Array:
     def stays(w: jax.Array, u: jax.Array) -> jax.Array:
         return (w.astype(jnp.float32) + u.astype(jnp.float32)).astype(w.dtype) == w
 
-    return _mean_of_sums([count((u != 0) & stays(w, u), jnp.float32) for w, u, _ in rows], rows)
+    return _mean_of_sums(
+        [count_here((u != 0) & stays(w, u), jnp.float32) for w, u, _ in rows], rows
+    )
 
 
 def _mean_of_sums(sums: Sequence[jax.Array], rows: Rows) -> jax.Array:
