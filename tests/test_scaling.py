@@ -174,7 +174,11 @@ def test_with_them_a_step_moves_the_outputs_alike_at_every_width():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: adamx.scale_by_path(2.0), TypeError, "must map patterns to numbers"),
+        (
+            lambda: adamx.scale_by_path(2.0),  # pyright: ignore
+            TypeError,
+            "must map patterns to numbers",
+        ),
         (lambda: adamx.scale_by_path({3: 2.0}), TypeError, "a pattern must be a string"),
         (lambda: adamx.scale_by_path({"a": None}), ValueError, r"factors\['a'\] must be finite"),
         (lambda: adamx.scale_by_path({"a": np.nan}), ValueError, r"factors\['a'\] must be finite"),

@@ -51,7 +51,7 @@ class scale_by_path(Transformation):
     """
 
     patterns: tuple[Pattern | Predicate, ...]
-    scales: tuple[Transformation, ...]
+    scales: tuple[scale, ...]
     function: Callable[[str, Any], Any] | None
 
     def __init__(self, factors: Factors) -> None:
