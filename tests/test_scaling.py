@@ -126,7 +126,7 @@ def test_the_rules_of_width_are_those_of_the_papers_table():
 
 
 def change_of_output(width, rules) -> float:
-    """Return how far a step of Adam moves the outputs of a network with one hidden layer."""
+    """Return how far a step of Adam moves the outputs of a network with two hidden layers."""
     generator = np.random.default_rng(0)
     sizes = {"a": (8, width), "b": (width, width), "c": (width, 4)}
     start = {"a": 8**-0.5, "b": 64**-0.5, "c": 64**-0.5}
