@@ -28,6 +28,8 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     cautious_...  cautious around adamw's and lion's scaling
     schedule_free around adamw without its ema of g
 
+`scale_by_path` gives each leaf a factor of its own, such as those of `layerwise_decay` and
+`width_rules`.
 `skip_nonfinite`, `accumulate`, `monitor` and `master_weights` wrap a whole optimizer, `by_path`
 gives each group of parameters its own, `stacked` takes layers stacked for a scan as arrays of their
 own, and a `Storage` is the format of the slots in the state.
@@ -83,6 +85,7 @@ from adamx.optimizers.sgd import sgd
 from adamx.optimizers.sgdw import sgdw
 from adamx.optimizers.stable_adamw import stable_adamw
 from adamx.optimizers.yogi import yogi
+from adamx.scaling import WidthRules, layerwise_decay, width_rules
 from adamx.state import Adaptation, adapt_state
 from adamx.storage.bfloat16 import bfloat16
 from adamx.storage.choice import stored
@@ -120,6 +123,7 @@ from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.running_max import running_max
 from adamx.transforms.scale import scale
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
+from adamx.transforms.scale_by_path import scale_by_path
 from adamx.transforms.schedule_free import schedule_free, schedule_free_eval_params
 from adamx.transforms.scheduled_nesterov_ema import scheduled_nesterov_ema
 from adamx.transforms.seeded_ema_of_squares import seeded_ema_of_squares
@@ -149,6 +153,7 @@ __all__ = [
     "Storage",
     "Summary",
     "Transformation",
+    "WidthRules",
     "Wrapper",
     "accumulate",
     "adabelief",
@@ -202,6 +207,7 @@ __all__ = [
     "in_shard_map",
     "interpolated_ema",
     "lamb",
+    "layerwise_decay",
     "lion",
     "make_step",
     "master_weights",
@@ -228,6 +234,7 @@ __all__ = [
     "scale",
     "scale_by_adam",
     "scale_by_learning_rate",
+    "scale_by_path",
     "scale_by_rms",
     "schedule_free",
     "schedule_free_adamw",
@@ -251,6 +258,7 @@ __all__ = [
     "trace",
     "trust_ratio",
     "update_clipping",
+    "width_rules",
     "yogi",
     "zeros",
 ]

@@ -22,6 +22,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep what is compiled in pytest's cache: most of a test's time is compiling, often again."""
+    if not hasattr(config, "cache"):  # with -p no:cacheprovider
+        return
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -64,6 +64,10 @@ def _blocks(path, leaf):
     return (leaf.ndim - 1,) if "w" in path and leaf.ndim else ()
 
 
+def _factors(path, leaf):
+    return _schedule if "b" in path else 1.0 + leaf.ndim
+
+
 def _first_axis(path, leaf):
     return min(leaf.ndim, 1)
 
@@ -321,6 +325,12 @@ TRANSFORMATIONS: dict[str, Case] = {
         lambda: adamx.radam(0.1, **_EXACT, moments="packed8"), narrow=True, packed=True
     ),
     # clips, ratios and blocks
+    "scale_by_path": Case(
+        lambda: adamx.chain(
+            adamx.scale_by_adam(), adamx.scale_by_path(_factors), adamx.scale_by_path({"*": 0.5})
+        ),
+        kind="factors of leaves",
+    ),
     "clip_by_value": Case(lambda: adamx.clip_by_value(0.5)),
     "clip_by_rms": Case(lambda: adamx.clip_by_rms(0.5), whole=True),
     "adaptive_clip": Case(lambda: adamx.adaptive_clip(0.1), whole=True),

@@ -150,7 +150,7 @@ def test_a_formula_is_what_the_transformation_computes(name):
     state = tx.init(jax.tree.map(jnp.asarray, params))
     every = tx.every if isinstance(tx, adamx.accumulate) else 1
     for _ in range(STEPS):
-        drawn = [
+        drawn: list[dict[str, Any]] = [
             {p: generator.normal(size=x.shape) if p in leaves else None for p, x in params.items()}
             for _ in range(every)
         ]
