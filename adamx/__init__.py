@@ -32,7 +32,8 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
 `width_rules`.
 `skip_nonfinite`, `accumulate`, `monitor` and `master_weights` wrap a whole optimizer, `by_path`
 gives each group of parameters its own, `stacked` takes layers stacked for a scan as arrays of their
-own, and a `Storage` is the format of the slots in the state.
+own, `in_shard_map` takes shards as parts of whole arrays, and a `Storage` is the format of the
+slots in the state.
 
 Every transformation is an `optax.GradientTransformationExtraArgs`, and `chain` takes any Optax
 transformation as a stage.

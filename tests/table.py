@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 import adamx
 
@@ -262,6 +263,11 @@ TRANSFORMATIONS: dict[str, Case] = {
             ),
             _first_axis,
         ),
+        whole=True,
+    ),
+    "in_shard_map": Case(
+        lambda: adamx.in_shard_map(adamx.skip_nonfinite(adamx.lamb(0.1)), PartitionSpec()),
+        kind="shards of arrays",
         whole=True,
     ),
     "mean_of_params": Case(lambda: adamx.chain(adamx.momentum(0.1), adamx.mean_of_params())),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import draw
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from table import TRANSFORMATIONS
@@ -92,6 +93,15 @@ def test_shards_get_the_step_of_the_whole_arrays(name, check_vma):
         wanted, one = whole(grads, one, params)
         got, many = update(grads, many, params)
     assert_near((got, many), (wanted, one), BFLOAT16 if case.narrow else ORDER)
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_storage_rounds_each_element_as_in_the_whole_array():
+    tx, params = TRANSFORMATIONS["adamw_packed8"].make(), draw(numbers(0), 0)
+    inside, grads = adamx.in_shard_map(tx, SPECS), draw(numbers(0), 1)
+    state = tx.init(params)
+    got = jax.jit(sharded(inside, params))(grads, state, params)
+    jax.tree.map(np.testing.assert_array_equal, got, tx.update(grads, state, params))
 
 
 # ---------------------------------------------------------------------------- where it may be used

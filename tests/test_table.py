@@ -67,6 +67,7 @@ def test_each_kind_has_one_example_and_what_acts_around_others_has_one():
         adamx.bfloat16,
         adamx.by_path,
         adamx.combine,
+        adamx.in_shard_map,
         adamx.master_weights,
         adamx.monitor,
         adamx.named,
