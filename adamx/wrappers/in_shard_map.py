@@ -83,7 +83,7 @@ class in_shard_map(Wrapper):
         one = pattern == "*" and not others
         yield "", Verbatim(_text(spec) if one else "{" + ", ".join(texts) + "}")
 
-    def for_tree(self, tree: Any) -> Wrapper:
+    def for_tree(self, tree: Any) -> _of_shards:
         """Return the transformation inside, with the shard of each leaf."""
         names, leaves, treedef = paths.flatten(tree)
         patterns = [pattern for pattern, _ in self.specs]
