@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from table import TRANSFORMATIONS, every
+from table import TRANSFORMATIONS, every, of_each_kind
 
 import adamx
 
@@ -301,10 +301,38 @@ def test_zero1_divides_the_first_dimension_that_can_be():
     assert spec((4, 8), P()) == P("data", None)
     assert spec((3, 8), P()) == P(None, "data")
     assert spec((3, 8), P(None, "model")) == P(None, ("model", "data"))
-    assert spec((3, 4), P(None, "model")) == P(None, "model")  # 4 are not 8 parts
-    assert spec((3, 5), P()) == P()
-    assert spec((4, 8), P(None, "data")) == P(None, "data")  # used already
     assert spec((8,), P(), over=("data", "model")) == P(("data", "model"))
+    assert spec((8, 3), P("model"), over=("model", "data")) == P(("model", "data"), None)
+    for shape, before in {
+        (3, 4): P(None, "model"),  # 4 are not 8 parts
+        (3, 5): P(),
+        (4, 8): P(None, "data"),  # used already
+    }.items():
+        with pytest.warns(UserWarning, match="over='data' divides no slot"):
+            assert spec(shape, before) == before
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit],
+    ids=lambda kind: kind.name,
+)
+@of_each_kind
+# of ema_of_mean_squares, whose one slot has a number a row
+@pytest.mark.filterwarnings("ignore:state_sharding. over='data' divides no slot")
+@pytest.mark.usefixtures("quick_compiler", "promotion_of_foreign_stages")
+def test_a_step_keeps_the_slots_divided_on_a_mesh_of_either_kind(name, kind):
+    """Also a slot that is shorter than its parameter, which is whole along the divided axis."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    tx, everywhere = TRANSFORMATIONS[name].make(), NamedSharding(mesh, P())
+    params = jax.device_put({"w": jnp.ones((16, 8)), "b": jnp.ones(8)}, everywhere)
+    where = adamx.state_sharding(tx, params, over="data")
+    state = jax.jit(tx.init, out_shardings=where)(params)
+    step = adamx.make_step(tx, out_shardings=(jax.tree.map(lambda x: x.sharding, params), where))
+    params, state = step(params, state, jax.tree.map(jnp.ones_like, params))
+    for x, expected in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
+        assert x.sharding.is_equivalent_to(expected, x.ndim)
+    assert params["w"].sharding.is_fully_replicated
 
 
 def test_slots_can_lie_in_the_memory_of_the_host():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -103,6 +104,23 @@ def placed_like(start: jax.Array, param: jax.Array) -> jax.Array:
     if jax.typeof(start).sharding != jax.typeof(true).sharding:  # on a mesh with explicit axes
         start = jax.sharding.reshard(start, jax.typeof(true).sharding)
     return jax.lax.select(true, start, jax.lax.optimization_barrier(start))
+
+
+def divided_like(slots: Iterable[jax.Array], *arrays: Any) -> tuple[Any, ...]:
+    """Return a leaf's arrays sharded like its first slot of their shape, None as it is.
+
+    Slots may be divided over more devices than their parameter (ZeRO-1). On a mesh with explicit
+    axes operands then have to be brought together, which is done here for the whole kernel.
+    """
+
+    def put(x: Any) -> Any:
+        slot = next((s for s in slots if x is not None and s.shape == x.shape), x)
+        if slot is x or jax.typeof(slot).sharding == jax.typeof(x).sharding:
+            return x
+        return jax.sharding.reshard(x, jax.typeof(slot).sharding)
+
+    slots = list(slots)
+    return tuple(map(put, arrays))
 
 
 def shared_axes(shape: tuple[int, ...], param: tuple[int, ...]) -> tuple[int | None, ...]:

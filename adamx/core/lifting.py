@@ -23,7 +23,14 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from adamx.core import errors
-from adamx.core.arithmetic import compute_dtype, is_inexact, placed_like, real_times_complex, widen
+from adamx.core.arithmetic import (
+    compute_dtype,
+    divided_like,
+    is_inexact,
+    placed_like,
+    real_times_complex,
+    widen,
+)
 from adamx.core.concept import (
     Concept,
     Scalars,
@@ -281,6 +288,7 @@ def leaf_kernel(
     def kernel(
         u: jax.Array, slots: Slots, param: jax.Array | None, came: Any, shard: Shard
     ) -> tuple[jax.Array, Slots]:
+        u, param = divided_like(slots.values(), u, param)
         present = [x for x in (u, param, *slots.values()) if x is not None and is_inexact(x)]
         compute = compute_dtype(*(x.dtype for x in present))
         wide = functools.partial(widen, compute=compute)

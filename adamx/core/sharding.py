@@ -12,6 +12,7 @@ Source of ZeRO-1: Rajbhandari et al. (2020), section 5.1, https://arxiv.org/abs/
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -42,15 +43,18 @@ def state_sharding(
         tx: any adamx or Optax transformation.
         params: the parameters, or their shapes with shardings (`jax.ShapeDtypeStruct`).
         over: names of mesh axes over which the slots are divided as well (ZeRO-1), usually the
-            data axes: the first dimension that divides evenly is sharded. A slot without one, or
-            whose parameter already uses one of the axes, is sharded like its parameter. None means
-            no axis.
+            data axes. Those that a parameter already uses are left out. Its slots are divided along
+            its first dimension that the others divide evenly; without one, or where a slot is
+            shorter there, they are sharded like the parameter. None means no axis.
         memory_kind: the memory of the slots, such as "pinned_host", but not of the scalars. None
             means the parameters' memory.
 
     Raises:
         TypeError: if `tx` is not a transformation.
         ValueError: if a parameter has no sharding, or the mesh has no axis of a name in `over`.
+
+    Warns:
+        UserWarning: if `over` divides no slot.
 
     Example:
         >>> import adamx, jax.numpy as jnp
@@ -81,15 +85,24 @@ def state_sharding(
             )
         known[path] = param
     everywhere = _on_all_devices([param.sharding for param in known.values()])
+    slots: list[bool] = []  # whether each is divided over more axes than its parameter
 
     def of(path: tuple[Any, ...], leaf: Any) -> Sharding | None:
         param = with_path_of(path, known)
         if param is None or leaf.ndim == 0:
             return everywhere
-        where = _divided(_alike(param, leaf.shape), leaf.shape, axes)
+        where = _alike(_divided(param.sharding, param.shape, axes), param.shape, leaf.shape)
+        slots.append(where != _alike(param.sharding, param.shape, leaf.shape))
         return where if memory_kind is None else where.with_memory_kind(memory_kind)
 
-    return jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, params))
+    found = jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, params))
+    if axes and slots and not any(slots):
+        warnings.warn(
+            f"state_sharding: over={over!r} divides no slot: each parameter is divided over these "
+            "axes already, or has no dimension that they divide evenly",
+            stacklevel=2,
+        )
+    return found
 
 
 def placed(state: Any, tx: optax.GradientTransformation, params: Any) -> Any:
@@ -120,26 +133,24 @@ def _on_all_devices(shardings: list[Sharding]) -> Sharding | None:
     return shardings[0] if shardings else None
 
 
-def _alike(param: Any, shape: tuple[int, ...]) -> Sharding:
-    """Return the parameter's sharding along the axes that a slot shares with it."""
-    where = param.sharding
-    if shape == param.shape or not isinstance(where, NamedSharding):
+def _alike(where: Sharding, param: tuple[int, ...], shape: tuple[int, ...]) -> Sharding:
+    """Return a sharding of a parameter along the axes that a slot shares with it."""
+    if shape == param or not isinstance(where, NamedSharding):
         return where
-    entries = _entries(where, param.ndim)
-    spec = [None if axis is None else entries[axis] for axis in shared_axes(shape, param.shape)]
+    entries = _entries(where, len(param))
+    spec = [None if axis is None else entries[axis] for axis in shared_axes(shape, param)]
     return where.update(spec=PartitionSpec(*(spec if any(spec) else ())))
 
 
 def _divided(where: Sharding, shape: tuple[int, ...], axes: tuple[str, ...]) -> Sharding:
-    """Return the sharding with the first possible dimension divided over more axes."""
-    if not axes or not isinstance(where, NamedSharding):
+    """Return the sharding with the first possible dimension divided over the axes still free."""
+    if not isinstance(where, NamedSharding):
         return where
     entries = [_names(entry) for entry in _entries(where, len(shape))]
-    if any(axis in names for names in entries for axis in axes):
-        return where
-    for i, names in enumerate(entries):
-        if shape[i] % math.prod(where.mesh.shape[axis] for axis in (*names, *axes)) == 0:
-            entries[i] = (*names, *axes)
+    free = [axis for axis in axes if all(axis not in names for names in entries)]
+    for i, names in enumerate(entries if free else ()):
+        if shape[i] % math.prod(where.mesh.shape[axis] for axis in (*names, *free)) == 0:
+            entries[i] = (*names, *free)
             return where.update(spec=PartitionSpec(*(names or None for names in entries)))
     return where
 
