@@ -102,6 +102,11 @@ class WidthRules(NamedTuple):
         adam: of the learning rate of Adam, AdamW and others whose step has the size of the rate.
         sgd: of the learning rate of SGD and momentum.
         init: of the standard deviation at the start, where the narrow model has its own.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> width_rules({"scale": jnp.ones(64)}, {"scale": jnp.ones(256)})
+        WidthRules(adam={'scale': 1.0}, sgd={'scale': 4.0}, init={'scale': 1.0})
     """
 
     adam: dict[str, float]
