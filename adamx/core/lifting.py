@@ -2,6 +2,10 @@
 
     state = {"count": t, <recorded scalar>: value, ..., <slot>: tree of that slot, ...}
 
+Only if leaves began late, the state has one more entry, by the paths of these leaves:
+
+    "began": {path: {"count": the count at which it began, <recorded scalar>: its own value, ...}}
+
 A transformation consists of `segments()`: runs of leafwise concepts, and stages that act on the
 whole tree. A run becomes one kernel: a function of one leaf, traced once for each (shape, dtype)
 whatever the number of leaves. Values common to all leaves (1 - b^t, the learning rate) are computed
@@ -46,6 +50,9 @@ from adamx.core.value import as_pytree
 from adamx.formula.adjustable import adjustable
 
 State = dict[str, Any]
+
+BEGAN = "began"
+"""The state's entry for the leaves that began late."""
 
 _MANY_LEAVES = 64  # one trace, or one compilation, for each shape costs some hundred calls
 _MAX_COUNT = np.iinfo(np.int32).max
@@ -151,6 +158,7 @@ class Stage(Concept):
         varies = any_of(self, lambda concept: concept.overrides("for_leaf"))
         measured: dict[Any, Scalars] = {}
         whole = Variant(self, step, present, measured)
+        late, began = self._late(leaves, step, present)
         # equal variants share a kernel; most are the same object, found by its id
         variants: dict[Stage, Variant] = {self: whole}
         seen, alive = {id(self): whole}, [self]
@@ -159,12 +167,12 @@ class Stage(Concept):
             if out[i] is None:
                 continue
             own: Any = hook(self, "for_leaf", path, like) if varies else self
-            if id(own) not in seen:
+            if path not in late and id(own) not in seen:
                 if own not in variants:
                     variants[own] = Variant(own, step, present, measured)
                 seen[id(own)] = variants[own]
                 alive.append(own)
-            variant = seen[id(own)]
+            variant = Variant(own, *late[path]) if path in late else seen[id(own)]
             slots = {name: columns[name][i] for name in names if columns[name][i] is not None}
             errors.check_slots(path, slots, variant.slots_like(like))
             param = None if leaves.params is None else leaves.params[i]
@@ -172,13 +180,32 @@ class Stage(Concept):
             for name, value in new.items():
                 columns[name][i] = value
         entries = {name: leaves.tree(column) for name, column in columns.items()}
-        scalars = recorded(self, whole.scalars)
-        before = {name: errors.entry(step.state, name) for name in scalars}
-        for name, x in scalars.items():  # the dtype stays, also with wider gradients
-            errors.check_recorded(name, before[name], x)
-            scalars[name] = x.astype(jnp.result_type(before[name]))
+        scalars = _recorded_in(step, recorded(self, whole.scalars))
         kept = {name: held(value, step.state) for name, value in all_adjustables(self).items()}
-        return leaves.with_values(out), entries | kept | step.select(scalars, before)
+        return leaves.with_values(out), entries | kept | scalars | began
+
+    def _late(
+        self, leaves: Leaves, step: Step, present: Sequence[jax.Array]
+    ) -> tuple[dict[str, tuple[Step, Sequence[jax.Array], dict[Any, Scalars]]], State]:
+        """Return what makes the variants of the leaves that began late, and the entry for them."""
+        entry = errors.beginnings(step.state, BEGAN)
+        late = {}
+        for path in (path for path in leaves.paths if path in entry):
+            here, known = step.since(entry[path]), {}
+            own = recorded(self, scalars_of(self, here, present, known))
+            own = {name: x for name, x in own.items() if name in entry[path]}
+            entry[path] |= _recorded_in(here, own)
+            late[path] = here, present, known
+        return late, {BEGAN: entry} if entry else {}
+
+
+def _recorded_in(step: Step, scalars: Slots) -> Slots:
+    """Return recorded scalars in the dtypes of the state, where a skipped step keeps the old."""
+    before = {name: errors.entry(step.state, name) for name in scalars}
+    for name, x in scalars.items():  # the dtype stays, also with wider gradients
+        errors.check_recorded(name, before[name], x)
+        scalars[name] = x.astype(jnp.result_type(before[name]))
+    return step.select(scalars, before)
 
 
 def init(tx: Stage, params: Any) -> State:
@@ -205,10 +232,12 @@ def update(
     if wide:
         leaves = dataclasses.replace(leaves, emit=[None] * len(leaves.paths))
     tx = hook(tx, "for_tree", leaves.tree(leaves.like()))
+    errors.check_beginnings(state, BEGAN, leaves.paths)
     count = jnp.minimum(state["count"], _MAX_COUNT - 1) + 1
     step = Step(count=count, state=state | {"count": count}, extra=extra)
     leaves, entries = run(tx, leaves, step)
-    new = {"count": count} | entries
+    kept = {BEGAN: state[BEGAN]} if BEGAN in state else {}  # unless a segment has changed it
+    new = {"count": count} | kept | entries
     errors.check_names(state, new)
     out, none = leaves.tree(leaves.narrowed().values), lambda x: x is None
     if whole is not updates:  # one None for a branch again
