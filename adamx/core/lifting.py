@@ -245,6 +245,17 @@ def update(
     return out, state | new
 
 
+def age(state: Mapping[str, Any], path: str) -> Any:
+    """Return the number of steps that a leaf has taken since it began.
+
+    Args:
+        state: the whole state.
+        path: the leaf's path.
+    """
+    own = state.get(BEGAN, {}).get(path)
+    return state["count"] if own is None else state["count"] - own["count"]
+
+
 def run(tx: Stage, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
     """Run the segments of a transformation one after the other.
 
