@@ -138,6 +138,13 @@ def test_a_group_that_was_frozen_begins_when_it_is_thawed(decays):
     assert_close(of(found, "new"), of(expected, "new"))
 
 
+def test_a_norm_of_the_tree_is_clipped_as_it_is_for_the_other_leaves():
+    tx = adamx.chain(adamx.clip_by_global_norm(lambda t: 0.1 * rising(t)), adamx.scale(1.0))
+    found, _ = follow(tx, late_state(tx), LATER)
+    expected, _ = follow(tx, follow(tx, tx.init(PARAMS), range(N))[1], LATER)
+    assert_close(found, expected)
+
+
 def test_a_leaf_keeps_its_moments_over_a_freeze_if_they_are_put_back():
     tx = adamx.adamw(0.1)
     frozen = adamx.by_path({"new": None}, default=tx)
