@@ -138,8 +138,20 @@ def test_a_group_that_was_frozen_begins_when_it_is_thawed(decays):
     assert_close(of(found, "new"), of(expected, "new"))
 
 
-def test_a_norm_of_the_tree_is_clipped_as_it_is_for_the_other_leaves():
-    tx = adamx.chain(adamx.clip_by_global_norm(lambda t: 0.1 * rising(t)), adamx.scale(1.0))
+CLIPS = {
+    n: adamx.clip_by_global_norm(lambda t, c=c: c * rising(t))
+    for n, c in [("old", 0.1), ("new", 0.2)]
+}
+
+
+class clip_of_each(adamx.Transformation):
+    def for_leaf(self, path, leaf):
+        return CLIPS[path]
+
+
+@pytest.mark.parametrize("clip", [CLIPS["old"], clip_of_each()], ids=["one", "of each leaf"])
+def test_a_norm_of_the_tree_is_clipped_as_it_is_for_the_other_leaves(clip):
+    tx = adamx.chain(clip, adamx.scale(1.0))
     found, _ = follow(tx, late_state(tx), LATER)
     expected, _ = follow(tx, follow(tx, tx.init(PARAMS), range(N))[1], LATER)
     assert_close(found, expected)
@@ -307,3 +319,30 @@ def test_what_does_not_fit_is_refused():
         adamx.reset(tx, late, PARAMS, [3])
     with pytest.raises(ValueError, match="'began' is the state's own"):
         adamx.ema(0.9, name="began").init(PARAMS)
+
+
+def test_late_leaves_of_any_ages_share_a_trace():
+    traced = []
+
+    class counted(adamx.Transformation):
+        def slots(self, param):
+            return {"mu": adamx.zeros(param)}
+
+        def scalars(self, step):
+            return 0.5, 1 / step.count.astype(float)
+
+        def emit(self, u, slots, step):
+            traced.append(u.shape)
+            return u * step.scalars[0] * step.scalars[1] + step.count.astype(float)
+
+    tx, params = counted(), {name: jnp.ones(2) for name in "abcd"}
+    state = tx.init(params)
+    for name in "abc":
+        _, state = tx.update(params, state, params)
+        state = adamx.reset(tx, state, params, name)
+    traced.clear()
+    updates, _ = tx.update(params, state, params)
+    assert len(traced) == 2  # one for d, which is as old as the run
+    ages = {"a": 3, "b": 2, "c": 1, "d": 4}
+    for name, age in ages.items():
+        np.testing.assert_allclose(updates[name], 0.5 / age + age, rtol=1e-6)

@@ -232,7 +232,11 @@ def hook(concept: Concept, name: str, *args: Any) -> Any:
 
 
 def scalars_of(
-    tx: Concept, step: Step, leaves: Sequence[jax.Array] | None, known: dict[Any, Scalars]
+    tx: Concept,
+    step: Step,
+    leaves: Sequence[jax.Array] | None,
+    known: dict[Any, Scalars],
+    of_tree: dict[Any, Any],
 ) -> Scalars:
     """Return the scalars of a concept and its children; the first child may read the tree too.
 
@@ -242,15 +246,18 @@ def scalars_of(
         leaves: the updates of the whole tree; None for a concept that does not read them.
         known: what has been computed in this step from the same updates: a mask makes several
             variants of a chain, and a norm of the whole tree is measured once for all of them.
+        of_tree: the concepts' own scalars that have been read off the tree, for leaves of all ages.
     """
     if tx not in known:
         if leaves is not None and tx.overrides("tree_scalars"):
-            wide, run = [widen(u, compute_dtype(u.dtype)) for u in leaves], step.of_run()
-            own = hook(tx.adjusted(run), "tree_scalars", run, wide)
+            if tx not in of_tree:
+                wide, run = [widen(u, compute_dtype(u.dtype)) for u in leaves], step.of_run()
+                of_tree[tx] = hook(tx.adjusted(run), "tree_scalars", run, wide)
+            own = of_tree[tx]
         else:
             own = hook(tx.adjusted(step), "scalars", step)
         children = enumerate(tx.children)
-        inner = (scalars_of(x, step, None if i else leaves, known) for i, x in children)
+        inner = (scalars_of(x, step, None if i else leaves, known, of_tree) for i, x in children)
         known[tx] = own, tuple(inner)
     return known[tx]
 

@@ -156,9 +156,10 @@ class Stage(Concept):
         columns = {name: leaves.column(name, errors.entry(step.state, name)) for name in names}
         present = [u for u in leaves.values if u is not None]
         varies = any_of(self, lambda concept: concept.overrides("for_leaf"))
-        measured: dict[Any, Scalars] = {}
-        whole = Variant(self, step, present, measured)
-        late, began = self._late(leaves, step, present)
+        now = Now(step, present, {}, {})
+        whole = Variant(self, now)
+        late, began = self._late(leaves, now)
+        kernels: dict[Any, Any] = {}
         # equal variants share a kernel; most are the same object, found by its id
         variants: dict[Stage, Variant] = {self: whole}
         seen, alive = {id(self): whole}, [self]
@@ -169,10 +170,10 @@ class Stage(Concept):
             own: Any = hook(self, "for_leaf", path, like) if varies else self
             if path not in late and id(own) not in seen:
                 if own not in variants:
-                    variants[own] = Variant(own, step, present, measured)
+                    variants[own] = Variant(own, now)
                 seen[id(own)] = variants[own]
                 alive.append(own)
-            variant = Variant(own, *late[path]) if path in late else seen[id(own)]
+            variant = Variant(own, late[path], kernels) if path in late else seen[id(own)]
             slots = {name: columns[name][i] for name in names if columns[name][i] is not None}
             errors.check_slots(path, slots, variant.slots_like(like))
             param = None if leaves.params is None else leaves.params[i]
@@ -184,18 +185,15 @@ class Stage(Concept):
         kept = {name: held(value, step.state) for name, value in all_adjustables(self).items()}
         return leaves.with_values(out), entries | kept | scalars | began
 
-    def _late(
-        self, leaves: Leaves, step: Step, present: Sequence[jax.Array]
-    ) -> tuple[dict[str, tuple[Step, Sequence[jax.Array], dict[Any, Scalars]]], State]:
-        """Return what makes the variants of the leaves that began late, and the entry for them."""
-        entry = errors.beginnings(step.state, BEGAN)
-        late = {}
+    def _late(self, leaves: Leaves, now: Now) -> tuple[dict[str, Now], State]:
+        """Return the step as each leaf sees it that began late, and the entry for these leaves."""
+        entry, late = errors.beginnings(now.step.state, BEGAN), {}
         for path in (path for path in leaves.paths if path in entry):
-            here, known = step.since(entry[path]), {}
-            own = recorded(self, scalars_of(self, here, present, known))
+            here = now._replace(step=now.step.since(entry[path]), known={})
+            own = recorded(self, here.scalars(self))
             own = {name: x for name, x in own.items() if name in entry[path]}
-            entry[path] |= _recorded_in(here, own)
-            late[path] = here, present, known
+            entry[path] |= _recorded_in(here.step, own)
+            late[path] = here
         return late, {BEGAN: entry} if entry else {}
 
 
@@ -284,16 +282,56 @@ def run(tx: Stage, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
 # -------------------------------------------------------------------------------- one leaf's kernel
 
 
+class Now(NamedTuple):
+    """The step as all leaves see it that began together.
+
+    Attributes:
+        step: the step.
+        leaves: the updates of the whole tree.
+        known: the scalars of the concepts that have been asked for.
+        of_tree: those that were read off the tree, for leaves of all ages.
+    """
+
+    step: Step
+    leaves: Sequence[jax.Array]
+    known: dict[Any, Scalars]
+    of_tree: dict[Any, Any]
+
+    def scalars(self, tx: Concept) -> Scalars:
+        """Return the scalars of a concept and its children."""
+        return scalars_of(tx, self.step, self.leaves, self.known, self.of_tree)
+
+
 class Variant:
     """The scalars, kernel and shapes of slots of all leaves with the same variant of a concept."""
 
-    def __init__(
-        self, tx: Concept, step: Step, leaves: Sequence[jax.Array], known: dict[Any, Scalars]
-    ) -> None:
-        """Make the kernel, and compute from the step and the leaves the scalars not yet known."""
-        self.scalars = scalars_of(tx, step, leaves, known)
-        self.kernel = leaf_kernel(tx, step, self.scalars)
+    def __init__(self, tx: Concept, now: Now, kernels: dict[Any, Any] | None = None) -> None:
+        """Make the kernel, or take one that does the same for a leaf of another age."""
+        self.scalars = now.scalars(tx)
+        if kernels is None:
+            self.kernel = leaf_kernel(tx, now.step, self.scalars)
+        else:
+            self.kernel = _shared_kernel(tx, now.step, self.scalars, kernels)
         self.slots_like = slots_like(tx)
+
+
+def _shared_kernel(
+    tx: Concept, step: Step, scalars: Scalars, kernels: dict[Any, Any]
+) -> Callable[..., tuple[jax.Array, Slots]]:
+    """Return the kernel of a leaf that began late: one is traced for leaves of all such ages."""
+    flat, treedef = jax.tree.flatten(scalars)
+    fixed = tuple(x if isinstance(x, numbers.Number) else None for x in flat)
+    arrays = [x for x, number in zip(flat, fixed, strict=True) if number is None]
+    key = tx, treedef, fixed
+    if key not in kernels:
+
+        def kernel(count: jax.Array, arrays: list[jax.Array], *leaf: Any) -> Any:
+            rest = iter(arrays)
+            own = treedef.unflatten([next(rest) if x is None else x for x in fixed])
+            return leaf_kernel(tx, dataclasses.replace(step, count=count), own)(*leaf)
+
+        kernels[key] = jax.jit(kernel, static_argnums=5)
+    return functools.partial(kernels[key], step.count, arrays)
 
 
 def slots_like(tx: Concept) -> Callable[[jax.Array], dict[str, jax.ShapeDtypeStruct]]:
