@@ -39,7 +39,10 @@ from adamx.transforms.averages_of_params import ema_of_params, mean_of_params
 
 
 def reset(
-    tx: Transformation, state: Any, params: Any, patterns: Pattern | Sequence[Pattern]
+    tx: Transformation,
+    state: Any,
+    params: Any,
+    patterns: Pattern | list[Pattern] | tuple[Pattern, ...],
 ) -> State:
     """Return a state in which some leaves begin anew, with the moments of a first step.
 
@@ -71,8 +74,7 @@ def reset(
         {'v': Array([0.], dtype=float32), 'w': Array([0.5], dtype=float32)} 1 1
     """
     errors.check_state(state)
-    many = patterns if isinstance(patterns, Sequence) and not isinstance(patterns, str) else None
-    many = (patterns,) if many is None else many
+    many = patterns if isinstance(patterns, tuple | list) else (patterns,)
     for pattern in many:
         check_pattern("reset", pattern)
     check_all_used("reset", many, params)

@@ -133,7 +133,7 @@ def test_a_group_that_was_frozen_begins_when_it_is_thawed(decays):
     late, adaptation = adamx.adapt_state(thawed, PARAMS, state)
     assert adaptation.late == ("new",) and "began 1: new." in str(adaptation)
     found, _ = follow(thawed, late, LATER)
-    anew = adamx.adamw(0.1, **{k: lambda t: rising(t + N) for k in decays}, weight_decay=0.5)
+    anew = shifted(make(weight_decay=0.5), N)
     expected, _ = follow(anew, anew.init(PARAMS), LATER)
     assert_close(of(found, "new"), of(expected, "new"))
 
@@ -315,8 +315,9 @@ def test_what_does_not_fit_is_refused():
             tx.update(PARAMS, late | {"began": began}, PARAMS)
     with pytest.raises(ValueError, match="reset: the pattern 'neww' matches no leaf"):
         adamx.reset(tx, late, PARAMS, "neww")
-    with pytest.raises(TypeError, match="reset: a pattern must be a string"):
-        adamx.reset(tx, late, PARAMS, [3])
+    for patterns in (3, [3]):
+        with pytest.raises(TypeError, match="reset: a pattern must be a string"):
+            adamx.reset(tx, late, PARAMS, patterns)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="'began' is the state's own"):
         adamx.ema(0.9, name="began").init(PARAMS)
 

@@ -187,9 +187,10 @@ class Concept(Value):
             field: functools.partial(_always, held(value, step.state))
             for field, value in self.adjustables.items()
         }
-        for field in ranges_of(type(self)) if step.began is not None else ():
-            if field not in found and callable(schedule := getattr(self, field)):
-                found[field] = functools.partial(_later, schedule, step.began)
+        if (began := step.began) is not None:
+            for field in ranges_of(type(self)).keys() - found.keys():
+                if callable(schedule := getattr(self, field)):
+                    found[field] = functools.partial(_later, schedule, began)
         return self.with_fields(**found) if found else self
 
     def beginning(self, path: str, leaf: jax.Array) -> Slots:
