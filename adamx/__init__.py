@@ -60,6 +60,7 @@ from adamx.inspect.plots import plot
 from adamx.inspect.summary import Summary, summary
 from adamx.interop.optax_state import from_optax, to_optax
 from adamx.interop.torch_state import from_torch, to_torch
+from adamx.late_start import reset
 from adamx.optimizers.adabelief import adabelief
 from adamx.optimizers.adagrad import adagrad
 from adamx.optimizers.adam import adam, scale_by_adam
@@ -229,6 +230,7 @@ __all__ = [
     "ratio",
     "ratio_bound",
     "rectified",
+    "reset",
     "rms_scaling",
     "rmsprop",
     "running_max",

@@ -24,10 +24,11 @@ from jax.core import Tracer
 from adamx.core.concept import Slots
 from adamx.core.errors import describe
 from adamx.core.leaves import take_apart
-from adamx.core.lifting import State
-from adamx.core.paths import flatten, leaves_by_path
+from adamx.core.lifting import BEGAN, State
+from adamx.core.paths import at, flatten, leaves_by_path
 from adamx.core.sharding import placed
 from adamx.core.transformation import Transformation
+from adamx.late_start import beginnings, begun, newcomers, present
 from adamx.storage import masters
 from adamx.storage.moments import decoded, decoded_slots, encoded
 
@@ -41,17 +42,20 @@ class Adaptation:
         dropped: paths that were saved and have no place in the state.
         rounded: paths of counts that were saved in a dtype without every whole number up to them,
             such as 1000 in bfloat16: they may have been rounded when they were cast.
+        late: paths of the leaves that begin now, since none of their slots was saved.
     """
 
     filled: tuple[str, ...]
     dropped: tuple[str, ...]
     rounded: tuple[str, ...] = ()
+    late: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kinds = {
             "filled in": self.filled,
             "dropped": self.dropped,
             "carried over, but perhaps rounded when saved,": self.rounded,
+            "began": self.late,
         }
         said = [f"{kind} {len(paths)}: {_some(paths)}." for kind, paths in kinds.items() if paths]
         return "adapt_state: " + (" ".join(said) or "everything was carried over.")
@@ -70,6 +74,11 @@ def adapt_state(
     The count and the recorded scalars are carried over too, so schedules continue. A count that was
     saved in another dtype must still be a whole number.
 
+    A leaf that is new in the middle of a run, or was frozen, begins now: if none of its moments was
+    saved, the state keeps in `began` the count at which it starts. Its bias corrections, and all
+    else that depends on the number of its steps, are then those of a run that began there, with
+    schedules where the whole run has them.
+
     If the two use different storages, `saved_by` says how to read the saved slots: they are
     decoded, carried over and encoded anew, rounded once, without bias. Leaves that `tx` would
     decode to the same numbers stay as they are, bit for bit.
@@ -82,8 +91,8 @@ def adapt_state(
             `moments=`, or other decays with "packed8", whose words depend on them. None otherwise.
 
     Returns:
-        The state, and the filled, dropped and perhaps rounded paths; with `saved_by`, by the names
-        in the formula, such as `mu`.
+        The state, and the filled, dropped and perhaps rounded paths, with `saved_by` by the names
+        in the formula, such as `mu`; and the paths of the leaves that begin now.
 
     Raises:
         TypeError: if `saved` has no `count`, so it is not a state of adamx; or if a count is no
@@ -91,7 +100,8 @@ def adapt_state(
         ValueError: if a count is not a whole number from 0 to 2^31 - 1; if a saved leaf differs in
             shape from the parameter's slot, or is complex and the slot is real (the state of
             another model); if a storage changes and `saved_by` is not given, or did not make
-            `saved`; if `keep` of `master_weights` changes; or if two leaves have one path.
+            `saved`; if `keep` of `master_weights` changes; if a leaf begins now in a stage of
+            Optax, which has one count for all; or if two leaves have one path.
 
     Example:
         >>> import adamx
@@ -107,18 +117,28 @@ def adapt_state(
         >>> state, adaptation = adapt_state(packed, params, state, saved_by=adamx.adam(0.1))
         >>> print(state["packed16"]["w"].dtype, adaptation)
         uint32 adapt_state: everything was carried over.
+
+        A leaf that is new after the first step:
+
+        >>> tx = adamx.momentum(0.1)
+        >>> _, saved = tx.update(params, tx.init(params))
+        >>> state, adaptation = adapt_state(tx, params | {"new": jnp.ones(2)}, saved)
+        >>> print(adaptation)
+        adapt_state: filled in 1: mu/new. began 1: new.
+        >>> int(state["began"]["new"]["count"])
+        1
     """
     if saved_by is None:
-        state, adaptation = _matched(tx.init(params), saved)
-        return placed(state, tx, params), adaptation
-    before, misfit = _matched(saved_by.init(params), saved)
+        state, adaptation = _matched(_start(tx, params, saved), saved)
+        return _with_newcomers(tx, params, state, adaptation, leaves_by_path(state))
+    before, misfit = _matched(_start(saved_by, params, saved), saved)
     before = placed(before, saved_by, params)
     if misfit.filled or misfit.dropped:
         raise ValueError(
             "adapt_state: saved_by must be the transformation that made saved, but these paths do "
             f"not fit it: {_some(misfit.filled + misfit.dropped)}"
         )
-    start = tx.init(params)
+    start = _start(tx, params, saved)
     after, adaptation = _matched(_seen(start, tx, params), _seen(before, saved_by, params))
     leaves = take_apart(params, None)
     bound = tx.for_tree(params)
@@ -132,7 +152,34 @@ def adapt_state(
     slots = {name: leaves.tree(column) for name, column in columns.items()}
     rounded = tuple(name for name in misfit.rounded if name not in adaptation.dropped)
     state = {name: slots[name] if name in slots else after[name] for name in start}
-    return placed(state, tx, params), dataclasses.replace(adaptation, rounded=rounded)
+    adaptation = dataclasses.replace(adaptation, rounded=rounded)
+    return _with_newcomers(tx, params, state, adaptation, seen)
+
+
+def _start(tx: Transformation, params: Any, saved: Any) -> State:
+    """Return the first state, with the entries of the saved leaves that began late."""
+    old, start = leaves_by_path(saved), tx.init(params)
+    late = [path for path in present(params) if f"{BEGAN}/{path}/count" in old]
+    return start | ({BEGAN: beginnings(tx, params, late, start["count"])} if late else {})
+
+
+def _with_newcomers(
+    tx: Transformation, params: Any, state: State, adaptation: Adaptation, seen: Slots
+) -> tuple[State, Adaptation]:
+    """Return the state in its place, in which the leaves begin now that have nothing saved.
+
+    Args:
+        tx: the transformation.
+        params: the parameters.
+        state: the adapted state.
+        adaptation: what was done.
+        seen: the slots, by path in the state, by the names of which `adaptation` speaks.
+    """
+    new = newcomers(tx, params, seen, set(adaptation.filled))
+    before = placed(state, tx, params)
+    after = begun(tx, params, before, new)
+    late = tuple(new) if after is not before else ()
+    return after, dataclasses.replace(adaptation, late=late)
 
 
 def _stored(concept: Any, path: str, first: Slots, words: Slots, seen: Slots) -> Slots:
@@ -146,10 +193,10 @@ def _stored(concept: Any, path: str, first: Slots, words: Slots, seen: Slots) ->
         seen: the slots as the formula sees them, by path in the state.
     """
     wanted = {
-        name: seen[_at(name, path, seen)]
+        name: seen[at(name, path, seen)]
         for name in jax.eval_shape(functools.partial(decoded, concept), first)
     }
-    places = {name: _at(name, path, words) for name in first}
+    places = {name: at(name, path, words) for name in first}
     same = {name: words[place] for name, place in places.items() if place in words}
     if {n: x.dtype for n, x in same.items()} == {n: x.dtype for n, x in first.items()}:
         read = decoded(concept, same)
@@ -277,8 +324,3 @@ def _kept_otherwise(name: str, first: Any, other: str, value: Any) -> ValueError
         said + "the storage has changed: name the transformation that made the saved state, "
         "adapt_state(tx, params, saved, saved_by=old_tx)"
     )
-
-
-def _at(name: str, path: str, there: Slots) -> str:
-    """Return a leaf's path in the state: the slot's name alone if the parameters are one array."""
-    return place if (place := f"{name}/{path}") in there else name

@@ -300,7 +300,7 @@ class _PartOfState:
     """
 
     def __init__(self, between: Between, rounding: str, out_shardings: Any) -> None:
-        self._names = {"count", *between.tx.state_names()}
+        self._names = {"count", lifting.BEGAN, *between.tx.state_names()}
         self._moves = between.moves
         if out_shardings is not None:
             params, state = out_shardings

@@ -307,7 +307,8 @@ def test_the_report_says_both():
     saved = adam_after(1, tx=adamx.sgd(0.1, momentum=0.9))[1]
     _, adaptation = adapt_state(adamx.momentum(0.1), PARAMS, saved)
     assert str(adaptation) == (
-        "adapt_state: filled in 2: mu/inner/b, mu/w. dropped 2: trace/inner/b, trace/w."
+        "adapt_state: filled in 2: mu/inner/b, mu/w. dropped 2: trace/inner/b, trace/w. "
+        "began 2: inner/b, w."
     )
 
 

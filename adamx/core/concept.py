@@ -177,13 +177,33 @@ class Concept(Value):
         inside = self.with_children([child.with_rates_as_arrays for child in self.children])
         return inside.with_fields(**numbers) if numbers else inside
 
-    def adjusted(self, state: Mapping[str, Any]) -> Any:
-        """Return this concept with schedules that give what a state has for its adjustables."""
+    def adjusted(self, step: Step) -> Any:
+        """Return this concept with schedules that give what they have to in this step.
+
+        Those in the place of adjustables give what the state has. For a leaf that began late the
+        others give what they give to the leaves that did not.
+        """
         found = {
-            field: functools.partial(_always, held(value, state))
+            field: functools.partial(_always, held(value, step.state))
             for field, value in self.adjustables.items()
         }
+        if (began := step.began) is not None:
+            for field in ranges_of(type(self)).keys() - found.keys():
+                if callable(schedule := getattr(self, field)):
+                    found[field] = functools.partial(_later, schedule, began)
         return self.with_fields(**found) if found else self
+
+    def beginning(self, path: str, leaf: jax.Array) -> Slots:
+        """Return the recorded scalars that a leaf keeps for itself if it begins late, at the start.
+
+        Those that are computed from the whole tree it shares with all leaves.
+
+        Args:
+            path: such as "dense/kernel".
+            leaf: the parameter.
+        """
+        own = {} if self.overrides("tree_scalars") else _first_recorded(self, [])
+        return disjoint(own, *(child.beginning(path, leaf) for child in self.children))
 
 
 def accumulated(concept: Concept, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
@@ -213,7 +233,11 @@ def hook(concept: Concept, name: str, *args: Any) -> Any:
 
 
 def scalars_of(
-    tx: Concept, step: Step, leaves: Sequence[jax.Array] | None, known: dict[Any, Scalars]
+    tx: Concept,
+    step: Step,
+    leaves: Sequence[jax.Array] | None,
+    known: dict[Any, Scalars],
+    of_tree: dict[Any, Any],
 ) -> Scalars:
     """Return the scalars of a concept and its children; the first child may read the tree too.
 
@@ -223,16 +247,18 @@ def scalars_of(
         leaves: the updates of the whole tree; None for a concept that does not read them.
         known: what has been computed in this step from the same updates: a mask makes several
             variants of a chain, and a norm of the whole tree is measured once for all of them.
+        of_tree: the concepts' own scalars that have been read off the tree, for leaves of all ages.
     """
     if tx not in known:
-        now = tx.adjusted(step.state)
         if leaves is not None and tx.overrides("tree_scalars"):
-            wide = [widen(u, compute_dtype(u.dtype)) for u in leaves]
-            own = hook(now, "tree_scalars", step, wide)
+            if tx not in of_tree:
+                wide, run = [widen(u, compute_dtype(u.dtype)) for u in leaves], step.of_run()
+                of_tree[tx] = hook(tx.adjusted(run), "tree_scalars", run, wide)
+            own = of_tree[tx]
         else:
-            own = hook(now, "scalars", step)
+            own = hook(tx.adjusted(step), "scalars", step)
         children = enumerate(tx.children)
-        inner = (scalars_of(x, step, None if i else leaves, known) for i, x in children)
+        inner = (scalars_of(x, step, None if i else leaves, known, of_tree) for i, x in children)
         known[tx] = own, tuple(inner)
     return known[tx]
 
@@ -246,17 +272,22 @@ def recorded(tx: Concept, scalars: Scalars) -> Slots:
 
 def first_recorded(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
     """Return the recorded scalars' initial values; scalars that read the tree start at zero."""
-    own: Slots = {}
-    if tx._own_recorded_names:
-        scheduled = any(map(callable, tx._held.values()))  # then a few operations: one program
-        first = _compiled_first_of_own if scheduled else _first_of_own
-        own = first(tx, leaves if tx.overrides("tree_scalars") else [], _FIRST)
+    own = _first_recorded(tx, leaves if tx.overrides("tree_scalars") else [])
     return disjoint(own, *(first_recorded(child, leaves) for child in tx.children))
+
+
+def _first_recorded(tx: Concept, leaves: Sequence[jax.Array]) -> Slots:
+    """Return the initial values of the scalars that a concept itself records."""
+    if not tx._own_recorded_names:
+        return {}
+    scheduled = any(map(callable, tx._held.values()))  # then a few operations: one program
+    first = _compiled_first_of_own if scheduled else _first_of_own
+    return first(tx, leaves, _FIRST)
 
 
 def _first_of_own(tx: Concept, leaves: Sequence[jax.Array], count: Any) -> Slots:
     step = Step(count=jnp.asarray(count))
-    now = tx.adjusted(step.state)
+    now = tx.adjusted(step)
     if not tx.overrides("tree_scalars"):
         return _recorded(tx, hook(now, "scalars", step))
     shapes = jax.eval_shape(
@@ -288,6 +319,10 @@ def held(value: adjustable, state: Mapping[str, Any]) -> jax.Array:
 def _always(value: Any, count: Any) -> Any:
     del count
     return value
+
+
+def _later(schedule: Callable[[Any], Any], began: jax.Array, count: Any) -> Any:
+    return schedule(count + began)
 
 
 def all_adjustables(tx: Concept) -> dict[str, adjustable]:

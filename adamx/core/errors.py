@@ -172,6 +172,32 @@ def check_recorded(name: str, value: Any, new: jax.Array) -> None:
         )
 
 
+def beginnings(state: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """Return a copy of a state's entry for the leaves that began late; empty without one."""
+    return {path: dict(entry) for path, entry in state.get(name, {}).items()}
+
+
+def check_beginnings(state: Mapping[str, Any], name: str, paths: Sequence[str]) -> None:
+    """Raise unless a state's entry for the leaves that began late is one, and of these leaves."""
+    found = state.get(name, {})
+    if not isinstance(found, Mapping) or not all(isinstance(x, Mapping) for x in found.values()):
+        raise TypeError(
+            f"adamx: state[{name!r}] must be a dict of the leaves that began late, by path, each a "
+            f"dict with 'count', got {describe(found)}: adapt_state(tx, params, state) carries "
+            "other containers over"
+        )
+    if unknown := sorted(found.keys() - set(paths)):
+        raise ValueError(
+            f"adamx: state[{name!r}] has {unknown[:4]}, and the leaves are {list(paths[:6])}: is "
+            "it the state of another model? adapt_state(tx, params, state) carries it over"
+        )
+    for path, own in found.items():
+        try:
+            counter(own, "count")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (in state[{name!r}][{path!r}])") from None
+
+
 def check_names(state: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise unless the states before and after a step have the same entries."""
     for name in new:
@@ -251,10 +277,10 @@ def _misfit(name: str, path: str, given: Any, wanted: Any) -> ValueError:
 
 
 def check_unique(names: Sequence[str]) -> None:
-    """Raise if two entries of the state have one name, or one is called 'count'."""
-    if "count" in names:
+    """Raise if two entries of the state have one name, or one has a name of the state's own."""
+    if own := [name for name in ("count", "began") if name in names]:
         raise ValueError(
-            "adamx: 'count' is the state's own: use another name, with name= for a concept and "
+            f"adamx: {own[0]!r} is the state's own: use another name, with name= for a concept and "
             "named(name, tx) for a foreign transformation"
         )
     if twice := [name for name in names if names.count(name) > 1]:

@@ -2,6 +2,10 @@
 
     state = {"count": t, <recorded scalar>: value, ..., <slot>: tree of that slot, ...}
 
+Only if leaves began late, the state has one more entry, by the paths of these leaves:
+
+    "began": {path: {"count": the count at which it began, <recorded scalar>: its own value, ...}}
+
 A transformation consists of `segments()`: runs of leafwise concepts, and stages that act on the
 whole tree. A run becomes one kernel: a function of one leaf, traced once for each (shape, dtype)
 whatever the number of leaves. Values common to all leaves (1 - b^t, the learning rate) are computed
@@ -11,9 +15,8 @@ once per step, outside the kernels.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,36 +27,31 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from adamx.core import errors
 from adamx.core.arithmetic import (
-    compute_dtype,
-    divided_like,
-    is_inexact,
     placed_like,
-    real_times_complex,
-    widen,
 )
 from adamx.core.concept import (
     Concept,
-    Scalars,
     Slots,
-    accumulated,
     all_adjustables,
     any_of,
     disjoint,
-    emitted,
     first_recorded,
     held,
     hook,
     recorded,
-    scalars_of,
 )
+from adamx.core.kernel import Now, Variant
 from adamx.core.leaves import Leaves, completed, take_apart
 from adamx.core.precision_warning import warn_of_rounding
-from adamx.core.shard import Shard, check_alike
-from adamx.core.step import LeafStep, Step
+from adamx.core.shard import check_alike
+from adamx.core.step import Step
 from adamx.core.value import as_pytree
 from adamx.formula.adjustable import adjustable
 
 State = dict[str, Any]
+
+BEGAN = "began"
+"""The state's entry for the leaves that began late."""
 
 _MANY_LEAVES = 64  # one trace, or one compilation, for each shape costs some hundred calls
 _MAX_COUNT = np.iinfo(np.int32).max
@@ -160,8 +158,10 @@ class Stage(Concept):
         present = [u for u, _ in pairs]
         step = dataclasses.replace(step, shards=tuple(s for _, s in pairs))
         varies = any_of(self, lambda concept: concept.overrides("for_leaf"))
-        measured: dict[Any, Scalars] = {}
-        whole, arrays = Variant(self, step, present, measured), leaves.whole()
+        now, arrays = Now(step, present, {}, {}), leaves.whole()
+        whole = Variant(self, now)
+        late, began = self._late(leaves, now)
+        kernels: dict[Any, Any] = {}
         # equal variants share a kernel; most are the same object, found by its id
         variants: dict[Stage, Variant] = {self: whole}
         seen, alive = {id(self): whole}, [self]
@@ -170,12 +170,12 @@ class Stage(Concept):
             if out[i] is None:
                 continue
             own: Any = hook(self, "for_leaf", path, arrays[i]) if varies else self
-            if id(own) not in seen:
+            if path not in late and id(own) not in seen:
                 if own not in variants:
-                    variants[own] = Variant(own, step, present, measured)
+                    variants[own] = Variant(own, now)
                 seen[id(own)] = variants[own]
                 alive.append(own)
-            variant = seen[id(own)]
+            variant = Variant(own, late[path], kernels) if path in late else seen[id(own)]
             slots = {name: columns[name][i] for name in names if columns[name][i] is not None}
             errors.check_slots(path, slots, variant.slots_like(like))
             param = None if leaves.params is None else leaves.params[i]
@@ -183,14 +183,30 @@ class Stage(Concept):
             for name, value in new.items():
                 columns[name][i] = value
         entries = {name: leaves.tree(column) for name, column in columns.items()}
-        scalars = recorded(self, whole.scalars)
-        before = {name: errors.entry(step.state, name) for name in scalars}
-        for name, x in scalars.items():  # the dtype stays, also with wider gradients
-            errors.check_recorded(name, before[name], x)
-            check_alike(name, before[name], x)
-            scalars[name] = x.astype(jnp.result_type(before[name]))
+        scalars = _recorded_in(step, recorded(self, whole.scalars))
         kept = {name: held(value, step.state) for name, value in all_adjustables(self).items()}
-        return leaves.with_values(out), entries | kept | step.select(scalars, before)
+        return leaves.with_values(out), entries | kept | scalars | began
+
+    def _late(self, leaves: Leaves, now: Now) -> tuple[dict[str, Now], State]:
+        """Return the step as each leaf sees it that began late, and the entry for these leaves."""
+        entry, late = errors.beginnings(now.step.state, BEGAN), {}
+        for path in (path for path in leaves.paths if path in entry):
+            here = now._replace(step=now.step.since(entry[path]), known={})
+            own = recorded(self, here.scalars(self))
+            own = {name: x for name, x in own.items() if name in entry[path]}
+            entry[path] |= _recorded_in(here.step, own)
+            late[path] = here
+        return late, {BEGAN: entry} if entry else {}
+
+
+def _recorded_in(step: Step, scalars: Slots) -> Slots:
+    """Return recorded scalars in the dtypes of the state, where a skipped step keeps the old."""
+    before = {name: errors.entry(step.state, name) for name in scalars}
+    for name, x in scalars.items():  # the dtype stays, also with wider gradients
+        errors.check_recorded(name, before[name], x)
+        check_alike(name, before[name], x)
+        scalars[name] = x.astype(jnp.result_type(before[name]))
+    return step.select(scalars, before)
 
 
 def init(tx: Stage, params: Any) -> State:
@@ -217,15 +233,28 @@ def update(
     if wide:
         leaves = dataclasses.replace(leaves, emit=[None] * len(leaves.paths))
     tx = hook(tx, "for_tree", leaves.tree(leaves.like()))
+    errors.check_beginnings(state, BEGAN, leaves.paths)
     count = jnp.minimum(state["count"], _MAX_COUNT - 1) + 1
     step = Step(count=count, state=state | {"count": count}, extra=extra)
     leaves, entries = run(tx, leaves, step)
-    new = {"count": count} | entries
+    kept = {BEGAN: state[BEGAN]} if BEGAN in state else {}  # unless a segment has changed it
+    new = {"count": count} | kept | entries
     errors.check_names(state, new)
     out, none = leaves.tree(leaves.narrowed().values), lambda x: x is None
     if whole is not updates:  # one None for a branch again
         out = jax.tree.map(lambda u, x: u if u is None else x, updates, out, is_leaf=none)
     return out, state | new
+
+
+def age(state: Mapping[str, Any], path: str) -> Any:
+    """Return the number of steps that a leaf has taken since it began.
+
+    Args:
+        state: the whole state.
+        path: the leaf's path.
+    """
+    own = state.get(BEGAN, {}).get(path)
+    return state["count"] if own is None else state["count"] - own["count"]
 
 
 def run(tx: Stage, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
@@ -251,63 +280,6 @@ def run(tx: Stage, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
         new |= entries
     leaves.check_shapes()
     return leaves, new
-
-
-# -------------------------------------------------------------------------------- one leaf's kernel
-
-
-class Variant:
-    """The scalars, kernel and shapes of slots of all leaves with the same variant of a concept."""
-
-    def __init__(
-        self, tx: Concept, step: Step, leaves: Sequence[jax.Array], known: dict[Any, Scalars]
-    ) -> None:
-        """Make the kernel, and compute from the step and the leaves the scalars not yet known."""
-        self.scalars = scalars_of(tx, step, leaves, known)
-        self.kernel = leaf_kernel(tx, step, self.scalars)
-        self.slots_like = slots_like(tx)
-
-
-def slots_like(tx: Concept) -> Callable[[jax.Array], dict[str, jax.ShapeDtypeStruct]]:
-    """Return the function that gives the shapes of a concept's slots for a parameter."""
-    start = functools.partial(hook, tx, "slots")
-    cached = functools.cache(lambda *like: jax.eval_shape(start, jax.ShapeDtypeStruct(*like)))
-    return lambda param: cached(param.shape, param.dtype)
-
-
-def leaf_kernel(
-    tx: Concept, step: Step, scalars: Scalars
-) -> Callable[..., tuple[jax.Array, Slots]]:
-    """Return the function of one leaf: widen, accumulate, store, emit from the stored slots.
-
-    In a skipped step the kernel writes the old slots back, which needs no extra copy.
-    """
-    as_stored = frozenset(tx.stored_names())
-
-    @functools.partial(jax.jit, static_argnums=(3, 4))
-    def kernel(
-        u: jax.Array, slots: Slots, param: jax.Array | None, came: Any, shard: Shard
-    ) -> tuple[jax.Array, Slots]:
-        u, param = divided_like(slots.values(), u, param)
-        present = [x for x in (u, param, *slots.values()) if x is not None and is_inexact(x)]
-        compute = compute_dtype(*(x.dtype for x in present))
-        wide = functools.partial(widen, compute=compute)
-
-        def seen(slots: Slots) -> Slots:
-            return {name: x if name in as_stored else wide(x) for name, x in slots.items()}
-
-        concept = jax.tree.map(wide, as_pytree(tx)).tx
-        own, inner = jax.tree.map(wide, scalars)
-        u, param, old = wide(u), jax.tree.map(wide, param), seen(slots)
-        here = LeafStep(step.count, own, inner, old, param, came, shard)
-        with real_times_complex(compute):
-            new = accumulated(concept, u, old, here)
-            new = {name: x.astype(slots[name].dtype) for name, x in new.items()}
-            stored = slots | step.select(new, {name: slots[name] for name in new})
-            out = emitted(concept, u, seen(stored), here)
-        return step.emitted(out.astype(compute)), stored
-
-    return kernel
 
 
 def _slots(tree: as_pytree, param: jax.Array) -> Slots:

@@ -119,6 +119,17 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     return {path: x for path, x in zip(paths, leaves, strict=True) if x is not None}
 
 
+def at(name: str, path: str, there: Mapping[str, Any]) -> str:
+    """Return a leaf's path in the state: the slot's name alone if the parameters are one array.
+
+    Args:
+        name: the slot's name.
+        path: the leaf's path in the parameters.
+        there: the state's leaves, by path.
+    """
+    return place if (place := f"{name}/{path}") in there else name
+
+
 def check_distinct(paths: Sequence[str]) -> None:
     """Raise ValueError where two leaves have one path, as in {"a/b": x, "a": {"b": y}}."""
     if len(set(paths)) < len(paths):

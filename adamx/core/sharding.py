@@ -31,10 +31,11 @@ def state_sharding(
     tx: optax.GradientTransformation | optax.MultiSteps,
     params: Any,
     *,
+    state: Any = None,
     over: str | tuple[str, ...] | None = None,
     memory_kind: str | None = None,
 ) -> Any:
-    """Return the sharding of each array in the state, in a tree like `tx.init(params)`.
+    """Return the sharding of each array in the state, in a tree like the state.
 
     A slot shaped like its parameter has the parameter's sharding. A slot that is shorter along some
     axes, or lacks some, has it along the shared axes. Counts and other scalars are on all devices.
@@ -42,6 +43,8 @@ def state_sharding(
     Args:
         tx: any adamx or Optax transformation.
         params: the parameters, or their shapes with shardings (`jax.ShapeDtypeStruct`).
+        state: a state, or its shapes, with the entries of leaves that began late; None means that
+            of `tx.init(params)`.
         over: names of mesh axes over which the slots are divided as well (ZeRO-1), usually the
             data axes. Those that a parameter already uses are left out. Its slots are divided along
             its first dimension that the others divide evenly; without one, or where a slot is
@@ -95,7 +98,8 @@ def state_sharding(
         slots.append(where != _alike(param.sharding, param.shape, leaf.shape))
         return where if memory_kind is None else where.with_memory_kind(memory_kind)
 
-    found = jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, params))
+    shapes = jax.eval_shape(tx.init, params) if state is None else jax.eval_shape(lambda: state)
+    found = jax.tree_util.tree_map_with_path(of, shapes)
     if axes and slots and not any(slots):
         warnings.warn(
             f"state_sharding: over={over!r} divides no slot: each parameter is divided over these "
@@ -123,7 +127,7 @@ def placed(state: Any, tx: optax.GradientTransformation, params: Any) -> Any:
         stays = there and (is_committed(x) or not committed)
         return x if stays else jax.device_put(x, where)
 
-    return jax.tree.map(put, state, state_sharding(tx, params))
+    return jax.tree.map(put, state, state_sharding(tx, params, state=state))
 
 
 def _on_all_devices(shardings: list[Sharding]) -> Sharding | None:

@@ -24,6 +24,9 @@ class Step:
         taken: a bool scalar. False means: skip this step; slots and scalars keep their old values
             and the updates are zero. None means that the step is taken, and nothing is selected.
         shards: which shards of arrays the leaves of `tree_scalars` are, for `global_norm`.
+        began: for a leaf that began late, an int32 scalar: the steps taken before it began. Then
+            `count` is the leaf's own, and schedules still get the count of the run. None for all
+            other leaves.
     """
 
     count: jax.Array
@@ -31,6 +34,25 @@ class Step:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     taken: jax.Array | None = None
     shards: tuple[Shard, ...] = ()
+    began: jax.Array | None = None
+
+    def since(self, beginning: Mapping[str, Any]) -> Step:
+        """Return the step as a leaf sees it that began late.
+
+        Args:
+            beginning: the leaf's entry in `state["began"]`: the count at which it began, and the
+                leaf's own recorded scalars.
+        """
+        began = beginning["count"]
+        age = self.count - began
+        own = {**self.state, **beginning, "count": age}
+        return dataclasses.replace(self, count=age, state=own, began=began)
+
+    def of_run(self) -> Step:
+        """Return the step with the count of the whole run, for what reads all leaves."""
+        if self.began is None:
+            return self
+        return dataclasses.replace(self, count=self.count + self.began, began=None)
 
     def only_if(self, taken: jax.Array) -> Step:
         """Return the same step, skipped unless `taken` is True as well."""

@@ -6,6 +6,7 @@ also an `optax.GradientTransformationExtraArgs`. Its layers, each a file of its 
     core/value.py           an immutable value that compares, pickles and prints
     core/concept.py         the methods that it may define for one array
     core/leaves.py          a tree taken apart into its leaves
+    core/kernel.py          one leaf's step
     core/lifting.py         from one array to any tree
     core/transformation.py  `init` and `update`
 """

@@ -17,6 +17,7 @@ import optax
 from adamx.core import errors, lifting
 from adamx.core.concept import Slots, disjoint
 from adamx.core.foreign import as_concept
+from adamx.core.kernel import slots_like
 from adamx.core.leaves import Leaves
 from adamx.core.lifting import Between, State
 from adamx.core.step import Step
@@ -109,7 +110,7 @@ class Wrapper(Transformation):
         found = {
             name: leaves.column(name, errors.entry(step.state, name)) for name in self.slot_names()
         }
-        start = lifting.slots_like(self)
+        start = slots_like(self)
         for i, (path, like) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
             if leaves.values[i] is not None:
                 slots = {name: x[i] for name, x in found.items() if x[i] is not None}

@@ -27,7 +27,7 @@ from adamx.core import errors
 from adamx.core.concept import parts
 from adamx.core.errors import describe
 from adamx.core.foreign import as_transformation
-from adamx.core.lifting import State
+from adamx.core.lifting import BEGAN, State
 from adamx.core.paths import leaves_by_path
 from adamx.core.transformation import Transformation
 from adamx.interop.slots import Found, assemble, check_plain, comes_before
@@ -253,7 +253,7 @@ def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any
         TypeError: if `tx` is not an Optax transformation, or adamx has no counterpart of its state.
         ValueError: if a slot is missing, is left over or has another shape, or if `tx` is Optax's
             AdaBelief or schedule-free: their states depend on b2, eps_root and weight_lr_power,
-            which an Optax transformation does not show.
+            which an Optax transformation does not show; or if a leaf began late.
 
     Example:
         >>> import adamx
@@ -267,6 +267,11 @@ def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any
     if isinstance(tx, Transformation):
         raise TypeError(f"to_optax: tx must be the Optax transformation to go on with, got {tx!r}")
     errors.check_state(state)
+    if BEGAN in state:
+        raise ValueError(
+            f"to_optax: the leaves {sorted(state[BEGAN])[:4]} began late, and Optax has one count "
+            "for all leaves, with which it would correct their moments as if they were old"
+        )
     count = state["count"]
     slots = {
         name: leaves_by_path(tree)

@@ -29,7 +29,7 @@ import numpy as np
 from adamx.core import errors
 from adamx.core.concept import parts
 from adamx.core.errors import describe
-from adamx.core.lifting import State
+from adamx.core.lifting import State, age
 from adamx.core.paths import leaves_by_path, paths_of
 from adamx.core.transformation import Transformation
 from adamx.interop.slots import Found, assemble, check_plain, comes_before
@@ -191,11 +191,11 @@ def to_torch(
         states[index] = {}
         for field in _fields(function, groups[index]):
             if field == _STEP:
-                states[index][field] = np.array(state["count"], np.float32)
+                states[index][field] = np.array(age(state, path), np.float32)
                 continue
             slot = _slot(function, field, groups[index], tx)
             if slot is None:
-                states[index][field] = _product(tx, state["count"])
+                states[index][field] = _product(tx, age(state, path))
                 continue
             if slot not in left:
                 raise ValueError(

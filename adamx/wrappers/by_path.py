@@ -19,10 +19,10 @@ import jax
 import optax
 
 from adamx.core import errors, lifting, paths
-from adamx.core.concept import any_of, disjoint, parts
+from adamx.core.concept import Slots, any_of, disjoint, parts
 from adamx.core.foreign import as_concept
 from adamx.core.leaves import Leaves
-from adamx.core.lifting import State
+from adamx.core.lifting import BEGAN, State
 from adamx.core.paths import Pattern, Predicate
 from adamx.core.printing import Verbatim
 from adamx.core.step import Step
@@ -131,6 +131,9 @@ class by_path(Transformation):
     def for_leaf(self, path: str, leaf: jax.Array) -> Any:
         return self.transformations[self._number(path, leaf)].for_leaf(path, leaf)
 
+    def beginning(self, path: str, leaf: jax.Array) -> Slots:
+        return self.transformations[self._number(path, leaf)].beginning(path, leaf)
+
     def label(self, path: str, leaf: Any) -> str:
         """Return the pattern of a leaf's group, or "default"."""
         return self._labels[self._number(path, leaf)]
@@ -144,17 +147,19 @@ class by_path(Transformation):
         return _merged(leaves, groups, entries)
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
-        groups, entries = self._groups(leaves), []
+        groups, entries, began = self._groups(leaves), [], {}
         values, emit = list(leaves.values), list(leaves.emit)
         for group in groups:
-            inside = dataclasses.replace(step, state=group.state(leaves, step.state))
+            inside = dataclasses.replace(step, state=group.state(leaves, step.state) | began)
             out, own = lifting.run(group.tx, group.leaves, inside)
+            if BEGAN in own:  # with the changes of the groups before
+                began = {BEGAN: own.pop(BEGAN)}
             for i, u, dtype in zip(group.places, out.values, out.emit, strict=True):
                 values[i], emit[i] = u, dtype
             own.pop("count", None)  # one for all groups
             entries.append(own)
         out = dataclasses.replace(leaves, values=values, emit=emit)
-        return out, _merged(leaves, groups, entries)
+        return out, _merged(leaves, groups, entries) | began
 
     def _number(self, path: str, leaf: Any) -> int:
         found = (i for i, p in enumerate(self.patterns) if paths.matches(p, path, leaf))

@@ -27,8 +27,9 @@ import numpy as np
 from adamx.core import errors, paths
 from adamx.core.arithmetic import compute_dtype, divide, squared_magnitude, widen
 from adamx.core.concept import parts
+from adamx.core.kernel import slots_like
 from adamx.core.leaves import Leaves
-from adamx.core.lifting import Between, State, slots_like
+from adamx.core.lifting import BEGAN, Between, State, age
 from adamx.core.norms import count_here, global_norm, reduced_size
 from adamx.core.paths import Pattern
 from adamx.core.shard import Shard, check_alike, total_of_all
@@ -121,7 +122,7 @@ class monitor(Wrapper):
         state = entries | {"count": jnp.ones([], jnp.int32)}
         slots = jax.eval_shape(lambda: decoded_slots(self.inner, like, state))
         none: dict[str, dict[str, jax.Array]] = {}
-        for name, group, shape, _, _ in self._rows(like, like, slots, state["count"]):
+        for name, group, shape, _, _ in self._rows(like, like, slots, state):
             none.setdefault(name, {})[group] = jnp.zeros(shape, jnp.float32)
         return entries | {STATISTICS: none}
 
@@ -151,7 +152,7 @@ class monitor(Wrapper):
         """Return the statistics by name and group; the old ones where something is missing."""
         slots = decoded_slots(self.inner, leaves, state)
         found = {name: dict(groups) for name, groups in before.items()}
-        for name, group, shape, rows, statistic in self._rows(leaves, out, slots, state["count"]):
+        for name, group, shape, rows, statistic in self._rows(leaves, out, slots, state):
             if group in found.get(name, {}):
                 if (kept := jnp.shape(found[name][group])) != shape:
                     raise ValueError(
@@ -165,7 +166,7 @@ class monitor(Wrapper):
         return found
 
     def _rows(
-        self, leaves: Leaves, out: Leaves, slots: Mapping[str, Column], count: jax.Array
+        self, leaves: Leaves, out: Leaves, slots: Mapping[str, Column], state: Mapping[str, Any]
     ) -> Iterator[tuple[str, str, tuple[int, ...], Rows, Callable[[Rows], jax.Array]]]:
         """Yield name, group, shape, inputs and function of each statistic that has inputs."""
         updates = [
@@ -186,7 +187,9 @@ class monitor(Wrapper):
         groups: dict[str, list[int]] = {}
         for i, path in enumerate(leaves.paths):
             groups.setdefault(self._group(path), []).append(i)
-        kinds = _statistics(self.inner, count)
+        kinds, decay = _statistics(self.inner)
+        if decay is not None:
+            columns["weight"] = self._weights(leaves, decay, state)
         for group, members in groups.items():
             shape = self._layers(leaves, members[0])
             for name, (needed, chosen, statistic) in kinds.items():
@@ -208,6 +211,16 @@ class monitor(Wrapper):
                 keeps = next(part for part in parts(tx) if name in part.slot_names())
                 found[i] = found[i].of_slot(slots[i], slots_like(keeps)(whole)[name])
         return found
+
+    def _weights(self, leaves: Leaves, decay: float, state: Mapping[str, Any]) -> Column:
+        """Return what each leaf's second moment is divided by, with an axis for stacked layers."""
+        ages = {path: age(state, path) for path in state.get(BEGAN, {})}
+        weights = {path: one_minus_power(decay, t) for path, t in ages.items()}
+        others = one_minus_power(decay, state["count"])
+        return [
+            jnp.broadcast_to(weights.get(path, others), self._layers(leaves, i))
+            for i, path in enumerate(leaves.paths)
+        ]
 
     def _layers(self, leaves: Leaves, i: int) -> tuple[int, ...]:
         """Return the sizes of a leaf's stacked axes, () if it is a part of a larger group."""
@@ -238,8 +251,8 @@ class _count(Wrapper):
         return leaves, entries | {SINCE: step.select(since + 1, since)}
 
 
-def _statistics(tx: Transformation, count: jax.Array) -> dict[str, Statistic]:
-    """Return the statistics by name."""
+def _statistics(tx: Transformation) -> tuple[dict[str, Statistic], float | None]:
+    """Return the statistics by name, and the decay of the average that one needs corrected."""
     kinds: dict[str, Statistic] = {
         "grad_norm": (("g",), list, _norm),
         "update_norm": (("u",), list, _norm),
@@ -259,16 +272,18 @@ def _statistics(tx: Transformation, count: jax.Array) -> dict[str, Statistic]:
             known = all(isinstance(number, float | int) for number in scaling)
             maximum = any(isinstance(c, running_max) for c in below)
             scalings.add(scaling if known and not maximum else None)
+    decay = None
     if len(scalings) == 1 and (only := scalings.pop()):
         eps, *decays = only
-        weight = one_minus_power(decays[0], count) if decays else jnp.ones([])
+        decay = decays[0] if decays else 0.0
 
-        def small(v: jax.Array) -> jax.Array:
+        def small(v: jax.Array, weight: jax.Array) -> jax.Array:
             return (jnp.sqrt(v / weight.astype(v.dtype)) < eps).astype(v.dtype)
 
-        kinds["eps_share"] = ("nu",), _filled, _mean(small)
+        kinds["eps_share"] = ("nu", "weight"), _filled, _mean(small)
     # compiled, a statistic is traced once for all groups of one shape
-    return {name: (needed, rows, jax.jit(f)) for name, (needed, rows, f) in kinds.items()}
+    compiled = {name: (needed, rows, jax.jit(f)) for name, (needed, rows, f) in kinds.items()}
+    return compiled, decay
 
 
 def _of_each_layer(
