@@ -377,11 +377,13 @@ class Chips:
         topology: of the TPU.
         layers: how many of 32 layers; with ZeRO-1 each chip holds all parameters and gradients.
         zero1: whether slots alone are divided, instead of parameters, gradients and slots.
+        steps: names of the steps.
     """
 
     topology: str
     layers: int
     zero1: bool
+    steps: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -420,9 +422,8 @@ class Chips:
 
     def table(self, workers: Executor) -> Table:
         """Compile the steps."""
-        names = ON_ZERO1 if self.zero1 else ON_CHIPS
-        found = track(workers.map(self.cells, names), self.title, len(names))
-        rows = [[name, *cells] for name, cells in zip(names, found, strict=True)]
+        found = track(workers.map(self.cells, self.steps), self.title, len(self.steps))
+        rows = [[name, *cells] for name, cells in zip(self.steps, found, strict=True)]
         return Table(self.title, "", ["step", *CHIP_COLUMNS], rows)
 
     def cells(self, name: str) -> list[str]:
@@ -454,10 +455,10 @@ ON_CHIPS = (
 )
 ON_ZERO1 = (*PLAIN_STEPS, "clip and adamw", "optax: clip and adamw", "lamb", SMALL_STATE[1])
 CHIPS = (
-    Chips("v5e:4x4", 32, zero1=False),
-    Chips("v5e:4x4", 2, zero1=True),
-    Chips("v5p:4x4x4", 32, zero1=False),
-    Chips("v5p:4x4x4", 8, zero1=True),
+    Chips("v5e:4x4", 32, False, ON_CHIPS),
+    Chips("v5e:4x4", 2, True, ON_ZERO1),
+    Chips("v5p:4x4x4", 32, False, ON_CHIPS),
+    Chips("v5p:4x4x4", 8, True, PLAIN_STEPS),
 )
 
 
@@ -529,8 +530,8 @@ MANY = (
     "Kernels are all that a GPU starts, small ones for scalars too; of a TPU they are the fusions, "
     "as it fetches arrays to its chip and back by many small transfers in the background, which is "
     "also most of its temporary memory. Bytes below the floor are of arrays that stay there. "
-    "AdamW's one kernel more than Optax's is a copy of 4 bytes: the constant learning rate into "
-    "the state, which may have been saved with another. "
+    "Of the few that AdamW has more than Optax's, one is a copy of 4 bytes: the constant learning "
+    "rate into the state, which may have been saved with another. "
     "Seconds are those of a processor for tracing and compiling, on the machine where this page "
     "was written: compare them with each other."
 )
