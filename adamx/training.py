@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Collection
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -134,8 +135,9 @@ def make_step(
         such as `value_fn` of `optax.lbfgs`, has to be a `jax.tree_util.Partial`. Its `init` is
         `tx.init`, but with stochastic rounding it does not warn of 16-bit parameters. For a
         transformation with cheaper calls between full steps, such as `accumulate` and `monitor`, it
-        chooses among several programs by a number in the state. `lower` returns the program that
-        the call would run or, for an abstract state, the program of a full step.
+        chooses among several programs by a number in the state; a step that `monitor` measures runs
+        two, of which the first measures and moves nothing. `lower` returns the first program that
+        the call would run or, for an abstract state, the one that is right for every call.
 
     Raises:
         TypeError: if `tx` is not a transformation, or must be one of adamx and is not.
@@ -172,8 +174,10 @@ class _Step:
         self._tx, self._rounding = tx, rounding
         self._programs: list[Any] = [_program(tx, rounding, out_shardings)]
         self._between: list[Between] = []
+        self._apart: list[Any] = []  # the program of `Between.full`, or None
         while isinstance(tx, Transformation) and (found := tx.between()):
             self._programs.append(_PartOfState(found, rounding, out_shardings))
+            self._apart.append(found.full and _program_apart(found, rounding, out_shardings))
             self._between.append(found)
             tx = found.tx
         self._known: dict[str, tuple[Any, int]] = {}
@@ -189,10 +193,13 @@ class _Step:
         if grads is params or not self._made(params, state):
             params, state = _apart((params, state), (grads, extra))
         numbers = self._numbers(state, extra)
-        chosen = self._choose(numbers)
+        first, chosen = self._choose(numbers)
+        apart = [self._apart[i](params, state, grads, **extra) for i in first]
         params, state = self._programs[chosen](params, state, grads, **extra)
+        for entries in apart:
+            state = state | entries
         for i, (found, number) in enumerate(zip(self._between, numbers, strict=True)):
-            if number is None or (i >= chosen and not found.always_counts):
+            if number is None or ((i >= chosen or i in first) and not found.always_counts):
                 self._known.pop(found.counter, None)
             else:
                 self._known[found.counter] = state[found.counter], (number + 1) % found.every
@@ -200,8 +207,9 @@ class _Step:
         return params, state
 
     def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
-        chosen = self._choose(self._numbers(state, extra))
-        return self._programs[chosen].lower(params, state, grads, **extra)
+        first, chosen = self._choose(self._numbers(state, extra))
+        program = self._apart[first[0]] if first else self._programs[chosen]
+        return program.lower(params, state, grads, **extra)
 
     def trace(self, params: Any, state: Any, grads: Any, **extra: Any) -> Any:
         """Trace a full step without lowering it, like a jitted function."""
@@ -209,7 +217,8 @@ class _Step:
 
     def _cache_size(self) -> int:
         """Return how many programs have been compiled, like a jitted function."""
-        return sum(program._cache_size() for program in self._programs)
+        programs = (*self._programs, *filter(None, self._apart))
+        return sum(program._cache_size() for program in programs)
 
     def _made(self, params: Any, state: Any) -> bool:
         """Say whether the last call made these, so that no array occurs twice in them."""
@@ -217,12 +226,20 @@ class _Step:
         now = [_first(params), _first(state)]
         return len(before) == 2 and all(a is b for a, b in zip(before, now, strict=True))
 
-    def _choose(self, numbers: list[int | None]) -> int:
-        """Return the index of the program to run: the first that does everything that is due."""
+    def _choose(self, numbers: list[int | None]) -> tuple[list[int], int]:
+        """Return the indices of the programs to run: of entries apart, and of the step.
+
+        The step's is the first program that does everything else that is due.
+        """
+        first: list[int] = []
         for i, (found, number) in enumerate(zip(self._between, numbers, strict=True)):
-            if number is None or number + 1 >= found.every:
-                return i  # program i is right for any number
-        return len(self._between)
+            if number is None:
+                return first, i  # program i is right for any number
+            if number + 1 >= found.every:
+                if not found.full:
+                    return first, i
+                first.append(i)
+        return first, len(self._between)
 
     def _numbers(self, state: Any, extra: dict[str, Any]) -> list[int | None]:
         """Return the counters; None for one that a trace or vmap hides.
@@ -236,7 +253,8 @@ class _Step:
         for found in self._between:
             array, number = self._known.get(found.counter, (None, 0))
             counter = errors.counter(state, found.counter)
-            if counter is not array:
+            exact = found.always_counts or not found.full or number + 1 < found.every
+            if counter is not array or not exact:
                 concrete = lifting.is_concrete(counter)
                 number = int(jax.device_get(counter)) if concrete else None
             ended = extra.get(found.ended_by, False)
@@ -276,8 +294,8 @@ def _apart(donated: Any, read: Any) -> Any:
     return jax.tree.map(lambda x: one(x, copy=True), donated)
 
 
-def _program(tx: Any, rounding: str, out_shardings: Any, moves: bool = True) -> Any:
-    """Return the jitted step, in place; one that moves nothing gets None for the parameters."""
+def _step(tx: Any, rounding: str, moves: bool = True) -> Any:
+    """Return the step as a function to be jitted; one that moves nothing returns no parameters."""
     update = optax.with_extra_args_support(tx).update
 
     def step(params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
@@ -287,6 +305,29 @@ def _program(tx: Any, rounding: str, out_shardings: Any, moves: bool = True) -> 
         updates, state = lifting.update(tx, grads, state, params, extra, wide=True)
         return apply_updates(params, updates, rounding=rounding, count=state["count"]), state
 
+    return step
+
+
+def _program_apart(between: Between, rounding: str, out_shardings: Any) -> Any:
+    """Return the jitted function that returns what a full step changes and `between.tx` does not.
+
+    It changes nothing in place: the program that runs after it reads the same arrays.
+    """
+    full: Any = between.full
+    names = {between.counter} | {*full.state_names()} - {*between.tx.state_names()}
+    step = _step(full, rounding)
+
+    def entries_apart(params: Any, state: Any, grads: Any, **extra: Any) -> Any:
+        _, new = step(params, state, grads, **extra)
+        return _part(new, names)
+
+    where = None if out_shardings is None else _part(out_shardings[1], names)
+    return jax.jit(entries_apart, out_shardings=where)
+
+
+def _program(tx: Any, rounding: str, out_shardings: Any, moves: bool = True) -> Any:
+    """Return the jitted step, in place; one that moves nothing gets None for the parameters."""
+    step = _step(tx, rounding, moves)
     if not moves:
         step.__name__ = "between_steps"  # the program's name, as `audit` reports it
     return jax.jit(step, donate_argnames=("params", "state"), out_shardings=out_shardings)
@@ -304,22 +345,24 @@ class _PartOfState:
         self._moves = between.moves
         if out_shardings is not None:
             params, state = out_shardings
-            out_shardings = (params if self._moves else None, self._part(state))
+            out_shardings = (params if self._moves else None, _part(state, self._names))
         self._program = _program(between.tx, rounding, out_shardings, self._moves)
 
     def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
         given = params if self._moves else None
-        moved, new = self._program(given, self._part(state), grads, **extra)
+        moved, new = self._program(given, _part(state, self._names), grads, **extra)
         return (moved if self._moves else params), state | new
 
     def lower(self, params: Any, state: Any, grads: Any, **extra: Any) -> jax.stages.Lowered:
         given = params if self._moves else None
-        return self._program.lower(given, self._part(state), grads, **extra)
+        return self._program.lower(given, _part(state, self._names), grads, **extra)
 
     def _cache_size(self) -> int:
         return self._program._cache_size()
 
-    def _part(self, state: Any) -> Any:
-        if not isinstance(state, dict):
-            return state  # one sharding for the whole state
-        return {name: x for name, x in state.items() if name in self._names}
+
+def _part(state: Any, names: Collection[str]) -> Any:
+    """Return the entries with these names of a state, or of its shardings."""
+    if not isinstance(state, dict):
+        return state  # one sharding for the whole state
+    return {name: x for name, x in state.items() if name in names}

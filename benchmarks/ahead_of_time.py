@@ -2,10 +2,11 @@
 
     JAX_PLATFORMS=cpu python benchmarks/ahead_of_time.py [--markdown docs/accelerators.md]
 
-It needs `pip install '.[accelerators,examples]'` and takes a minute or two. Each step is that of
-one large array, and is compiled by the compilers of an H100 and of a TPU v5e. The floor is what any
-step has to move: parameters and slots read and written once, gradients read once, and once more
-where a norm or a guard has to know all of them before the first is used.
+It needs `pip install '.[accelerators,examples]'` and takes a quarter of an hour, or half of that
+with `--jobs 2` and enough processors. The steps are compiled by the compilers of an H100 and of
+TPUs: those of one large array, of trees of many arrays, and of a tree with 7e9 parameters over many
+chips. The floor is what any step has to move: parameters and slots read and written once, gradients
+read once, and once more where a norm or a guard has to know all of them before the first is used.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import math
+import multiprocessing
 import os
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +33,17 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # by several processes
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from report import Table
 from rich.console import Console
 from rich.progress import track
 
 import adamx
-from adamx.inspect.program import Program, read_program
+from adamx.inspect.program import Program, count_kernels, read_program
+from adamx.inspect.text import Text
 
 SIZE = 2**27  # of bytes at least: a TPU keeps smaller arrays on its chip, of 128 MiB
 DEVICES = ("H100", "TPU v5e")
@@ -77,7 +86,7 @@ def missing() -> str:
 
 
 @functools.cache
-def device(name: str) -> jax.Device:
+def device(name: str) -> Any:
     """Return a device that is not there, for which the compilers compile."""
     if name == "H100":
         found = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
@@ -89,14 +98,24 @@ def device(name: str) -> jax.Device:
 # --------------------------------------------------------------------------------------- the steps
 
 
-def optax_step(tx: Any) -> Any:
+def optax_step(tx: Any, out_shardings: Any = None) -> Any:
     """Return Optax's own step, in place."""
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
+
+
+def is_shape(x: Any) -> bool:
+    """Say whether a node of a tree of shapes is one of them."""
+    return isinstance(x, tuple)
+
+
+def with_numbers(state: Any, numbers: Mapping[str, int]) -> Any:
+    """Return a state in which these entries are numbers."""
+    return state | {name: np.int32(x) for name, x in numbers.items()} if numbers else state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +128,7 @@ class Case:
         reread: whether every gradient has to be known before the first is used.
         step: makes the step.
         floor: bytes a parameter; None counts parameters, slots and gradients.
+        numbers: entries of the state, by which `make_step` chooses among its programs.
     """
 
     make: Callable[[], Any]
@@ -116,16 +136,19 @@ class Case:
     reread: bool = False
     step: Callable[[Any], Any] = adamx.make_step
     floor: float | None = None
+    numbers: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def arguments(self, where: jax.Device) -> tuple[Any, ...]:
-        """Return the shapes of parameters, state and gradients on a device."""
-        sharding = jax.sharding.SingleDeviceSharding(where)
-        params = jax.ShapeDtypeStruct((SIZE,), self.dtype)
-        state = jax.eval_shape(self.make().init, params)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            (params, state, params),
+    def arguments(self, where: Any, shapes: Any = (SIZE,)) -> tuple[Any, ...]:
+        """Return parameters, state and gradients of a tree of shapes on a device, without data."""
+        sharding = SingleDeviceSharding(where)
+        params = jax.tree.map(
+            lambda shape: jax.ShapeDtypeStruct(shape, self.dtype), shapes, is_leaf=is_shape
         )
+        state = jax.eval_shape(self.make().init, params)
+        params, state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (params, state)
+        )
+        return params, with_numbers(state, self.numbers), params
 
     def least(self) -> float:
         """Return the bytes a parameter that any step has to move."""
@@ -136,11 +159,13 @@ class Case:
         moved = 2 * size(params) + 2 * size(state) + (1 + self.reread) * size(grads)
         return round(moved / SIZE, 2)
 
+    def compiled(self, name: str, shapes: Any = (SIZE,)) -> jax.stages.Compiled:
+        """Compile the step of a tree of shapes for a device."""
+        return self.step(self.make()).lower(*self.arguments(device(name), shapes)).compile()
+
     def read(self, name: str) -> Program:
-        """Compile the step for a device and read it."""
-        params, state, grads = self.arguments(device(name))
-        compiled = self.step(self.make()).lower(params, state, grads).compile()
-        return read_program(compiled, params)
+        """Compile the step of one array for a device and read it."""
+        return read_program(self.compiled(name), jax.ShapeDtypeStruct((SIZE,), self.dtype))
 
 
 A = functools.partial(adamx.adamw, 1e-3)
@@ -179,7 +204,9 @@ CASES = {
     ),
     "lamb": Case(lambda: adamx.lamb(1e-3), floor=40),
     "optax.lamb": Case(lambda: optax.lamb(1e-3), floor=40, **PLAIN),
-    "monitor, measuring step": Case(lambda: adamx.monitor(A(), 100), floor=32),
+    "monitor, measuring": Case(
+        lambda: adamx.monitor(A(), 100), floor=16, numbers={"monitor_step": 99}
+    ),
     "cautious_adamw": Case(lambda: adamx.cautious_adamw(1e-3), floor=36),
     "stable_adamw": Case(lambda: adamx.stable_adamw(1e-3), floor=36),
     "adan": Case(lambda: adamx.adan(1e-3)),
@@ -210,6 +237,243 @@ CASES = {
 }
 
 
+# -------------------------------------------------------------------------------------- many arrays
+
+
+def gpt2(stacked: bool = False) -> dict[str, Any]:
+    """Return the shapes of GPT-2's arrays (124e6 parameters), layer by layer or stacked."""
+    d = 768
+    layer = {
+        "ln_1": {"g": (d,), "b": (d,)},
+        "attention": {"w": (d, 3 * d), "b": (3 * d,)},
+        "projection": {"w": (d, d), "b": (d,)},
+        "ln_2": {"g": (d,), "b": (d,)},
+        "up": {"w": (d, 4 * d), "b": (4 * d,)},
+        "down": {"w": (4 * d, d), "b": (d,)},
+    }
+    layers: Any = [layer] * 12
+    if stacked:
+        layers = jax.tree.map(lambda shape: (12, *shape), layer, is_leaf=is_shape)
+    ends = {"tokens": (50257, d), "places": (1024, d), "ln": {"g": (d,), "b": (d,)}}
+    return ends | {"layers": layers}
+
+
+ODD = {
+    "scalar": (),
+    "one": (1,),
+    "prime": (1000003,),
+    "two primes": (1009, 2003),
+    "tall": (100003, 3),
+    "wide": (3, 100003),
+    "convolution": (7, 7, 3, 64),
+    "four axes": (3, 3, 257, 511),
+    "five axes": (2, 3, 5, 7, 1001),
+}
+SMALL_STATE = ("packed8", "bf16: masters, remainder8 and packed8")
+PLAIN_STEPS = ("adamw", "optax.adamw")
+TREES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "GPT-2, an array a layer: 148 arrays": (
+        gpt2(),
+        (
+            *PLAIN_STEPS,
+            "clip and adamw",
+            "optax: clip and adamw",
+            "skip_nonfinite(adamw)",
+            "optax.apply_if_finite(adamw)",
+            "lamb",
+            "optax.lamb",
+            "monitor, measuring",
+            *SMALL_STATE,
+        ),
+    ),
+    "GPT-2, layers stacked: 16 arrays": (gpt2(stacked=True), (*PLAIN_STEPS, *SMALL_STATE)),
+    "odd shapes: 9 arrays": (ODD, (*PLAIN_STEPS, "lamb", "optax.lamb", "packed16", *SMALL_STATE)),
+}
+TREE_COLUMNS = ("bytes", "kernels", "temporary", "seconds")
+
+
+def size_of(shapes: Any) -> int:
+    """Return the number of elements of a tree of shapes."""
+    return sum(map(math.prod, jax.tree.leaves(shapes, is_leaf=is_shape)))
+
+
+def tree_cells(title: str, name: str, where: str) -> list[str]:
+    """Compile the step of a tree and return its figures under `TREE_COLUMNS`."""
+    case, (shapes, _) = CASES[name], TREES[title]
+    start = time.process_time()
+    compiled = case.compiled(where, shapes)
+    seconds = time.process_time() - start
+    text = compiled.as_text() or ""
+    kernels, fusions = count_kernels(text)
+    program = read_program(compiled, case.arguments(device(where), shapes)[0])
+    return [
+        f"{program.bytes_per_param:.3g}",
+        str(kernels if where == "H100" else fusions),
+        f"{program.temp_bytes / size_of(shapes):.2f}",
+        f"{seconds:.1f}",
+    ]
+
+
+def trees(workers: Executor) -> list[Table]:
+    """Compile steps of trees of many arrays."""
+    columns = ["step", *(f"{where}: {column}" for where in DEVICES for column in TREE_COLUMNS)]
+    return [
+        Table(title, "", columns, rows(workers, tree_cells, title, names))
+        for title, (_, names) in TREES.items()
+    ]
+
+
+def rows(workers: Executor, cells: Any, title: str, names: Sequence[str]) -> list[list[str]]:
+    """Return a row for each step: its name, and the cells of each device."""
+    todo = [(name, where) for name in names for where in DEVICES]
+    found = workers.map(functools.partial(cells, title), *zip(*todo, strict=True))
+    made: dict[str, list[str]] = {name: [name] for name in names}
+    for (name, _), some in zip(todo, track(found, title, len(todo)), strict=True):
+        made[name] += some
+    return list(made.values())
+
+
+PADDED = (jnp.float32, jnp.uint32, jnp.uint16, jnp.int8)
+
+
+def held(shape: tuple[int, ...], dtype: Any) -> float:
+    """Return the bytes an element that a TPU v5e holds for an array: in tiles, some not full."""
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device("TPU v5e")))
+    memory: Any = jax.jit(lambda x: x).lower(x).compile().memory_analysis()
+    return memory.argument_size_in_bytes / max(math.prod(shape), 1)
+
+
+def padding() -> Table:
+    """Return what a TPU v5e holds for arrays of odd shapes."""
+    shapes = [*ODD.values(), (768,), (768, 2304), (12, 768)]
+    rows = [[str(x), *(f"{held(x, dtype):.4g}" for dtype in PADDED)] for x in shapes]
+    return Table(
+        "What a TPU holds for odd shapes",
+        "Bytes an element, of slots and parameters in each dtype. `packed8` has uint16 slots, "
+        "`packed16` uint32 ones, `remainder8` int8 ones, masters' remainders are int16.",
+        ["shape", *(np.dtype(dtype).name for dtype in PADDED)],
+        rows,
+    )
+
+
+# --------------------------------------------------------------------------------------- many chips
+
+
+def llama(layers: int) -> dict[str, Any]:
+    """Return the shapes of a network like Llama's with 7e9 parameters, or of some of its layers."""
+    d, inner, words = 4096, 11008, 32000
+    layer = dict.fromkeys(("query", "key", "value", "out"), (d, d))
+    layer |= {"gate": (d, inner), "up": (d, inner), "down": (inner, d)}
+    layer |= {"norm_1": (d,), "norm_2": (d,)}
+    stacked = {name: (layers, *shape) for name, shape in layer.items()}
+    return {"embedding": (words, d), "head": (d, words), "norm": (d,), "layers": stacked}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chips:
+    """One table of steps over many chips.
+
+    Attributes:
+        topology: of the TPU.
+        layers: how many of 32 layers; with ZeRO-1 each chip holds all parameters and gradients.
+        zero1: whether slots alone are divided, instead of parameters, gradients and slots.
+        steps: names of the steps.
+    """
+
+    topology: str
+    layers: int
+    zero1: bool
+    steps: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The heading."""
+        how = "ZeRO-1" if self.zero1 else "FSDP"
+        size = size_of(llama(self.layers)) / 1e9
+        return f"{how} over TPU {self.topology}, {self.layers} layers, {size:.2f}e9 parameters"
+
+    def compiled(self, case: Case) -> tuple[jax.stages.Compiled, Any]:
+        """Compile a step, and return it with the shardings that parameters and state have."""
+        chips = topologies.get_topology_desc(platform="tpu", topology_name=self.topology).devices
+        mesh = Mesh(np.array(chips), ("data",))
+
+        def placed(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+            spec: list[str | None] = [None] * len(shape)
+            if not self.zero1:
+                spec[max(range(len(shape)), key=lambda i: shape[i])] = "data"
+            where = NamedSharding(mesh, PartitionSpec(*spec))
+            return jax.ShapeDtypeStruct(shape, case.dtype, sharding=where)
+
+        params = jax.tree.map(placed, llama(self.layers), is_leaf=is_shape)
+        tx = case.make()
+        where = adamx.state_sharding(tx, params, over="data" if self.zero1 else None)
+        state = jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+            jax.eval_shape(tx.init, params),
+            where,
+        )
+        told = jax.tree.map(lambda x: x.sharding, params), where
+        step = (
+            optax_step(tx, out_shardings=told)
+            if case.step is optax_step
+            else adamx.make_step(tx, out_shardings=told if self.zero1 else None)
+        )
+        return step.lower(params, state, params).compile(), (params, state)
+
+    def table(self, workers: Executor) -> Table:
+        """Compile the steps."""
+        found = track(workers.map(self.cells, self.steps), self.title, len(self.steps))
+        rows = [[name, *cells] for name, cells in zip(self.steps, found, strict=True)]
+        return Table(self.title, "", ["step", *CHIP_COLUMNS], rows)
+
+    def cells(self, name: str) -> list[str]:
+        """Compile a step and return its figures under `CHIP_COLUMNS`."""
+        compiled, given = self.compiled(CASES[name])
+        memory: Any = compiled.memory_analysis()
+        found = collectives(Text(compiled.as_text() or ""))
+        inputs, outputs = jax.tree.leaves(given), jax.tree.leaves(compiled.output_shardings)
+        kept = sum(
+            at.is_equivalent_to(x.sharding, x.ndim) for x, at in zip(inputs, outputs, strict=True)
+        )
+        return [
+            "; ".join(f"{n} {name}, {size:,} bytes" for name, (n, size) in found.items()) or "none",
+            f"{memory.argument_size_in_bytes / 2**30:.2f}",
+            f"{memory.temp_size_in_bytes / 2**30:.2f}",
+            f"{kept} of {len(inputs)}",
+        ]
+
+
+COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+CHIP_COLUMNS = ("collectives", "GiB of arguments", "GiB temporary", "sharded as told")
+ON_CHIPS = (
+    *PLAIN_STEPS,
+    "clip and adamw",
+    "optax: clip and adamw",
+    "lamb",
+    "optax.lamb",
+    *SMALL_STATE,
+)
+ON_ZERO1 = (*PLAIN_STEPS, "clip and adamw", "optax: clip and adamw", "lamb", SMALL_STATE[1])
+CHIPS = (
+    Chips("v5e:4x4", 32, False, ON_CHIPS),
+    Chips("v5e:4x4", 2, True, ON_ZERO1),
+    Chips("v5p:4x4x4", 32, False, ON_CHIPS),
+    Chips("v5p:4x4x4", 8, True, PLAIN_STEPS),
+)
+
+
+def collectives(text: Text) -> dict[str, tuple[int, int]]:
+    """Return how often a program communicates, and the bytes of the results, by operation."""
+    count: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    for x in text.instructions.values():
+        name = x.opcode.removesuffix("-done")
+        if name in COLLECTIVES:
+            count[name] += 1
+            size[name] += x.bytes
+    return {name: (count[name], size[name]) for name in sorted(count)}
+
+
 # ---------------------------------------------------------------------------------------- the page
 
 WEIGHS = "xla_tpu_use_bundle_aware_cost_model_for_fusions"
@@ -226,15 +490,21 @@ def cells(program: Program) -> list[str]:
     ]
 
 
-def table(dtype: Any, title: str) -> Table:
+def one_cells(title: str, name: str, where: str) -> list[str]:
+    """Compile the step of one array and return its figures under `COLUMNS`."""
+    del title
+    return cells(CASES[name].read(where))
+
+
+def table(workers: Executor, dtype: Any, title: str) -> Table:
     """Compile the steps of one dtype for every device."""
-    rows = []
-    for name, case in track(CASES.items(), title):
-        if case.dtype == dtype:
-            figures = (cell for where in DEVICES for cell in cells(case.read(where)))
-            rows.append([name, f"{case.least():g}", *figures])
+    names = [name for name, case in CASES.items() if case.dtype == dtype]
+    made = [
+        [name, f"{CASES[name].least():g}", *row]
+        for name, *row in rows(workers, one_cells, title, names)
+    ]
     columns = [f"{where}: {column}" for where in DEVICES for column in COLUMNS]
-    return Table(title, "", ["step", "floor", *columns], rows)
+    return Table(title, "", ["step", "floor", *columns], made)
 
 
 NOTE = (
@@ -251,7 +521,30 @@ OTHER_TPUS = (
 )
 
 
-def page(tables: list[Table]) -> str:
+MONITOR = (
+    "`monitor` measures in a program of its own, before the step: its row is that program's, whose "
+    "floor is one reading of parameters, slots and gradients. It also writes and reads an array's "
+    "update, of which it takes the norm and the mean; that memory is free again for the next array."
+)
+MANY = (
+    "Kernels are all that a GPU starts, small ones for scalars too; of a TPU they are the fusions, "
+    "as it fetches arrays to its chip and back by many small transfers in the background, which is "
+    "also most of its temporary memory. Bytes below the floor are of arrays that stay there. "
+    "Of the few that AdamW has more than Optax's, one is a copy of 4 bytes: the constant learning "
+    "rate into the state, which may have been saved with another. "
+    "Seconds are those of a processor for tracing and compiling, on the machine where this page "
+    "was written: compare them with each other."
+)
+OVER_CHIPS = (
+    "Each array is divided along its longest axis (FSDP), or parameters and gradients are on every "
+    "chip and the slots divided by `state_sharding(..., over=)` (ZeRO-1). Memory is a chip's; "
+    "arguments are parameters, state and gradients, of which the step overwrites the first two. "
+    "Bytes are those of the results on a chip. With ZeRO-1 the compiler gathers the updated "
+    "parameters; which operation it takes for that depends on the TPU, not on the optimizer."
+)
+
+
+def page(one: list[Table], many: list[Table], chips: list[Table]) -> str:
     """Return the report as a page."""
     packages = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "optax")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
@@ -262,16 +555,21 @@ def page(tables: list[Table]) -> str:
             "Written by `python benchmarks/ahead_of_time.py --markdown docs/accelerators.md`, not "
             f"by hand, with {versions}.",
             "",
-            "No step was run, and no time measured: the compilers of an H100 and of a TPU v5e run "
-            f"on any machine. Each step is that of one array of {SIZE:,} parameters, compiled "
-            "ahead of time; its kernels' bytes are counted in the program's text. The floor is "
-            "what any step has to move: parameters and slots read and written once, gradients read "
-            "once, and once more where a norm or a guard has to know all of them first. "
-            "[`audit`](audit.md) does the same for a step of your own.",
+            "No step was run, and no step's time measured: the compilers of an H100 and of a TPU "
+            "v5e run on any machine. The steps are compiled ahead of time; their kernels' bytes "
+            "are counted in the program's text. The floor is what any step has to move: parameters "
+            "and slots read and written once, gradients read once, and once more where a norm or a "
+            "guard has to know all of them first. [`audit`](audit.md) does the same for a step of "
+            "your own.",
             "",
-            f"{NOTE}\n",
+            f"## One array\n\nOf {SIZE:,} parameters. {NOTE}\n",
+            f"{MONITOR}\n",
             f"{OTHER_TPUS}\n",
-            *(table.markdown() for table in tables),
+            *(f"#{table.markdown()}" for table in one),
+            f"## Many arrays\n\n{MANY}\n",
+            *(f"#{table.markdown()}" for table in many),
+            f"## Many chips\n\n{OVER_CHIPS}\n",
+            *(f"#{table.markdown()}" for table in chips),
         ]
     )
 
@@ -280,16 +578,21 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--markdown", type=Path, help="write the page to this file too")
+    parser.add_argument("--jobs", type=int, default=1, help="how many processes compile")
     options = parser.parse_args()
     if absent := missing():
         parser.error(f"not installed: {absent}: pip install 'adamx[accelerators]'")
-    tables = [
-        table(jnp.float32, "float32 parameters"),
-        table(jnp.bfloat16, "bfloat16 parameters"),
-    ]
-    Console().print(*(found.rich() for found in tables))
+    processes = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, processes) as workers:
+        one = [
+            table(workers, jnp.float32, "float32 parameters"),
+            table(workers, jnp.bfloat16, "bfloat16 parameters"),
+        ]
+        many = [*trees(workers), padding()]
+        chips = [where.table(workers) for where in CHIPS]
+    Console().print(*(found.rich() for found in (*one, *many, *chips)))
     if options.markdown:
-        options.markdown.write_text(page(tables))
+        options.markdown.write_text(page(one, many, chips))
 
 
 if __name__ == "__main__":

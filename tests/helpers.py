@@ -62,7 +62,10 @@ def by_paper(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def numbers_of_programs(step: Any) -> list[int]:
-    """Return a list to which each call of a step adds the number of the program that it runs."""
+    """Return a list to which each call of a step adds the numbers of the programs that it runs.
+
+    -1 - i stands for the entries that a full step of level i computes apart.
+    """
     ran: list[int] = []
 
     def counting(number: int, program: Any) -> Any:
@@ -73,4 +76,5 @@ def numbers_of_programs(step: Any) -> list[int]:
         return run
 
     step._programs = [counting(i, program) for i, program in enumerate(step._programs)]
+    step._apart = [x and counting(-1 - i, x) for i, x in enumerate(step._apart)]
     return ran

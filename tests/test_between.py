@@ -98,7 +98,8 @@ def test_each_program_of_nested_periods_is_compiled_once():
     cycle = itertools.cycle([(1, 1), (2, 0), (0, 1), (1, 0), (2, 1), (0, 0)])
     assert seen == list(itertools.islice(cycle, 12))
     assert int(state["count"]) == 6
-    assert [program._cache_size() for program in step._programs] == [1, 1, 1]  # pyright: ignore
+    sizes = [program._cache_size() for program in step._programs]  # pyright: ignore
+    assert sizes == [0, 1, 1] and step._cache_size() == 3  # pyright: ignore
 
 
 def test_the_statistics_of_a_micro_step_are_those_of_an_update_of_zero():
@@ -130,5 +131,34 @@ def test_each_call_runs_the_cheapest_program_that_does_what_is_due():
     ran = numbers_of_programs(step)
     for t in range(12):
         params, state = step(params, state, gradients(t))
-    # 0 measures, 1 steps without measuring, 2 adds alone
-    assert ran == [2, 1, 0, 1, 2, 0] * 2
+    # -1 measures and moves nothing, 1 steps, 2 adds alone
+    assert ran == [2, 1, -1, 2, 1, 2, -1, 1] * 2
+
+
+@pytest.mark.parametrize("bad", [(), (2,), (5,), (1, 2, 5)], ids=str)
+def test_a_step_that_measures_is_measured_apart_once_and_never_in_a_branch(bad):
+    """Also behind a guard, whose skipped steps do not count, and masters, which round."""
+    inner = adamx.monitor(adamx.master_weights(adamx.adamw(0.1)), every=3, groups=("*",))
+    step: Any = adamx.make_step(adamx.skip_nonfinite(inner))
+    params = jax.tree.map(lambda p: p.astype("bfloat16"), start())
+    state, ran = step.init(params), numbers_of_programs(step)
+    expected = []
+    since = 0
+    for t in range(9):
+        grads = jax.tree.map(lambda g: g.astype("bfloat16"), gradients(t, t in bad))
+        before = int(state["monitor_step"])
+        expected += [-1, 1] if before == 2 else [1]
+        params, state = step(params, state, grads)
+        since = since if t in bad else (since + 1) % 3
+        assert int(state["monitor_step"]) == since
+    assert ran == expected
+
+
+def test_measuring_has_no_branch_and_copies_nothing():
+    params = jnp.zeros(2**20)
+    tx = adamx.monitor(adamx.adamw(0.1), every=100)
+    step, state = adamx.make_step(tx), tx.init(params)
+    due = state | {"monitor_step": np.int32(99)}
+    program = read_program(step.lower(params, due, params).compile(), params)
+    assert program.always == program.bytes_per_param <= 88.01
+    assert program.copies == 0 and program.temp_bytes <= 12.01 * params.size

@@ -138,13 +138,14 @@ def test_parameters_that_an_update_cannot_move_are_counted():
     assert state["monitor"]["stuck_share"] == {"w": 0.25}
 
 
-def test_two_programs_are_compiled_and_the_cheap_one_runs_in_between():
+def test_two_programs_are_compiled_and_the_cheap_one_runs_always():
     tx = adamx.monitor(adamw(), every=3)
     step = adamx.make_step(tx)
     _, state = trained(tx, 7, step=step)
     assert int(state["monitor_step"]) == 1
-    full, between = step._programs  # pyright: ignore
-    assert between._cache_size() == full._cache_size() == 1
+    _, between = step._programs  # pyright: ignore
+    (measuring,) = step._apart  # pyright: ignore
+    assert between._cache_size() == measuring._cache_size() == 1 and step._cache_size() == 2  # pyright: ignore
     like = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
     programs = (between, tx), (adamx.make_step(adamw()), adamw())  # pyright: ignore
     costs: Any = [

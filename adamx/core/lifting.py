@@ -70,6 +70,9 @@ class Between(NamedTuple):
         moves: whether it moves the parameters; False means that its updates are None.
         always_counts: whether each call raises the counter; False if a step may be skipped.
         ended_by: an extra argument of `update`, a bool, that makes the next full step due.
+        full: the same transformation with every step a full one, where a full step differs only in
+            the counter and in entries of the state that `tx` does not have. A program of its own
+            computes these, without a branch, and `tx` the rest. None: one program does both.
     """
 
     tx: Stage
@@ -78,6 +81,7 @@ class Between(NamedTuple):
     moves: bool = True
     always_counts: bool = True
     ended_by: str = ""
+    full: Stage | None = None
 
 
 class Stage(Concept):

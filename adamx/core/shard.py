@@ -201,19 +201,6 @@ def total_of_all(
     return _psum(found, all_names)
 
 
-def anywhere(flag: jax.Array, arrays: Sequence[jax.Array], shards: Sequence[Shard]) -> jax.Array:
-    """Say whether a flag is True on one of the devices that have shards of the arrays.
-
-    Args:
-        flag: a bool scalar.
-        arrays: the shards.
-        shards: which shards they are; () if each is a whole array.
-    """
-    pairs = zip(arrays, shards or (WHOLE,) * len(arrays), strict=True)
-    found = tuple(dict.fromkeys(name for x, shard in pairs for name in shard.along(x, None)))
-    return _psum(flag.astype(jnp.int32), found) > 0 if found else flag
-
-
 def check_alike(what: str, before: Any, after: Any) -> None:
     """Raise where a new entry of the state differs between devices and the old one does not.
 

@@ -6,8 +6,8 @@
     eps_share                             the share of elements with root(v^) < eps
     stuck_share                           the share of 16-bit elements with round(w + u) = w, u != 0
 
-for each group of leaves. They are computed from the step's own slots and updates, which the sums
-read once more: a step that measures takes several times as long, the others take no longer.
+for each group of leaves. They are computed from the step's own slots and updates, in a program
+before the step: a step that measures takes several times as long, the others take no longer.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class monitor(Wrapper):
     `state["monitor"][name][group]` are float32 scalars of the last step that was measured;
     `monitor_step` (int32) counts the steps since. Without `groups`, a leaf of `stacked` layers has
     an array, with one number for each layer. Parameters and slots are bit for bit the same as
-    without it. Every n-th time `make_step` runs a program that measures, otherwise one that does
-    not; `update` in a program of your own branches, and writes the updates to memory at every step.
+    without it. Every n-th time `make_step` runs a program that measures before the one that steps;
+    `update` in a program of your own branches, and writes the updates to memory at every step.
 
     `signal_to_noise` exists if an `rms_scaling` has `mu` in its numerator and `nu` in its second
     moment, in any storage (taken as they are, without bias correction); `eps_share` if there is one
@@ -144,7 +144,8 @@ class monitor(Wrapper):
         if self.every == 1:
             found = self.inner_between()
             return found and found._replace(moves=True)  # it reads the parameters
-        return Between(_count(self.inner), SINCE, self.every or sys.maxsize)
+        always = self.replace(every=1)
+        return Between(_count(self.inner), SINCE, self.every or sys.maxsize, full=always)
 
     def _measured(
         self, leaves: Leaves, out: Leaves, state: Mapping[str, Any], before: Mapping[str, Any]

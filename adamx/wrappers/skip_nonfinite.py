@@ -20,7 +20,7 @@ from adamx.core.arithmetic import compute_dtype, widen
 from adamx.core.leaves import Leaves
 from adamx.core.lifting import Between, State
 from adamx.core.norms import sum_of_all_squares
-from adamx.core.shard import Shard, anywhere, check_alike
+from adamx.core.shard import Shard, check_alike
 from adamx.core.step import Step
 from adamx.core.wrapper import Wrapper
 from adamx.formula.expressions import Expr
@@ -47,11 +47,11 @@ def all_finite(
         >>> print(all_finite([jnp.array([1e20])], before_clip=True))
         False
     """
-    if before_clip:
-        return jnp.isfinite(sum_of_all_squares(leaves, shards))
     # u - u is 0 or NaN. Not max: XLA's can drop NaN in large or sharded arrays, sums never do; and
-    # not u * 0, which XLA:CPU would write to memory before it sums
-    return ~anywhere(~jnp.array([jnp.sum(u - u) == 0 for u in leaves]).all(), leaves, shards)
+    # not u * 0, which XLA:CPU would write to memory before it sums. One comparison, of the total: a
+    # GPU would start a kernel for that of each array
+    summed = leaves if before_clip else [u - u for u in leaves]
+    return jnp.isfinite(sum_of_all_squares(summed, shards))
 
 
 class skip_nonfinite(Wrapper):
