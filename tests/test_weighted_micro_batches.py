@@ -233,8 +233,8 @@ def test_a_python_bool_chooses_the_program_and_an_array_runs_the_one_that_does_b
     for g, last in zip(gradients(12), lasts, strict=True):
         a = step(*a, g, last=last)
         micro.append(int(a[1]["micro_step"]))
-    # 0 measures, 1 steps without measuring, 2 adds alone
-    assert ran == [2, 1, 0, 2, 1, 0, 2, 1, 0, 1, 1, 0]
+    # -1 measures, 1 steps, 2 adds alone
+    assert ran == [2, 1, -1, 2, 2, 1, -1, 2, 2, 1, -1, 1, 1, 1, -1, 2]
     assert micro == [1, 0, 1, 2, 0, 1, 2, 0, 0, 1, 0, 1]
 
 

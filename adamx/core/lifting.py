@@ -83,6 +83,11 @@ class Between(NamedTuple):
     ended_by: str = ""
     full: Stage | None = None
 
+    def inside(self, outer: Stage) -> Between:
+        """Return these programs inside a transformation that has one child."""
+        full = self.full and outer.with_children([self.full])
+        return self._replace(tx=outer.with_children([self.tx]), full=full)
+
 
 class Stage(Concept):
     """A concept applied to a tree; transformations of whole trees override some of this."""

@@ -139,7 +139,7 @@ class stacked(Transformation):
 
     def between(self) -> Between | None:
         found = self.tx.between()
-        return found and found._replace(tx=self.with_children([found.tx]))
+        return found and found.inside(self)
 
     def for_tree(self, tree: Any) -> Transformation:
         """Return the transformation inside, with each part that takes one array mapped."""

@@ -124,8 +124,7 @@ class Wrapper(Transformation):
         that are None, without parameters, as for updates of zero.
         """
         found = self.inner.between()
-        around = lambda tx: tx and self.with_children([tx])  # noqa: E731
-        return found and found._replace(tx=around(found.tx), full=around(found.full))
+        return found and found.inside(self)
 
     def tree_names(self) -> tuple[str, ...]:
         return (*self.inner.tree_names(), *self.slot_names())
