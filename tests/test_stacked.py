@@ -102,7 +102,11 @@ ALL = adamx.chain(
 @pytest.mark.usefixtures("promotion_of_foreign_stages")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in TRANSFORMATIONS],
+    [
+        pytest.param(n, marks=() if n in FAST else pytest.mark.slow)
+        for n in TRANSFORMATIONS
+        if n != "in_shard_map"  # belongs around: test_named_axes.py
+    ],
 )
 def test_every_line_is_what_it_is_with_the_layers_as_leaves(name):
     tx, axes = TRANSFORMATIONS[name].make(), {"layers/*": 1}
