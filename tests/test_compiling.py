@@ -193,8 +193,28 @@ def test_a_norm_of_the_whole_tree_is_measured_once_for_all_variants():
             return u * step.scalars
 
     tx = adamx.chain(measuring(), adamx.adamw(0.1, mask=adamx.all_but("b")))
-    jax.eval_shape(tx.update, start(), tx.init(start()), start())
+    state = tx.init(start())
+    jax.eval_shape(tx.update, start(), state, start())
     assert measured == [3]
+    _, state = tx.update(start(), state, start())
+    late = adamx.reset(tx, state, start(), "b")  # which has scalars of its own
+    measured.clear()
+    jax.eval_shape(tx.update, start(), late, start())
+    assert measured == [3]
+
+
+def test_a_schedule_is_called_once_for_all_variants():
+    called = []
+
+    def rate(step):
+        called.append(step)
+        return 0.1 / (step + jnp.float32(1))
+
+    tx = adamx.chain(adamx.adamw(rate, mask=adamx.all_but("b")), adamx.scale_by_path({"b": 2.0}))
+    state = tx.init(start())
+    called.clear()
+    jax.eval_shape(tx.update, start(), state, start())
+    assert len(called) == 1
 
 
 def test_traced_slots_are_traced_once_a_shape():

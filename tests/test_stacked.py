@@ -370,12 +370,19 @@ def test_however_it_is_sharded_it_is_the_same(kind, spec, over):
 
 
 def test_slots_are_on_the_device_of_their_parameter():
-    here = jax.devices()[1]
     tx = adamx.stacked(adamx.adam_mini(0.1), {"layers/*": 1})
-    state = tx.init(jax.device_put(example(), here))
-    assert {d for n in tx.tree_names() for x in jax.tree.leaves(state[n]) for d in x.devices()} == {
-        here
-    }
+    paths = leaves_by_path(example())
+    where = {path: jax.devices()[1 + i] for i, path in enumerate(paths)}
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.device_put(
+            x, where[jax.tree_util.keystr(path, simple=True, separator="/")]
+        ),
+        example(),
+    )
+    state = tx.init(params)
+    for name in tx.tree_names():
+        for path, slot in leaves_by_path(state[name]).items():
+            assert slot.devices() == {where[path]}, (name, path)
 
 
 # ------------------------------------------------------------------- what it shows
