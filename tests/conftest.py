@@ -4,6 +4,8 @@ Dtype promotion has to be written out and arrays of different rank may not meet,
 than what users run: what passes here passes there. Warnings are errors (see pyproject.toml).
 """
 
+import os
+
 import jax
 import pytest
 from table import TRANSFORMATIONS
@@ -15,13 +17,21 @@ pytest.register_assert_rewrite("agreement", "agreement_family", "helpers", "reco
 # typed.py is for pyright: it holds mistakes
 collect_ignore = ["data/record_torch.py", "typed.py"]
 
+# Most of a test's time is compiling, and XLA's older emitters of loops compile for a CPU in a third
+# of the time of those that it takes by itself. With XLA_FLAGS= (empty) the tests use the latter.
+if jax.__version_info__ >= (0, 10):  # an older XLA does not know the first of the two
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    )
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep what is compiled in pytest's cache: most of a test's time is compiling, often again."""
+    """Keep what is compiled in pytest's cache, since much of it is compiled again."""
     if not hasattr(config, "cache"):  # with -p no:cacheprovider
         return
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
