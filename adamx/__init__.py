@@ -59,6 +59,7 @@ from adamx.inspect.compare import Comparison, compare
 from adamx.inspect.plots import plot
 from adamx.inspect.summary import Summary, summary
 from adamx.interop.optax_state import from_optax, to_optax
+from adamx.interop.plain_data import from_dict, to_dict
 from adamx.interop.torch_state import from_torch, to_torch
 from adamx.late_start import reset
 from adamx.optimizers.adabelief import adabelief
@@ -201,6 +202,7 @@ __all__ = [
     "ema_of_params",
     "ema_of_squares",
     "extrapolation",
+    "from_dict",
     "from_optax",
     "from_torch",
     "growing_clip",
@@ -256,6 +258,7 @@ __all__ = [
     "stored",
     "sum_of_squares",
     "summary",
+    "to_dict",
     "to_optax",
     "to_torch",
     "trace",

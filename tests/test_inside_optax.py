@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import draw
-from table import TRANSFORMATIONS, every, of_each_kind
+from table import TRANSFORMATIONS, every
 
 import adamx
 from adamx.core.concept import parts
@@ -54,10 +54,14 @@ def types(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-@of_each_kind
 @pytest.mark.parametrize(
-    "dtype",
-    [jnp.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (jnp.float32, jnp.float16))],
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=() if fast and case.kind else pytest.mark.slow)
+        for dtype, fast in ((jnp.bfloat16, True), (jnp.float32, False), (jnp.float16, False))
+        for name, case in TRANSFORMATIONS.items()
+        if fast or case.kind or case.masters
+    ],
 )
 def test_the_branches_of_optaxs_wrappers_have_one_type(name, dtype):
     """Without running them.

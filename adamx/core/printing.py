@@ -9,10 +9,6 @@ from adamx.formula.values import value_text
 _WIDTH = 88
 
 
-class Verbatim(str):
-    """Text that is printed as it is, without quotes."""
-
-
 def constructor_call(tx: Any) -> str:
     """Return the call that makes a concept: on one line if it fits, else one line per argument.
 
@@ -29,7 +25,7 @@ def constructor_call(tx: Any) -> str:
             scale_by_learning_rate(0.001),
         )
     """
-    texts = [(name, v if isinstance(v, Verbatim) else value_text(v)) for name, v in tx.arguments()]
+    texts = [(name, value_text(value)) for name, value in tx.arguments()]
     parts = [f"{name}={text}" if name else text for name, text in texts]
     name = type(tx).__name__
     line = f"{name}({', '.join(parts)})"

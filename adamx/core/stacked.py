@@ -24,7 +24,6 @@ from adamx.core.concept import Slots, accumulated, any_of, emitted, hook, parts
 from adamx.core.foreign import as_concept
 from adamx.core.lifting import Between
 from adamx.core.paths import Pattern, Predicate
-from adamx.core.printing import Verbatim
 from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
 from adamx.core.value import as_pytree
@@ -113,14 +112,7 @@ class stacked(Transformation):
 
     def arguments(self) -> Iterator[tuple[str, Any]]:
         yield "", self.tx
-        if callable(self.leading):
-            yield "", self.leading
-        else:
-            texts = [
-                f"{paths.text(p) if callable(p) else repr(paths.text(p))}: {number}"
-                for p, number in self._by_pattern
-            ]
-            yield "", Verbatim("{" + ", ".join(texts) + "}")
+        yield "", self.leading if callable(self.leading) else dict(self._by_pattern)
 
     @property
     def place(self) -> str:  # pyright: ignore

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 from adamx.formula.adjustable import adjustable
 
@@ -62,12 +63,27 @@ def value_text(value: Any) -> str:
         return repr(value) if hasattr(value, "hyperparameters") else factory_name(value)
     if isinstance(value, adjustable):
         return repr(value)
+    if isinstance(value, PartitionSpec):  # JAX's own repr has two forms
+        return f"PartitionSpec({', '.join(map(repr, value))})"
+    if isinstance(value, dict):
+        items = [f"{_key_text(key)}: {value_text(x)}" for key, x in value.items()]
+        if any(isinstance(x, optax.GradientTransformation) for x in value.values()):
+            lines = "".join(f"{item},\n" for item in items)
+            return "{\n    " + lines.rstrip().replace("\n", "\n    ") + "\n}"
+        return "{" + ", ".join(items) + "}"
     if isinstance(value, np.generic):
         return repr(value.item())
     if isinstance(value, type) or not callable(value) or dataclasses.is_dataclass(value):
         name = getattr(value, "__name__", None)
         return name or re.sub(r" at 0x[0-9a-f]+", "", repr(value))
     return function_name(value)
+
+
+def _key_text(key: Any) -> str:
+    """Return a pattern as it was written: a function as its name."""
+    if isinstance(key, re.Pattern):
+        return repr(key.pattern)
+    return function_name(key) if callable(key) else repr(key)
 
 
 def function_name(function: Any) -> str:

@@ -47,6 +47,8 @@ class bfloat16(Storage):
     def __post_init__(self) -> None:
         super().__post_init__()
         slots = self.inner.slot_names()
+        if self.only is not None:
+            self._set(only=tuple(self.only))
         if unknown := sorted(set(self.only or ()) - set(slots)):
             raise ValueError(f"bfloat16: only names {unknown}, but the slots are {sorted(slots)}")
 

@@ -18,9 +18,7 @@ from adamx.core import paths
 from adamx.core.checks import ranges_of
 from adamx.core.identity import identity
 from adamx.core.paths import Pattern, Predicate
-from adamx.core.printing import Verbatim
 from adamx.core.transformation import Transformation
-from adamx.formula.values import value_text
 from adamx.transforms.scale import scale
 
 Factors = Mapping[Any, Any] | Callable[[str, Any], Any]
@@ -73,13 +71,8 @@ class scale_by_path(Transformation):
         pass  # `__init__` checks it
 
     def arguments(self) -> Iterator[tuple[str, Any]]:
-        if self.function:
-            yield "", self.function
-            return
-        names = (paths.text(p) if callable(p) else repr(paths.text(p)) for p in self.patterns)
-        factors = (value_text(tx.step_size) for tx in self.scales)
-        pairs = (f"{name}: {c}" for name, c in zip(names, factors, strict=True))
-        yield "", Verbatim("{" + ", ".join(pairs) + "}")
+        factors = (tx.step_size for tx in self.scales)
+        yield "", self.function or dict(zip(self.patterns, factors, strict=True))
 
     def for_tree(self, tree: Any) -> Transformation:
         """Return the concept that knows each leaf's factor."""

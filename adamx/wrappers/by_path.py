@@ -24,7 +24,6 @@ from adamx.core.foreign import as_concept
 from adamx.core.leaves import Leaves
 from adamx.core.lifting import BEGAN, State
 from adamx.core.paths import Pattern, Predicate
-from adamx.core.printing import Verbatim
 from adamx.core.step import Step
 from adamx.core.transformation import Transformation
 from adamx.transforms.set_to_zero import set_to_zero
@@ -95,10 +94,7 @@ class by_path(Transformation):
             errors.check_disjoint(trees, scalars)
 
     def arguments(self) -> Iterator[tuple[str, Any]]:
-        pairs = zip(self.patterns, self.transformations, strict=False)
-        texts = ((paths.text(p) if callable(p) else repr(paths.text(p)), tx) for p, tx in pairs)
-        lines = "".join(f"{text}: {tx!r},\n" for text, tx in texts)
-        yield "", Verbatim("{\n    " + lines.rstrip().replace("\n", "\n    ") + "\n}")
+        yield "", dict(zip(self.patterns, self.transformations, strict=False))
         yield "default", self.transformations[-1]
 
     any_shapes = True  # each group looks for itself

@@ -22,10 +22,10 @@ from adamx.core.concept import hook
 from adamx.core.leaves import Leaves
 from adamx.core.lifting import Between, State
 from adamx.core.paths import Pattern
-from adamx.core.printing import Verbatim
 from adamx.core.shard import WHOLE, Shard, Spec, is_mapped, shard_of
 from adamx.core.step import Step
 from adamx.core.wrapper import Wrapper
+from adamx.formula.values import value_text
 
 
 class in_shard_map(Wrapper):
@@ -79,9 +79,7 @@ class in_shard_map(Wrapper):
     def arguments(self) -> Iterator[tuple[str, Any]]:
         yield "", self.tx
         (pattern, spec), *others = self.specs
-        texts = (f"{paths.text(p)!r}: {_text(spec)}" for p, spec in self.specs)
-        one = pattern == "*" and not others
-        yield "", Verbatim(_text(spec) if one else "{" + ", ".join(texts) + "}")
+        yield "", spec if pattern == "*" and not others else dict(self.specs)
 
     def for_tree(self, tree: Any) -> _of_shards:
         """Return the transformation inside, with the shard of each leaf."""
@@ -113,7 +111,7 @@ class in_shard_map(Wrapper):
         if shard.dims is not None and len(shard.dims) > leaf.ndim:
             raise ValueError(
                 f"in_shard_map: leaf {path!r} has the shape {list(leaf.shape)}, and its spec "
-                f"{_text(spec)} is for {len(shard.dims)} dimensions"
+                f"{value_text(spec)} is for {len(shard.dims)} dimensions"
             )
         return shard
 
@@ -164,7 +162,7 @@ def _by_pattern(specs: Any) -> tuple[tuple[Pattern, Spec], ...]:
             )
         names = shard_of(spec, 0).names
         if len(set(names)) < len(names):
-            raise ValueError(f"in_shard_map: the spec {_text(spec)} has an axis twice")
+            raise ValueError(f"in_shard_map: the spec {value_text(spec)} has an axis twice")
     if not found:
         raise ValueError(f"in_shard_map: specs must have at least one spec, got {specs!r}")
     return tuple(found.items())
@@ -185,10 +183,3 @@ def _takes(pattern: Pattern, path: str) -> bool:
     """Say whether a pattern matches a path, or one above it."""
     below = isinstance(pattern, str) and paths.matches(f"{pattern}/*", path)
     return below or paths.matches(pattern, path)
-
-
-def _text(spec: Spec) -> str:
-    """Return a spec as code: JAX's own repr has two forms."""
-    if not isinstance(spec, PartitionSpec):
-        return repr(spec)
-    return f"PartitionSpec({', '.join(map(repr, spec))})"
