@@ -73,7 +73,7 @@ def test_a_schedule_is_written_as_its_arguments(name):
         assert [float(read(i)) for i in range(25)] == [float(schedule(i)) for i in range(25)]
 
 
-def test_numbers_of_every_kind_and_patterns_come_back_as_they_were():
+def test_numbers_of_every_kind_and_patterns_come_back_as_they_were(x64):
     rates = [
         np.float32(0.1),
         np.array([0.1, 0.2]),
