@@ -60,7 +60,7 @@ def grown_leaves(rows: Rows, params: Any, start: Any, saved: Mapping[str, Any]) 
     axes = _axes(rows, params, shapes)
     found: dict[str, Grown] = {}
     for place, first in leaves_by_path(start).items():
-        path, before = leaf_of(place, shapes), jnp.shape(saved.get(place))
+        path, before = leaf_of(place, shapes), jnp.shape(saved.get(place, 0.0))
         if path not in axes or len(before) != jnp.ndim(first):
             continue
         leaf = Grown(axes[path], 0, shapes[path])

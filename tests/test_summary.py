@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import warnings
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from table import TRANSFORMATIONS, every
 
 import adamx
@@ -415,6 +417,56 @@ def test_a_foreign_state_is_listed_as_it_is():
     assert found.formula.startswith("w_t <- w_{t-1} - lr scale_by_adam(g_t)")
     single = adamx.summary(optax.adam(0.1), jax.ShapeDtypeStruct((3,), jnp.float32))
     assert single.bytes["slots"] == 24 and single.scalars == 4
+
+
+def sharded(mesh: Any) -> Any:
+    """Return shapes: a matrix over both axes of a mesh, a vector over one, one that is whole."""
+    specs = {"b": ((8,), ("y",)), "place": ((3, 4), ()), "w": ((8, 4), ("x", "y"))}
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec))
+        )
+        for name, (shape, spec) in specs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        adamx.adam_mini(0.1),
+        adamx.master_weights(adamx.adamw(0.1, moments="packed8")),
+        adamx.skip_nonfinite(adamx.by_path({"b": None}, default=adamx.adam(0.1))),
+        optax.adam(0.1),
+    ],
+    ids=["smaller slots", "packed8", "a group that is frozen", "Optax"],
+)
+def test_bytes_on_a_device_are_those_of_the_arrays_there(tx):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    params = {n: jax.device_put(jnp.ones(x.shape), x.sharding) for n, x in sharded(mesh).items()}
+    found = adamx.summary(tx, params)
+
+    def there(tree):
+        arrays = [x for x in jax.tree.leaves(tree) if x.ndim]
+        return sum(x.addressable_shards[0].data.nbytes for x in arrays)
+
+    on_device = found.bytes_per_device
+    state = jax.device_put(tx.init(params), adamx.state_sharding(tx, params))
+    assert on_device == {
+        "parameters": there(params),
+        "gradients": there(params),
+        "slots": there(state),
+    }
+    total = re.search(r"together +\S+ +\S+ B +(\d+) B\n", str(found))
+    assert total and int(total[1]) == sum(on_device.values())
+
+
+def test_shapes_on_a_mesh_that_is_not_there_have_bytes_on_a_device_too():
+    found = adamx.summary(adamx.adamw(0.1), sharded(AbstractMesh((4, 2), ("x", "y"))))
+    assert found.bytes["slots"] == 8 * (8 + 12 + 32)
+    assert found.bytes_per_device["slots"] == 8 * (4 + 12 + 4)
+    assert re.search(rf"at least +28 .* {28 * (4 + 12 + 4)} B\n", str(found))
+    whole = adamx.summary(adamx.adamw(0.1), abstract())
+    assert whole.bytes_per_device == whole.bytes and "a device" not in str(whole)
 
 
 # ------------------------------------------------------------------------- what it warns of
