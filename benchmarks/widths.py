@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,8 +51,8 @@ class Settings:
     """
 
     widths: tuple[int, ...] = (64, 128, 256)
-    powers: tuple[int, ...] = tuple(range(-12, -3))
-    seeds: int = 2
+    powers: tuple[int, ...] = tuple(range(-11, -3))
+    seeds: int = 3
     steps: int = 150
     batch: int = 8
     context: int = 32
@@ -61,7 +61,7 @@ class Settings:
     unseen: int = 128
 
 
-QUICK = Settings(widths=(16, 32), powers=(-8, -6), steps=5, layers=1, batch=2, unseen=4)
+QUICK = Settings((16, 32), (-8, -6), seeds=2, steps=5, layers=1, batch=2, unseen=4)
 CHARACTERS = 97
 WITHOUT, WITH = "one rate for all leaves", "width_rules"
 
@@ -82,12 +82,8 @@ def shapes(width: int, settings: Settings) -> Any:
         "norm": (width,),
         "head": (width, CHARACTERS),
     }
-    found = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        sizes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    return found
+    shape = lambda size: jax.ShapeDtypeStruct(size, jnp.float32)  # noqa: E731
+    return jax.tree.map(shape, sizes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def first_weights(width: int, settings: Settings, seed: int, rules: Any) -> Any:
@@ -160,6 +156,125 @@ def losses(width: int, settings: Settings, with_rules: bool) -> np.ndarray:
     found = np.empty((len(settings.powers), settings.seeds))
     for seed in range(settings.seeds):
         params = first_weights(width, settings, seed, rules)
+        seen, unseen = batches(settings, seed)
         for i, power in enumerate(settings.powers):
-            found[i, seed] = train(jnp.float32(2.0**power), params, *batches(settings, seed))
+            found[i, seed] = train(jnp.float32(2.0**power), params, seen, unseen)
     return np.where(np.isfinite(found), found, np.inf)
+
+
+def measured(settings: Settings) -> dict[str, dict[int, np.ndarray]]:
+    """Return the losses of each width, without the rules and with them."""
+    narrow, *wider = settings.widths
+    cases = [(narrow, False), *itertools.product(wider, (False, True))]
+    runs = {case: losses(case[0], settings, case[1]) for case in track(cases, "widths")}
+    runs[narrow, True] = runs[narrow, False]  # all factors are 1
+    return {
+        what: {width: runs[width, rules] for width in settings.widths}
+        for what, rules in {WITHOUT: False, WITH: True}.items()
+    }
+
+
+# ------------------------------------------------------------------------------------- the report
+
+
+def table(found: dict[str, dict[int, np.ndarray]], settings: Settings) -> Table:
+    """Return the best rates, and what the best rate of the narrow model costs the others."""
+    first = settings.powers.index(best(found[WITHOUT][settings.widths[0]], settings))
+    rows = []
+    for what, losses in found.items():
+        every = losses.values()
+        at = [settings.powers.index(best(x, settings)) for x in every]
+        rows.append([f"{what}: the best rate", *(power(settings.powers[i]) for i in at)])
+        rows.append(["loss at that rate", *(spread(x[i]) for x, i in zip(every, at, strict=True))])
+        narrow = f"loss at {power(settings.powers[first])}, the best of width {settings.widths[0]}"
+        rows.append([narrow, *(spread(x[first]) for x in every)])
+    note = (
+        f"A transformer of {settings.layers} layers on characters of Python's standard library, "
+        f"heads of {settings.size}, {settings.steps} steps of Adam on {settings.batch} windows of "
+        f"{settings.context} characters, cosine to zero after a warmup; rates are powers of two. "
+        "Losses are of held-out text after the last step, in nats a character: mean and standard "
+        f"deviation of {settings.seeds} seeds. The command: `python benchmarks/widths.py`."
+    )
+    heads = ["", *(f"width {width}" for width in settings.widths)]
+    return Table("The best rate at three widths", note, heads, rows)
+
+
+def best(losses: np.ndarray, settings: Settings) -> int:
+    """Return the power of two that has the smallest mean loss."""
+    return settings.powers[int(losses.mean(axis=1).argmin())]
+
+
+def power(exponent: int) -> str:
+    """Return a power of two.
+
+    Example:
+        >>> power(-10)
+        '2⁻¹⁰'
+    """
+    return "2" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def spread(losses: np.ndarray) -> str:
+    """Return mean and standard deviation over the seeds."""
+    return f"{losses.mean():.3f} ± {losses.std(ddof=1):.3f}"
+
+
+def draw(found: dict[str, dict[int, np.ndarray]], settings: Settings, path: Path) -> None:
+    """Draw the loss over the rate, a curve for each width, without the rules and with them."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.6), layout="constrained")
+        both = figure.subplots(1, 2, sharey=True)
+        for axes, (what, losses) in zip(both, found.items(), strict=True):
+            for (width, x), color in zip(losses.items(), COLORS, strict=False):
+                means, i = x.mean(axis=1), int(x.mean(axis=1).argmin())
+                axes.plot(settings.powers, means, color=color, lw=2, label=f"width {width}")
+                axes.fill_between(
+                    settings.powers, x.min(axis=1), x.max(axis=1), color=color, alpha=0.15, lw=0
+                )
+                axes.plot(settings.powers[i], means[i], "o", color=color, ms=9, mec="white")
+            axes.set(title=what, xlabel="learning rate", xticks=settings.powers)
+            axes.set_xticklabels([f"$2^{{{power}}}$" for power in settings.powers])
+        both[0].set(ylabel="held-out loss, nats a character")
+        both[1].legend(title=f"dots: the best rates;\nbands: all {settings.seeds} seeds")
+        figure.savefig(path, dpi=100)
+
+
+COLORS = ("#56B4E9", "#0072B2", "#D55E00")
+STYLE = {
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+SECTION = re.compile(r"(<!-- widths -->\n).*?(<!-- /widths -->)", re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> Table:
+    """Run the command; `argv` is the command line, None means the program's own."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small and short, in seconds")
+    parser.add_argument("--output", type=Path, default=Path("widths.png"), help="the picture")
+    parser.add_argument("--markdown", type=Path, help="a page with <!-- widths --> to write into")
+    options = parser.parse_args(argv)
+    settings = QUICK if options.quick else Settings()
+    if options.markdown and not SECTION.search(options.markdown.read_text()):
+        parser.error(f"argument --markdown: no section <!-- widths --> in {options.markdown}")
+    found = measured(settings)
+    made = table(found, settings)
+    Console().print(made.rich())
+    draw(found, settings, options.output)
+    if options.markdown:
+        rows = made.markdown().partition("\n\n")[2]  # the page has a heading of its own
+        text = options.markdown.read_text()
+        options.markdown.write_text(SECTION.sub(lambda m: f"{m[1]}\n{rows}\n{m[2]}", text))
+    return made
+
+
+if __name__ == "__main__":
+    main()
