@@ -240,7 +240,7 @@ def draw(found: dict[str, dict[int, np.ndarray]], settings: Settings, path: Path
 
 
 COLORS = ("#56B4E9", "#0072B2", "#D55E00")
-STYLE = {
+STYLE: Any = {
     "font.size": 12,
     "axes.titlesize": 13,
     "axes.titleweight": "bold",
