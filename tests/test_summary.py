@@ -4,6 +4,7 @@ import functools
 import math
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -467,6 +468,30 @@ def test_shapes_on_a_mesh_that_is_not_there_have_bytes_on_a_device_too():
     assert re.search(rf"at least +28 .* {28 * (4 + 12 + 4)} B\n", str(found))
     whole = adamx.summary(adamx.adamw(0.1), abstract())
     assert whole.bytes_per_device == whole.bytes and "a device" not in str(whole)
+
+
+CHIPS = {  # the columns of the table: optimizer, and the parameters' dtype
+    "float32": (lambda: adamx.adamw(1e-3), jnp.float32),
+    "packed16": (lambda: adamx.adamw(1e-3, moments="packed16"), jnp.float32),
+    "packed8": (lambda: adamx.adamw(1e-3, moments="packed8"), jnp.float32),
+    "remainder8": (
+        lambda: adamx.master_weights(adamx.adamw(1e-3, moments="packed8"), "remainder8"),
+        jnp.bfloat16,
+    ),
+}
+
+
+def test_the_table_of_bytes_on_each_chip_is_what_summary_counts():
+    page = (Path(__file__).parents[1] / "docs" / "scaling-up.md").read_text()
+    rows = re.findall(r"^\| (\d+)B, (\d+) \| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) == 6
+    for billions, chips, cells in rows:
+        where = NamedSharding(AbstractMesh((int(chips),), ("data",)), PartitionSpec("data"))
+        size = int(billions) * 10**9
+        for cell, (make, dtype) in zip(cells.split(" | "), CHIPS.values(), strict=True):
+            like = jax.ShapeDtypeStruct((512, size // 512), dtype, sharding=where)
+            found = sum(adamx.summary(make(), like).bytes_per_device.values()) / 1e9
+            assert cell == f"{found:.3g}"
 
 
 # ------------------------------------------------------------------------- what it warns of
