@@ -648,6 +648,20 @@ def into_torch(tx, group, names=NAMES, params=None):
     return adamx.to_torch(tx.init(params), tx, params, names=names, like=like)
 
 
+def test_a_parameter_that_never_had_a_gradient_begins_now():
+    ones = {"exp_avg": np.ones(2), "exp_avg_sq": np.ones(2)}
+    state_dict = {
+        "state": {1: {"step": np.float32(5), **ones}},
+        "param_groups": [{"params": [0, 1], "amsgrad": False, "lr": 0.1}],
+    }
+    params, tx = {"a": jnp.ones(2), "b": jnp.ones(2)}, adamx.adam(0.1)
+    state = adamx.from_torch(state_dict, tx, params, names={"a": 0, "b": 1})
+    assert {k: int(v["count"]) for k, v in state["began"].items()} == {"a": 5}
+    assert not state["mu"]["a"].any() and state["nu"]["b"].all()
+    updates, _ = tx.update(params, state, params)
+    np.testing.assert_allclose(updates["a"], -0.1, rtol=2e-6)  # Adam's first step, but for eps
+
+
 def rising(step):
     return 0.9 - 0.4 / (1 + jnp.asarray(step, jnp.float32))
 

@@ -81,7 +81,7 @@ def assemble(
         found: the slots.
         count: the number of steps taken.
         given: recorded scalars that are known; the others are computed.
-        late: the counts at which leaves began late, by path.
+        late: the counts at which leaves began late, by path; those at `count` have start values.
 
     Raises:
         ValueError: if a slot is missing, is left over, or does not fit, or the count overflows.
@@ -90,14 +90,16 @@ def assemble(
         raise ValueError(f"{function}: count must be in [0, 2^31), got {count}")
     shapes = jax.eval_shape(functools.partial(lifting.init, tx), params)
     own = {slot: slot_of_kind(slot, tx.tree_names()) or slot for slot in found}
+    anew = {path for path, began in late.items() if began == count}
+    first = lifting.init(tx, params) if anew else shapes
     left = {own[slot]: dict(leaves) for slot, leaves in found.items()}
     entries: State = {}
     for slot in tx.tree_names():
-        paths, starts, treedef = flatten(shapes[slot])
+        paths, starts, treedef = flatten(first[slot])
         values = []
         for name, start in zip(paths, starts, strict=True):
-            if start is None:
-                values.append(None)
+            if start is None or name in anew:
+                values.append(start)
                 continue
             if name not in left.get(slot, {}):
                 names = sorted(slot for slot, leaves in left.items() if leaves)

@@ -93,7 +93,7 @@ def from_torch(
     Returns:
         The state: count, slots, and the recorded scalars after that many steps. PyTorch counts the
         steps of each parameter, and none without a gradient: the count is the largest of them, and
-        a leaf with fewer has an entry in `began`, so that it goes on as one of its own age.
+        a leaf with fewer, or with no entry yet, has one in `began`, and goes on at its own age.
 
     Raises:
         TypeError: if `tx` is not an adamx transformation or `state_dict` not an optimizer's.
@@ -138,6 +138,8 @@ def from_torch(
             f"{number}: leave count out"
         )
     late = {path: number - own for path, own in steps.items() if own < number}
+    if steps:  # PyTorch has no entry for a parameter that never had a gradient
+        late |= {path: number for path, (index, _) in places.items() if not states.get(index)}
     return assemble(function, "the state_dict", tx, params, found, number, {}, late)
 
 
