@@ -442,10 +442,24 @@ def test_a_state_from_the_host_goes_where_its_parameters_are(kind, saved_by):
         state, _ = adamx.adapt_state(tx, params, saved, saved_by=saved_by)
         assert_like(state, wanted)
     if saved_by is None:
-        assert_like(adamx.from_optax(jax.device_get(theirs), tx, params), wanted)
+        for saved in (theirs, jax.device_get(theirs)):  # Optax's count is on one device
+            assert_like(adamx.from_optax(saved, tx, params), wanted)
+        group = {"params": [0, 1], "decoupled_weight_decay": True, "amsgrad": False}
+        moments = {p: {k: np.ones(x.shape) for k in MOMENTS} for p, x in params.items()}
+        of_torch = {i: {"step": 3 - i} | x for i, x in enumerate(moments.values())}
+        names: Any = dict(zip(moments, of_torch, strict=True))
+        torch = {"state": of_torch, "param_groups": [group]}
+        late = adamx.from_torch(torch, tx, params, names=names)
+        began = adamx.state_sharding(tx, params, state=late)
+        assert list(late["began"]) == [list(names)[1]] and jax.tree.leaves(began["began"])
+        for x, where in zip(*map(jax.tree.leaves, (late, began)), strict=True):
+            assert x.sharding.is_equivalent_to(where, x.ndim)
         step: Any = adamx.make_step(tx)
         step(jax.tree.map(jnp.copy, params), state, params)
         assert step._cache_size() == 1
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def assert_like(state, wanted):
