@@ -65,7 +65,7 @@ class Summary:
         """The bytes of "parameters", "gradients" (in the parameters' dtypes) and "slots"."""
         params = sum(bytes_of(leaf.param) for leaf in self.leaves)
         slots = sum(leaf.slot_bytes for leaf in self.leaves)
-        return {"parameters": params, "gradients": params, "slots": slots}
+        return _by_kind(params, slots)
 
     @property
     def bytes_per_device(self) -> dict[str, int]:
@@ -74,7 +74,7 @@ class Summary:
         A parameter without a sharding is whole on each device.
         """
         params, slots = self._on_a_device("parameter"), self._on_a_device("slots")
-        return {"parameters": params, "gradients": params, "slots": slots}
+        return _by_kind(params, slots)
 
     def _on_a_device(self, what: str) -> int:
         return sum(leaf.per_device[what] for leaf in self.leaves)
@@ -225,6 +225,11 @@ def summary(
     said += likely_mistakes(tx, leaves)
     composition = repr(tx) if isinstance(tx, Transformation) else f"{factory_name(tx)}(...)"
     return Summary(tuple(leaves), scalars, composition, tuple(said), by)
+
+
+def _by_kind(params: int, slots: int) -> dict[str, int]:
+    """Return bytes by what they are of; gradients have the parameters' dtypes and shardings."""
+    return {"parameters": params, "gradients": params, "slots": slots}
 
 
 def derived(tx: Transformation) -> Formula:
