@@ -24,12 +24,12 @@ from jax.core import Tracer
 from adamx.core.concept import Slots
 from adamx.core.errors import describe
 from adamx.core.leaves import take_apart
-from adamx.core.lifting import BEGAN, State
+from adamx.core.lifting import BEGAN, State, beginnings
 from adamx.core.paths import at, flatten, leaves_by_path
 from adamx.core.sharding import placed
 from adamx.core.transformation import Transformation
 from adamx.growth import Leaves, Rows, grown_leaf, grown_leaves, saved_shape, with_new_rows
-from adamx.late_start import beginnings, begun, newcomers, present
+from adamx.late_start import begun, newcomers, present
 from adamx.storage import masters
 from adamx.storage.moments import decoded, decoded_slots, encoded
 

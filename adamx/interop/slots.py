@@ -18,11 +18,10 @@ from adamx.core.chain import chain
 from adamx.core.concept import parts
 from adamx.core.errors import describe
 from adamx.core.foreign import named
-from adamx.core.lifting import BEGAN, State
+from adamx.core.lifting import BEGAN, State, beginnings
 from adamx.core.paths import flatten
 from adamx.core.sharding import placed
 from adamx.core.transformation import Transformation
-from adamx.late_start import beginnings
 from adamx.storage.moments import slot_of_kind
 from adamx.storage.storage import Storage
 
