@@ -20,7 +20,7 @@ from adamx.core import errors
 from adamx.core.concept import parts
 from adamx.core.foreign import named
 from adamx.core.leaves import take_apart
-from adamx.core.lifting import BEGAN, State, committed_with
+from adamx.core.lifting import BEGAN, State, beginnings, committed_with
 from adamx.core.paths import (
     Pattern,
     at,
@@ -103,15 +103,6 @@ def reset(
 def present(params: Any) -> list[str]:
     """Return the paths of the leaves that are not None."""
     return [path for path, x in zip(*flatten(params)[:2], strict=True) if x is not None]
-
-
-def beginnings(tx: Transformation, params: Any, paths: Sequence[str], count: Any) -> State:
-    """Return the entries of leaves that begin at a count, by path; each has arrays of its own."""
-    bound, found = tx.for_tree(params), leaves_by_path(params)
-    return {
-        path: {"count": jnp.array(count, jnp.int32)} | bound.beginning(path, found[path])
-        for path in paths
-    }
 
 
 def begun(tx: Transformation, params: Any, state: State, paths: Sequence[str]) -> State:

@@ -24,11 +24,12 @@ from jax.core import Tracer
 from adamx.core.concept import Slots
 from adamx.core.errors import describe
 from adamx.core.leaves import take_apart
-from adamx.core.lifting import BEGAN, State
+from adamx.core.lifting import BEGAN, State, beginnings
 from adamx.core.paths import at, flatten, leaves_by_path
 from adamx.core.sharding import placed
 from adamx.core.transformation import Transformation
-from adamx.late_start import beginnings, begun, newcomers, present
+from adamx.growth import Leaves, Rows, grown_leaf, grown_leaves, saved_shape, with_new_rows
+from adamx.late_start import begun, newcomers, present
 from adamx.storage import masters
 from adamx.storage.moments import decoded, decoded_slots, encoded
 
@@ -43,12 +44,17 @@ class Adaptation:
         rounded: paths of counts that were saved in a dtype without every whole number up to them,
             such as 1000 in bfloat16: they may have been rounded when they were cast.
         late: paths of the leaves that begin now, since none of their slots was saved.
+        grown: paths in the state of the slots that got new rows, with start values.
+        shared: paths in the state of the slots without rows of leaves that grew, which go on for
+            old and new rows.
     """
 
     filled: tuple[str, ...]
     dropped: tuple[str, ...]
     rounded: tuple[str, ...] = ()
     late: tuple[str, ...] = ()
+    grown: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kinds = {
@@ -56,6 +62,8 @@ class Adaptation:
             "dropped": self.dropped,
             "carried over, but perhaps rounded when saved,": self.rounded,
             "began": self.late,
+            "added rows to": self.grown,
+            "kept for old and new rows": self.shared,
         }
         said = [f"{kind} {len(paths)}: {_some(paths)}." for kind, paths in kinds.items() if paths]
         return "adapt_state: " + (" ".join(said) or "everything was carried over.")
@@ -66,7 +74,12 @@ def _some(paths: tuple[str, ...]) -> str:
 
 
 def adapt_state(
-    tx: Transformation, params: Any, saved: Any, *, saved_by: Transformation | None = None
+    tx: Transformation,
+    params: Any,
+    saved: Any,
+    *,
+    saved_by: Transformation | None = None,
+    rows: Rows | None = None,
 ) -> tuple[State, Adaptation]:
     """Return the state that `tx` needs, with all entries that it shares with `saved`.
 
@@ -79,6 +92,12 @@ def adapt_state(
     else that depends on the number of its steps, are then those of a run that began there, with
     schedules where the whole run has them.
 
+    A leaf that grew, such as the embedding of a larger vocabulary, is named in `rows`: its saved
+    rows keep their slots, and the rows after them start as in `tx.init`, masters from their
+    parameters. A slot that has no rows, such as Adam-mini's mean square of a column, goes on for
+    all of them. The new rows have the leaf's count: unlike a leaf that begins now, they take steps
+    for which old moments are corrected, three to seven times as long in Adam's first hundred.
+
     If the two use different storages, `saved_by` says how to read the saved slots: they are
     decoded, carried over and encoded anew, rounded once, without bias. Leaves that `tx` would
     decode to the same numbers stay as they are, bit for bit.
@@ -89,19 +108,23 @@ def adapt_state(
         saved: a state of another composition, or the same in the containers of a checkpoint.
         saved_by: the transformation that made `saved`; needed if a storage changes: another
             `moments=`, or other decays with "packed8", whose words depend on them. None otherwise.
+        rows: the axes along which leaves grew: {"embed": 0, "head/kernel": 1}, by patterns of
+            paths, of which the first match counts. None means that every leaf has its old shape.
 
     Returns:
         The state, and the filled, dropped and perhaps rounded paths, with `saved_by` by the names
-        in the formula, such as `mu`; and the paths of the leaves that begin now.
+        in the formula, such as `mu`; the paths of the leaves that begin now; and those of the
+        slots with new rows.
 
     Raises:
         TypeError: if `saved` has no `count`, so it is not a state of adamx; or if a count is no
             number.
         ValueError: if a count is not a whole number from 0 to 2^31 - 1; if a saved leaf differs in
-            shape from the parameter's slot, or is complex and the slot is real (the state of
-            another model); if a storage changes and `saved_by` is not given, or did not make
-            `saved`; if `keep` of `master_weights` changes; if a leaf begins now in a stage of
-            Optax, which has one count for all; or if two leaves have one path.
+            shape from the parameter's slot and did not grow as `rows` says, or is complex and the
+            slot is real (the state of another model); if a leaf of `rows` has fewer rows than were
+            saved, lacks the axis, or no leaf matches; if a storage changes and `saved_by` is not
+            given, or did not make `saved`; if `keep` of `master_weights` changes; if a leaf begins
+            now in a stage of Optax, which has one count for all; or if two leaves have one path.
 
     Example:
         >>> import adamx
@@ -127,11 +150,19 @@ def adapt_state(
         adapt_state: filled in 1: mu/new. began 1: new.
         >>> int(state["began"]["new"]["count"])
         1
+
+        An embedding that grew from two rows to three:
+
+        >>> state, adaptation = adapt_state(tx, {"w": jnp.ones(3)}, saved, rows={"w": 0})
+        >>> print(state["mu"]["w"], adaptation)
+        [0.1 0.1 0. ] adapt_state: added rows to 1: mu/w.
     """
+    first = _start(tx if saved_by is None else saved_by, params, saved)
+    grown = {} if rows is None else grown_leaves(rows, params, first, leaves_by_path(saved))
     if saved_by is None:
-        state, adaptation = _matched(_start(tx, params, saved), saved)
+        state, adaptation = _matched(first, saved, grown)
         return _with_newcomers(tx, params, state, adaptation, leaves_by_path(state))
-    before, misfit = _matched(_start(saved_by, params, saved), saved)
+    before, misfit = _matched(first, saved, grown)
     before = placed(before, saved_by, params)
     if misfit.filled or misfit.dropped:
         raise ValueError(
@@ -139,7 +170,7 @@ def adapt_state(
             f"not fit it: {_some(misfit.filled + misfit.dropped)}"
         )
     start = _start(tx, params, saved)
-    after, adaptation = _matched(_seen(start, tx, params), _seen(before, saved_by, params))
+    after, adaptation = _matched(_seen(start, tx, params), _seen(before, saved_by, params), grown)
     leaves = take_apart(params, None)
     bound = tx.for_tree(params)
     columns = {name: leaves.column(name, start[name]) for name in tx.tree_names()}
@@ -213,15 +244,21 @@ def _seen(state: State, tx: Transformation, params: Any) -> State:
     return others | {name: leaves.tree(column) for name, column in slots.items()}
 
 
-def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
-    """Return a state with its leaves replaced by the saved ones, matched by path and cast."""
+def _matched(start: State, saved: Any, grown: Leaves) -> tuple[State, Adaptation]:
+    """Return a state with its leaves replaced by the saved ones, matched by path and cast.
+
+    Args:
+        start: the first state.
+        saved: the saved one; slots of leaves that grew may have the old rows or all.
+        grown: which leaves grew.
+    """
     old = leaves_by_path(saved)
     if "count" not in old:
         raise TypeError(
             "adapt_state: saved must be a state of adamx, with 'count' at the top, "
             f"got {describe(saved)} with {sorted(old)[:4]}"
         )
-    filled, rounded = {}, []
+    filled, rounded, added, shared = {}, [], [], []
 
     def carried(name: str, first: Any) -> Any:
         if first is None:
@@ -229,12 +266,22 @@ def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
         if name not in old:
             filled[name] = first
             return first
-        value = old.pop(name)
-        if jnp.shape(value) != first.shape:
+        value, leaf = old.pop(name), grown_leaf(name, grown)
+        before = saved_shape(first.shape, leaf)
+        if jnp.shape(value) not in (before, first.shape):
             raise ValueError(
                 f"adapt_state: {name!r} was saved with shape {list(jnp.shape(value))} and has "
-                f"shape {list(first.shape)} here: is it the state of another model?"
+                f"shape {list(first.shape)} here: is it the state of another model? If the leaf "
+                "grew along one axis, name it: rows={path: axis}"
             )
+        value = cast(name, value, first)
+        if leaf is None:
+            return value
+        if first.ndim:  # no number that is the whole state's or the whole leaf's
+            (shared if before == first.shape else added).append(name)
+        return with_new_rows(value, first, leaf)
+
+    def cast(name: str, value: Any, first: Any) -> Any:
         if first.dtype == jnp.int32:
             if _may_be_rounded(value):
                 rounded.append(name)
@@ -258,7 +305,8 @@ def _matched(start: State, saved: Any) -> tuple[State, Adaptation]:
         other = lost.get(_place(name))
         if other and (_is_word(first) or _is_word(old[other])):
             raise _kept_otherwise(name, first, other, old[other])
-    return state, Adaptation(tuple(filled), tuple(sorted(old)), tuple(rounded))
+    found = map(tuple, (filled, sorted(old), rounded, (), added, shared))
+    return state, Adaptation(*found)
 
 
 def _count(name: str, value: Any, first: jax.Array) -> jax.Array:

@@ -115,7 +115,8 @@ def make_step(
     and the arrays that were passed are deleted. The order matters: JAX pairs donated arguments with
     outputs first come, first served, by shape and dtype; with the gradients first, or the state
     before the params, every array would be copied, without a warning. Arguments that do not fit
-    raise before anything is donated. A parameter whose gradient is None stays as it is.
+    raise before anything is donated. A parameter whose gradient is None stays as it is. Slots in
+    the host's memory are copied to the device for the step, and back (from JAX 0.10 on).
 
     An array that occurs twice, as tied weights do, or the first parameters that the first state of
     a method such as `optax.contrib.prodigy` holds, is copied before it is donated. The step looks
@@ -299,13 +300,35 @@ def _step(tx: Any, rounding: str, moves: bool = True) -> Any:
     update = optax.with_extra_args_support(tx).update
 
     def step(params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
+        given, state = state, _on_device(state)
         if rounding == "nearest" or not moves:
             updates, state = update(grads, state, params, **extra)
-            return apply_updates(params, updates) if moves else None, state
-        updates, state = lifting.update(tx, grads, state, params, extra, wide=True)
-        return apply_updates(params, updates, rounding=rounding, count=state["count"]), state
+            params = apply_updates(params, updates) if moves else None
+        else:
+            updates, state = lifting.update(tx, grads, state, params, extra, wide=True)
+            params = apply_updates(params, updates, rounding=rounding, count=state["count"])
+        return params, _in_memory_of(given, state)
 
     return step
+
+
+def _on_device(tree: Any) -> Any:
+    """Return a tree of which the arrays in the host's memory are copied to the device."""
+    return jax.tree.map(
+        lambda x: jax.device_put(x, jax.memory.Space.Device) if _is_on_host(x) else x, tree
+    )
+
+
+def _in_memory_of(like: Any, tree: Any) -> Any:
+    """Return a tree with its arrays in the host's memory where those of another are there."""
+    if not any(map(_is_on_host, jax.tree.leaves(like))):
+        return tree
+    put = lambda old, x: jax.device_put(x, jax.memory.Space.Host) if _is_on_host(old) else x  # noqa: E731
+    return jax.tree.map(put, like, tree)
+
+
+def _is_on_host(x: Any) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def _program_apart(between: Between, rounding: str, out_shardings: Any) -> Any:

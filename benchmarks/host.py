@@ -182,6 +182,19 @@ def host_work() -> dict[str, tuple[Callable[[Any], Callable[[], Any]], int]]:
 
         return prepared
 
+    def compiled(tx: Any) -> Any:
+        def prepared(like: Any) -> Any:
+            state = jax.eval_shape(tx.init, like)
+            lowered: Any = adamx.make_step(tx).lower(like, state, like)
+            return lowered.compile
+
+        return prepared
+
+    def grown(like: Any) -> Any:
+        small, large = filled(like), jax.tree.map(lambda _: jnp.ones(3), like)
+        state = tx.init(small)
+        return lambda: adamx.adapt_state(tx, large, state, rows={"*": 0})
+
     def layout(like: Any) -> Any:
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -219,6 +232,8 @@ def host_work() -> dict[str, tuple[Callable[[Any], Callable[[], Any]], int]]:
         "trace, optax": (trace(theirs), most),
         "lower": (lower(tx), most),
         "lower, optax": (lower(theirs), most),
+        "compile": (compiled(tx), 1000),
+        "compile, optax": (compiled(theirs), 1000),
         "trace, clip and mask": (trace(clip), most),
         "trace, two groups": (trace(groups), most),
         "monitor: eval_shape(init)": (init(watched), most),
@@ -226,6 +241,7 @@ def host_work() -> dict[str, tuple[Callable[[Any], Callable[[], Any]], int]]:
         "summary": (lambda like: lambda: str(adamx.summary(tx, like)), most),
         "state_sharding": (layout, most),
         "adapt_state": (adapted, most),
+        "adapt_state, rows": (grown, most),
         "compare": (compared, 1000),
         "audit": (audited, 1000),
     }

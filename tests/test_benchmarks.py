@@ -18,11 +18,13 @@ import numpy as np
 import optax
 import pytest
 from rich.progress import Progress
+from scripts import is_a_picture
 
 import adamx
 from adamx.inspect.program import count_copies, read_program
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
 around: Any = importlib.import_module("around")
 measure: Any = importlib.import_module("measure")
 side_by_side: Any = importlib.import_module("side_by_side")
@@ -246,6 +248,40 @@ def test_every_recorded_run_of_pytorch_is_on_the_family_page(family: Any) -> Non
     listed = {case for cases in family.CASES.values() for case in cases}
     left = {"adam_l2", "sgd_l2", "sgd_momentum_l2"}
     assert listed == family.old_members.TORCH.keys() - left
+
+
+# --- The best rate at three widths ---------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_rates_of_widths_are_measured_drawn_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: Any = importlib.import_module("widths")
+    page, picture = tmp_path / "page.md", tmp_path / "widths.png"
+    page.write_text("before\n<!-- widths -->\nold\n<!-- /widths -->\nafter\n")
+    drawn: list[Any] = []
+    draw = widths.draw
+    monkeypatch.setattr(widths, "draw", lambda *given: (drawn.append(given[0]), draw(*given)))
+    made = widths.main(["--quick", "--output", str(picture), "--markdown", str(page)])
+    assert is_a_picture(picture)
+    text, there = page.read_text(), (ROOT / "docs" / "scaling-up.md").read_text()
+    assert text.startswith("before\n<!-- widths -->\n\n|") and "old" not in text
+    assert text.endswith("<!-- /widths -->\nafter\n")
+    number = re.compile(r"2[⁻⁰¹²³⁴-⁹]+|width \d+")
+    section = number.sub("#", there[there.index("<!-- widths -->") :])
+    for row in made.rows:
+        assert "| " + number.sub("#", row[0]) + " |" in section
+    (found,), settings = drawn, widths.QUICK
+    without, with_rules = found[widths.WITHOUT], found[widths.WITH]
+    assert [*without] == [*with_rules] == [*settings.widths]
+    np.testing.assert_array_equal(without[16], with_rules[16])  # where all factors are 1
+    assert (without[32] != with_rules[32]).all() and without[32].shape == (2, 2)
+    # the draws are the same, and of the deviations only the last kernel's is another
+    rules = adamx.width_rules(widths.shapes(16, settings), widths.shapes(32, settings))
+    plain, ruled = (widths.first_weights(32, settings, 0, r) for r in (None, rules))
+    np.testing.assert_allclose(ruled.pop("head"), plain.pop("head") / 2**0.5, rtol=3e-7)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), plain, ruled)
 
 
 # --- What the compiled programs say --------------------------------------------------------------

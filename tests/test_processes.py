@@ -6,12 +6,14 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -154,3 +156,64 @@ def test_what_cannot_run_is_refused(arguments, said):
     )
     assert found.returncode == 2
     assert said in found.stderr
+
+
+COMPARING = """
+import sys
+
+import jax
+
+number, port = map(int, sys.argv[1:])
+jax.config.update("jax_num_cpu_devices", 2 if number >= 0 else 4)
+if number >= 0:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import adamx
+
+mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+
+
+def put(x, *spec):
+    where = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((8, 3), np.float32)
+    w[seed % 8] *= 2.0 ** (20 * seed)  # the largest difference is in one process alone
+    return {"b": put(rng.standard_normal(3, np.float32)), "w": put(w, "x")}
+
+
+params = draw(9)
+assert (number < 0) == params["w"].is_fully_addressable
+found = adamx.compare(adamx.adam(0.1), optax.adam(0.1, b2=0.9), params, draw, steps=3)
+print(repr(found))
+"""
+
+
+@pytest.mark.slow
+def test_what_several_processes_compare_is_what_one_does():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def start(number: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", COMPARING, str(number), str(port)]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=ENVIRONMENT, **pipes)
+
+    started = [start(number) for number in (0, 1, -1)]
+    try:
+        said = [process.communicate(timeout=NEVER) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0, 0], said
+    first, second, alone = (out.splitlines()[-1] for out, _ in said)
+    assert first == second == alone and alone.startswith("Comparison(")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import thinned
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from table import TRANSFORMATIONS, every, of_each_kind
@@ -335,31 +336,36 @@ def test_a_step_keeps_the_slots_divided_on_a_mesh_of_either_kind(name, kind):
     assert params["w"].sharding.is_fully_replicated
 
 
-def test_slots_can_lie_in_the_memory_of_the_host():
-    tx = adamx.adamw(1e-2)
-    params, _ = placed("fsdp")
-    on_device = adamx.state_sharding(tx, params)
+ON_HOST = {
+    "adamw": (lambda: adamx.adamw(1e-2), "nearest"),
+    "stochastic rounding": (lambda: adamx.sgd(1e-2, momentum=0.5), "stochastic"),
+    "programs between full steps": (
+        lambda: adamx.monitor(adamx.accumulate(adamx.adamw(1e-2, moments="packed8"), 2), every=3),
+        "nearest",
+    ),
+}
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA cannot compile it for devices")
+@pytest.mark.parametrize("name", thinned(ON_HOST, keep=3))
+def test_slots_can_lie_in_the_memory_of_the_host(name):
+    make, rounding = ON_HOST[name]
+    tx, (params, _) = make(), placed("fsdp")
     on_host = adamx.state_sharding(tx, params, memory_kind="pinned_host")
     scalar = {"b": jax.device_put(jnp.ones(()), NamedSharding(mesh_of(), P()))}
-    stays = adamx.state_sharding(tx, scalar, memory_kind="pinned_host")
+    stays = adamx.state_sharding(adamx.adamw(1e-2), scalar, memory_kind="pinned_host")
     assert stays["mu"]["b"] == scalar["b"].sharding
-    of_params = jax.tree.map(lambda x: x.sharding, params)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(of_params, on_host))
-    def step(params, state, grads):
-        state = jax.device_put(state, on_device)
-        updates, state = tx.update(grads, state, params)
-        return adamx.apply_updates(params, updates), state
-
+    kept = jax.jit(tx.init)(params)
+    where = jax.tree.map(lambda x: x.sharding, (params, kept))
     state = jax.jit(tx.init, out_shardings=on_host)(params)
-    for t in range(3):
+    same = jax.tree.map(jnp.copy, params)
+    step = adamx.make_step(tx, rounding=rounding)
+    alone = adamx.make_step(tx, rounding=rounding, out_shardings=where)
+    for t in range(4):
         params, state = step(params, state, gradients(t, params))
-        assert state["mu"]["w"].sharding.memory_kind == "pinned_host"
-        assert state["count"].sharding.memory_kind == params["w"].sharding.memory_kind
-    same, alone, kept = adamx.make_step(tx), numbers(0), tx.init(numbers(0))
-    for t in range(3):
-        alone, kept = same(alone, kept, gradients(t, alone))
-    jax.tree.map(np.testing.assert_array_equal, params, alone)
+        same, kept = alone(same, kept, gradients(t, same))
+        jax.tree.map(lambda x, place: x.sharding == place or pytest.fail(), state, on_host)
+    jax.tree.map(np.testing.assert_array_equal, (params, state), (same, kept))
 
 
 @pytest.mark.usefixtures("x64")
@@ -436,10 +442,24 @@ def test_a_state_from_the_host_goes_where_its_parameters_are(kind, saved_by):
         state, _ = adamx.adapt_state(tx, params, saved, saved_by=saved_by)
         assert_like(state, wanted)
     if saved_by is None:
-        assert_like(adamx.from_optax(jax.device_get(theirs), tx, params), wanted)
+        for saved in (theirs, jax.device_get(theirs)):  # Optax's count is on one device
+            assert_like(adamx.from_optax(saved, tx, params), wanted)
+        group = {"params": [0, 1], "decoupled_weight_decay": True, "amsgrad": False}
+        moments = {p: {k: np.ones(x.shape) for k in MOMENTS} for p, x in params.items()}
+        of_torch = {i: {"step": 3 - i} | x for i, x in enumerate(moments.values())}
+        names: Any = dict(zip(moments, of_torch, strict=True))
+        torch = {"state": of_torch, "param_groups": [group]}
+        late = adamx.from_torch(torch, tx, params, names=names)
+        began = adamx.state_sharding(tx, params, state=late)
+        assert list(late["began"]) == [list(names)[1]] and jax.tree.leaves(began["began"])
+        for x, where in zip(*map(jax.tree.leaves, (late, began)), strict=True):
+            assert x.sharding.is_equivalent_to(where, x.ndim)
         step: Any = adamx.make_step(tx)
         step(jax.tree.map(jnp.copy, params), state, params)
         assert step._cache_size() == 1
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def assert_like(state, wanted):

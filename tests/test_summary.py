@@ -2,7 +2,9 @@
 
 import functools
 import math
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from table import TRANSFORMATIONS, every
 
 import adamx
@@ -415,6 +418,80 @@ def test_a_foreign_state_is_listed_as_it_is():
     assert found.formula.startswith("w_t <- w_{t-1} - lr scale_by_adam(g_t)")
     single = adamx.summary(optax.adam(0.1), jax.ShapeDtypeStruct((3,), jnp.float32))
     assert single.bytes["slots"] == 24 and single.scalars == 4
+
+
+def sharded(mesh: Any) -> Any:
+    """Return shapes: a matrix over both axes of a mesh, a vector over one, one that is whole."""
+    specs = {"b": ((8,), ("y",)), "place": ((3, 4), ()), "w": ((8, 4), ("x", "y"))}
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec))
+        )
+        for name, (shape, spec) in specs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        adamx.adam_mini(0.1),
+        adamx.master_weights(adamx.adamw(0.1, moments="packed8")),
+        adamx.skip_nonfinite(adamx.by_path({"b": None}, default=adamx.adam(0.1))),
+        optax.adam(0.1),
+    ],
+    ids=["smaller slots", "packed8", "a group that is frozen", "Optax"],
+)
+def test_bytes_on_a_device_are_those_of_the_arrays_there(tx):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    params = {n: jax.device_put(jnp.ones(x.shape), x.sharding) for n, x in sharded(mesh).items()}
+    found = adamx.summary(tx, params)
+
+    def there(tree):
+        arrays = [x for x in jax.tree.leaves(tree) if x.ndim]
+        return sum(x.addressable_shards[0].data.nbytes for x in arrays)
+
+    on_device = found.bytes_per_device
+    state = jax.device_put(tx.init(params), adamx.state_sharding(tx, params))
+    assert on_device == {
+        "parameters": there(params),
+        "gradients": there(params),
+        "slots": there(state),
+    }
+    total = re.search(r"together +\S+ +\S+ B +(\d+) B\n", str(found))
+    assert total and int(total[1]) == sum(on_device.values())
+
+
+def test_shapes_on_a_mesh_that_is_not_there_have_bytes_on_a_device_too():
+    found = adamx.summary(adamx.adamw(0.1), sharded(AbstractMesh((4, 2), ("x", "y"))))
+    assert found.bytes["slots"] == 8 * (8 + 12 + 32)
+    assert found.bytes_per_device["slots"] == 8 * (4 + 12 + 4)
+    assert re.search(rf"at least +28 .* {28 * (4 + 12 + 4)} B\n", str(found))
+    whole = adamx.summary(adamx.adamw(0.1), abstract())
+    assert whole.bytes_per_device == whole.bytes and "a device" not in str(whole)
+
+
+CHIPS = {  # the columns of the table: optimizer, and the parameters' dtype
+    "float32": (lambda: adamx.adamw(1e-3), jnp.float32),
+    "packed16": (lambda: adamx.adamw(1e-3, moments="packed16"), jnp.float32),
+    "packed8": (lambda: adamx.adamw(1e-3, moments="packed8"), jnp.float32),
+    "remainder8": (
+        lambda: adamx.master_weights(adamx.adamw(1e-3, moments="packed8"), "remainder8"),
+        jnp.bfloat16,
+    ),
+}
+
+
+def test_the_table_of_bytes_on_each_chip_is_what_summary_counts():
+    page = (Path(__file__).parents[1] / "docs" / "scaling-up.md").read_text()
+    rows = re.findall(r"^\| (\d+)B, (\d+) \| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) == 6
+    for billions, chips, cells in rows:
+        where = NamedSharding(AbstractMesh((int(chips),), ("data",)), PartitionSpec("data"))
+        size = int(billions) * 10**9
+        for cell, (make, dtype) in zip(cells.split(" | "), CHIPS.values(), strict=True):
+            like = jax.ShapeDtypeStruct((512, size // 512), dtype, sharding=where)
+            found = sum(adamx.summary(make(), like).bytes_per_device.values()) / 1e9
+            assert cell == f"{found:.3g}"
 
 
 # ------------------------------------------------------------------------- what it warns of

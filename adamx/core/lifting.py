@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +42,7 @@ from adamx.core.concept import (
 )
 from adamx.core.kernel import Now, Variant
 from adamx.core.leaves import Leaves, completed, take_apart
+from adamx.core.paths import leaves_by_path
 from adamx.core.precision_warning import warn_of_rounding
 from adamx.core.shard import check_alike
 from adamx.core.step import Step
@@ -264,6 +265,15 @@ def age(state: Mapping[str, Any], path: str) -> Any:
     """
     own = state.get(BEGAN, {}).get(path)
     return state["count"] if own is None else state["count"] - own["count"]
+
+
+def beginnings(tx: Stage, params: Any, paths: Sequence[str], count: Any) -> State:
+    """Return the entries of leaves that begin at a count, by path; each has arrays of its own."""
+    bound, found = tx.for_tree(params), leaves_by_path(params)
+    return {
+        path: {"count": jnp.array(count, jnp.int32)} | bound.beginning(path, found[path])
+        for path in paths
+    }
 
 
 def run(tx: Stage, leaves: Leaves, step: Step) -> tuple[Leaves, State]:

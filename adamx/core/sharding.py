@@ -94,8 +94,8 @@ def state_sharding(
         param = with_path_of(path, known)
         if param is None or leaf.ndim == 0:
             return everywhere
-        where = _alike(_divided(param.sharding, param.shape, axes), param.shape, leaf.shape)
-        slots.append(where != _alike(param.sharding, param.shape, leaf.shape))
+        where = alike(_divided(param.sharding, param.shape, axes), param.shape, leaf.shape)
+        slots.append(where != alike(param.sharding, param.shape, leaf.shape))
         return where if memory_kind is None else where.with_memory_kind(memory_kind)
 
     shapes = jax.eval_shape(tx.init, params) if state is None else jax.eval_shape(lambda: state)
@@ -137,7 +137,7 @@ def _on_all_devices(shardings: list[Sharding]) -> Sharding | None:
     return shardings[0] if shardings else None
 
 
-def _alike(where: Sharding, param: tuple[int, ...], shape: tuple[int, ...]) -> Sharding:
+def alike(where: Sharding, param: tuple[int, ...], shape: tuple[int, ...]) -> Sharding:
     """Return a sharding of a parameter along the axes that a slot shares with it."""
     if shape == param or not isinstance(where, NamedSharding):
         return where

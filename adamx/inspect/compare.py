@@ -5,13 +5,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from adamx.core.foreign import as_transformation
 from adamx.core.paths import leaves_by_path
@@ -96,7 +97,8 @@ def compare(
 ) -> Comparison:
     """Run two transformations on the same gradients and report where they diverge.
 
-    Each has its own parameters from the same start; both steps are jitted.
+    Each has its own parameters from the same start; both steps are jitted. Parameters may be
+    sharded, also over several processes, which then all call this.
 
     Args:
         tx_a: an adamx or Optax transformation.
@@ -150,7 +152,7 @@ def _step(tx: optax.GradientTransformation) -> Callable[..., Any]:
 
 def _difference(a: Any, b: Any) -> Difference:
     there = _arrays(b)
-    leaves = [_largest(path, x, there[path]) for path, x in _arrays(a).items()]
+    leaves = _differences([(path, x, there[path]) for path, x in _arrays(a).items()])
     worst = max(leaves, key=lambda leaf: leaf.ulps, default=Difference())
     return dataclasses.replace(
         worst,
@@ -159,9 +161,53 @@ def _difference(a: Any, b: Any) -> Difference:
     )
 
 
-def _largest(path: str, a: np.ndarray, b: np.ndarray) -> Difference:
+def _differences(triples: Sequence[tuple[str, Any, Any]]) -> list[Difference]:
+    """Return the difference of each two arrays, with their path.
+
+    Of arrays that several processes hold, each looks at its own shards, and they exchange the
+    numbers of `_measured`, of which the largest count.
+    """
+    found = np.zeros((len(triples), 4))
+    for row, (_, a, b) in zip(found, triples, strict=True):
+        for x, y in _parts(a, b):
+            row[:] = np.maximum(row, _measured(x, y))
+    if any(map(_is_spread, (x for _, *two in triples for x in two))):
+        words = multihost_utils.process_allgather(found.view(np.uint32))  # float64, bit for bit
+        found = np.asarray(words).view(np.float64).max(axis=0)
+    differences = []
+    for (path, *_), (relative, ulps, gap, largest) in zip(triples, found.tolist(), strict=True):
+        of_largest = np.inf if np.isinf(relative) else gap / largest if gap else 0.0
+        told = Difference(relative, ulps, of_largest, path)
+        differences.append(told if ulps else Difference())
+    return differences
+
+
+def _is_spread(x: Any) -> bool:
+    """Say whether no process holds the whole array."""
+    shared = isinstance(x, jax.Array) and not x.is_fully_addressable
+    return shared and not x.is_fully_replicated
+
+
+def _parts(a: Any, b: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield two arrays, or the shards of them that this process holds."""
+    if not _is_spread(a) and not _is_spread(b):
+        yield np.asarray(a), np.asarray(b)
+        return
+    where = (a if _is_spread(a) else b).sharding
+    a, b = jax.device_put((a, b), where)
+    others = {shard.device: shard.data for shard in b.addressable_shards}
+    for shard in a.addressable_shards:
+        yield np.asarray(shard.data), np.asarray(others[shard.device])
+
+
+def _measured(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float, float]:
+    """Return the largest difference relative and in ULPs, the largest one, the largest number.
+
+    The first two are infinite where only one is NaN or infinite, or where integers differ.
+    """
     if a.size == 0 or not jnp.issubdtype(a.dtype, jnp.inexact):
-        return Difference() if np.array_equal(a, b) else Difference(np.inf, np.inf, np.inf, path)
+        off = 0.0 if np.array_equal(a, b) else np.inf
+        return off, off, 0.0, 0.0
     spacing = max(jnp.finfo(a.dtype).eps, jnp.finfo(b.dtype).eps)
     smallest = max(jnp.finfo(a.dtype).tiny, jnp.finfo(b.dtype).tiny)
     wide = np.complex128 if np.iscomplexobj(a) else np.float64
@@ -175,12 +221,9 @@ def _largest(path: str, a: np.ndarray, b: np.ndarray) -> Difference:
     # one ULP of x is eps * 2^floor(log2 |x|); below the smallest normal number it is constant
     exponent = np.floor(np.log2(np.maximum(scale, float(smallest))))
     ulps = np.where(bad, np.inf, gap / (float(spacing) * np.exp2(exponent)))
-    if not ulps.any():
-        return Difference()
     finite = np.isfinite(a) & np.isfinite(b)
     largest = np.where(finite, np.maximum(np.abs(a), np.abs(b)), 0).max()
-    of_largest = np.inf if bad.any() else gap.max() / largest
-    return Difference(float(relative.max()), float(ulps.max()), float(of_largest), path)
+    return relative.max(), ulps.max(), np.where(finite, gap, 0).max(), largest
 
 
 def _side_by_side(a: Any, b: Any) -> tuple[dict[str, Difference], list[str]]:
@@ -202,10 +245,10 @@ def _side_by_side(a: Any, b: Any) -> tuple[dict[str, Difference], list[str]]:
         if path not in pairs and first is not None:
             pairs[path] = first
             taken.add(first)
+    paired = [(path, left[path], right[pairs[path]]) for path in left if path in pairs]
     slots = {
-        path: dataclasses.replace(_largest(path, left[path], right[pairs[path]]), path=path)
-        for path in left
-        if path in pairs
+        path: dataclasses.replace(difference, path=path)
+        for (path, *_), difference in zip(paired, _differences(paired), strict=True)
     }
     unmatched = [p for p in left if p not in slots]
     return slots, unmatched + [p for p in right if p not in taken]
@@ -216,9 +259,12 @@ def _ends(path: str) -> list[str]:
     return [path, *(path[i + 1 :] for i, letter in enumerate(path) if letter == "/")]
 
 
-def _arrays(tree: Any) -> dict[str, np.ndarray]:
-    def array(x: Any) -> np.ndarray:
+def _arrays(tree: Any) -> dict[str, Any]:
+    """Return the arrays of a tree by path, on the host unless several processes hold them."""
+
+    def array(x: Any) -> Any:
         is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.extended)
-        return np.asarray(jax.random.key_data(x) if is_key else x)
+        x = jax.random.key_data(x) if is_key else x
+        return x if _is_spread(x) else np.asarray(x)
 
     return {path: array(x) for path, x in leaves_by_path(tree).items()}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
+from jax.sharding import Sharding
 
+from adamx.core.sharding import alike
 from adamx.formula.expressions import W
 from adamx.formula.symbols import Formula
 
@@ -23,6 +26,7 @@ class Leaf:
         formula: the formula of its update.
         rereads: whether a step reads an array as large as its gradient once more.
         stacked: how many of its leading axes are declared by `stacked`.
+        sharding: the parameter's; None if it has none, and is whole on each device.
     """
 
     path: str
@@ -32,6 +36,7 @@ class Leaf:
     formula: Formula
     rereads: bool
     stacked: int = 0
+    sharding: Sharding | None = None
 
     @property
     def frozen(self) -> bool:
@@ -56,9 +61,28 @@ class Leaf:
     @property
     def traffic(self) -> int:
         """The least bytes that a step moves for it; a frozen one is neither read nor written."""
+        return self._traffic(bytes_of(self.param), self.slot_bytes)
+
+    @property
+    def per_device(self) -> dict[str, int]:
+        """The bytes of the "parameter" and of the "slots" on one device, and the "traffic" there.
+
+        Slots are sharded like the parameter, along the axes that they share with it.
+        """
+        param, *slots = map(self._on_a_device, (self.param, *self.slots.values()))
+        traffic = self._traffic(param, sum(slots))
+        return {"parameter": param, "slots": sum(slots), "traffic": traffic}
+
+    def _traffic(self, param: int, slots: int) -> int:
         moved = 0 if self.frozen else 2
         read = int(bool(self.slots) or not self.frozen) + self.rereads
-        return (moved + read) * bytes_of(self.param) + 2 * self.slot_bytes
+        return (moved + read) * param + 2 * slots
+
+    def _on_a_device(self, x: jax.ShapeDtypeStruct) -> int:
+        if self.sharding is None:
+            return bytes_of(x)
+        shape = alike(self.sharding, self.param.shape, x.shape).shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
 
 
 def bytes_of(x: Any) -> int:

@@ -65,7 +65,19 @@ class Summary:
         """The bytes of "parameters", "gradients" (in the parameters' dtypes) and "slots"."""
         params = sum(bytes_of(leaf.param) for leaf in self.leaves)
         slots = sum(leaf.slot_bytes for leaf in self.leaves)
-        return {"parameters": params, "gradients": params, "slots": slots}
+        return _by_kind(params, slots)
+
+    @property
+    def bytes_per_device(self) -> dict[str, int]:
+        """The same on each device, where slots are sharded like their parameters.
+
+        A parameter without a sharding is whole on each device.
+        """
+        params, slots = self._on_a_device("parameter"), self._on_a_device("slots")
+        return _by_kind(params, slots)
+
+    def _on_a_device(self, what: str) -> int:
+        return sum(leaf.per_device[what] for leaf in self.leaves)
 
     @property
     def traffic(self) -> int:
@@ -101,7 +113,7 @@ class Summary:
         lines = [
             *_table(rows, right=(3, 5)),
             "",
-            *_table(self._totals(), right=(1, 2)),
+            *_table(self._totals(), right=(1, 2, 3)),
             "",
             self.composition,
             "",
@@ -110,12 +122,18 @@ class Summary:
         return "\n".join(lines + [f"\nwarning: {warning}" for warning in self.warnings])
 
     def _totals(self) -> list[tuple[str, ...]]:
-        total = self.bytes
-        total |= {"together": sum(total.values()), "a step moves at least": self.traffic}
+        columns = [(self.bytes, self.traffic)]
+        if any(leaf.sharding and leaf.sharding.num_devices > 1 for leaf in self.leaves):
+            columns.append((self.bytes_per_device, self._on_a_device("traffic")))
+        totals = [
+            {**b, "together": sum(b.values()), "a step moves at least": traffic}
+            for b, traffic in columns
+        ]
         size = max(self.size, 1)
-        rows = [("", "bytes a parameter", "bytes")]
-        rows += [(what, f"{number / size:.4g}", _text(number)) for what, number in total.items()]
-        return [*rows, ("scalars in the state", "", _text(self.scalars))]
+        rows = [("", "bytes a parameter", "bytes", "bytes a device")[: 2 + len(totals)]]
+        for what, number in totals[0].items():
+            rows.append((what, f"{number / size:.4g}", *(_text(each[what]) for each in totals)))
+        return [*rows, ("scalars in the state", "", *[_text(self.scalars)] * len(totals))]
 
 
 def summary(
@@ -127,12 +145,13 @@ def summary(
         tx: an adamx or Optax transformation. For an Optax transformation the table lists the arrays
             of its state, and the formula is its name.
         params: the parameters or their shapes, as from `jax.eval_shape`; None leaves are left out.
+            If they have shardings over several devices, the bytes on each are counted too.
         by: the lines of the printed table: "leaf", or "group": the leaves of one `by_path` group
             with the same formula, dtype and storage.
 
     Returns:
-        A `Summary` with `bytes`, `traffic`, `formula`, `latex`, `warnings` and `leaves`; it prints
-        as a report.
+        A `Summary` with `bytes`, `bytes_per_device`, `traffic`, `formula`, `latex`, `warnings` and
+        `leaves`; it prints as a report.
 
     Raises:
         TypeError: if `tx` is not a transformation, or a leaf not a floating-point array or shape.
@@ -187,13 +206,16 @@ def summary(
     formulas = {b: derived(b) for b in dict.fromkeys(bound) if b is not None}
     guarded = any_of(concept, lambda part: isinstance(part, skip_nonfinite))
     leaves = []
-    for path, shape, variant, own in zip(paths, shapes, bound, slots, strict=True):
+    shardings = [getattr(leaf, "sharding", None) for leaf in given]
+    for path, shape, variant, own, where in zip(
+        paths, shapes, bound, slots, shardings, strict=True
+    ):
         if shape is not None and variant is not None:
             formula = formulas[variant]
             rereads = guarded or not formula.operations().isdisjoint(REDUCTIONS)
             group = " / ".join(part.label(path, shape) for part in groups)
             number = stacked_axes(variant)
-            leaves.append(Leaf(path, group, shape, own, formula, rereads, number))
+            leaves.append(Leaf(path, group, shape, own, formula, rereads, number, where))
     said = []
     for warning in caught:
         if issubclass(warning.category, PrecisionWarning):
@@ -203,6 +225,11 @@ def summary(
     said += likely_mistakes(tx, leaves)
     composition = repr(tx) if isinstance(tx, Transformation) else f"{factory_name(tx)}(...)"
     return Summary(tuple(leaves), scalars, composition, tuple(said), by)
+
+
+def _by_kind(params: int, slots: int) -> dict[str, int]:
+    """Return bytes by what they are of; gradients have the parameters' dtypes and shardings."""
+    return {"parameters": params, "gradients": params, "slots": slots}
 
 
 def derived(tx: Transformation) -> Formula:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Set
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from adamx.core.chain import chain
 from adamx.core.concept import parts
 from adamx.core.errors import describe
 from adamx.core.foreign import named
-from adamx.core.lifting import State
+from adamx.core.lifting import BEGAN, State, beginnings
 from adamx.core.paths import flatten
 from adamx.core.sharding import placed
 from adamx.core.transformation import Transformation
@@ -67,6 +68,7 @@ def assemble(
     found: Found,
     count: int,
     given: Mapping[str, Any],
+    late: Mapping[str, int] = MappingProxyType({}),
 ) -> State:
     """Return the state of `tx` after `count` steps, with the slots that were found.
 
@@ -78,6 +80,7 @@ def assemble(
         found: the slots.
         count: the number of steps taken.
         given: recorded scalars that are known; the others are computed.
+        late: the counts at which leaves began late, by path; those at `count` have start values.
 
     Raises:
         ValueError: if a slot is missing, is left over, or does not fit, or the count overflows.
@@ -86,14 +89,16 @@ def assemble(
         raise ValueError(f"{function}: count must be in [0, 2^31), got {count}")
     shapes = jax.eval_shape(functools.partial(lifting.init, tx), params)
     own = {slot: slot_of_kind(slot, tx.tree_names()) or slot for slot in found}
+    anew = {path for path, began in late.items() if began == count}
+    first = lifting.init(tx, params) if anew else shapes
     left = {own[slot]: dict(leaves) for slot, leaves in found.items()}
     entries: State = {}
     for slot in tx.tree_names():
-        paths, starts, treedef = flatten(shapes[slot])
+        paths, starts, treedef = flatten(first[slot])
         values = []
         for name, start in zip(paths, starts, strict=True):
-            if start is None:
-                values.append(None)
+            if start is None or name in anew:
+                values.append(start)
                 continue
             if name not in left.get(slot, {}):
                 names = sorted(slot for slot, leaves in left.items() if leaves)
@@ -115,7 +120,8 @@ def assemble(
     scalars = {name: x for name, x in shapes.items() if name not in entries} | dict(given)
     computed = _after(tx, params, count, scalars.keys() - {_RATE, "count"} - given.keys())
     merged = computed | entries | dict(given)
-    return placed({name: merged[name] for name in shapes}, tx, params)
+    state = {name: merged[name] for name in shapes}
+    return placed(state | _began(tx, params, count, late), tx, params)
 
 
 def _fitted(function: str, slot: str, path: str, where: str, value: Any, start: Any) -> jax.Array:
@@ -136,19 +142,56 @@ def _fitted(function: str, slot: str, path: str, where: str, value: Any, start: 
     return jnp.asarray(value).astype(start.dtype)
 
 
-def _after(tx: Transformation, params: Any, count: int, others: Set[str]) -> State:
+def _began(tx: Transformation, params: Any, count: int, late: Mapping[str, int]) -> State:
+    """Return the entry of leaves that began late, with what is recorded for them after their steps.
+
+    Args:
+        tx: the transformation.
+        params: the parameters.
+        count: the number of steps taken.
+        late: the counts at which they began, by path.
+    """
+    entry: State = {}
+    for number in sorted(set(late.values())):
+        own = [path for path, began in late.items() if began == number]
+        start = beginnings(tx, params, own, number)
+        names = {name for scalars in start.values() for name in scalars}
+        entry |= _after(tx, params, count, names - {_RATE, "count"}, start, number)[BEGAN]
+    return {BEGAN: entry} if entry else {}
+
+
+def _after(
+    tx: Transformation,
+    params: Any,
+    count: int,
+    others: Set[str],
+    late: Mapping[str, Any] = MappingProxyType({}),
+    began: int = 0,
+) -> State:
     """Return count and recorded scalars after some steps, from a run on a tree without leaves.
 
     The learning rate needs only the last step; other scalars depend on all steps.
+
+    Args:
+        tx: the transformation.
+        params: the parameters.
+        count: the number of steps taken.
+        others: the names of the recorded scalars but for the learning rate.
+        late: entries of leaves that began late.
+        began: the count at which the run begins.
     """
     nothing = jax.tree.map(lambda _: None, params)
-    steps = count if others else min(count, 1)
-    return _run(tx.for_tree(params), nothing, jnp.int32(count - steps), jnp.int32(steps))
+    steps = count - began if others else min(count - began, 1)
+    first = {BEGAN: dict(late)} if late else {}
+    return _run(tx.for_tree(params), nothing, jnp.int32(count - steps), jnp.int32(steps), first)
 
 
 @jax.jit
-def _run(tx: Transformation, nothing: Any, start: jax.Array, steps: jax.Array) -> State:
+def _run(
+    tx: Transformation, nothing: Any, start: jax.Array, steps: jax.Array, first: State
+) -> State:
     def one(_: Any, state: State) -> State:
         return lifting.update(tx, nothing, state, nothing, {})[1]
 
-    return jax.lax.fori_loop(0, steps, one, lifting.init(tx, nothing) | {"count": start})
+    state = lifting.init(tx, nothing) | {"count": start} | first
+    return jax.lax.fori_loop(0, steps, one, state)

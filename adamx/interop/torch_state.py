@@ -91,12 +91,15 @@ def from_torch(
             only schedules notice.
 
     Returns:
-        The state: count, slots, and the recorded scalars after that many steps.
+        The state: count, slots, and the recorded scalars after that many steps. PyTorch counts the
+        steps of each parameter, and none without a gradient: the count is the largest of them, and
+        a leaf with fewer, or with no entry yet, has one in `began`, and goes on at its own age.
 
     Raises:
         TypeError: if `tx` is not an adamx transformation or `state_dict` not an optimizer's.
-        ValueError: if `names` does not pair leaves and indices one to one, steps differ, a slot is
-            missing, is left over or has another shape, or PyTorch's slots mean something else:
+        ValueError: if `names` does not pair leaves and indices one to one, `count` is not the
+            largest step, a slot is missing, is left over or has another shape, or PyTorch's slots
+            mean something else:
             squares of complex parts, AMSGrad's maximum of the raw average, NAdam's momenta, a
             dampened sum, a momentum before the learning rate.
 
@@ -117,25 +120,27 @@ def from_torch(
     groups, states = _groups(function, state_dict), state_dict["state"]
     places = _places(function, params, names, groups)
     found: Found = {}
-    steps: dict[str, int] = {} if count is None else {"count=": count}
+    steps: dict[str, int] = {}
     for path, (index, axes) in places.items():
         for field, x in states.get(index, {}).items():
             if x is None:
                 continue
             where = f"state_dict['state'][{index}][{field!r}]"
             if field == _STEP:
-                steps[where] = _whole(where, x)
+                steps[path] = _whole(where, x)
             elif (slot := _slot(function, field, groups[index], tx)) is not None:
                 array = _numpy(x)
                 found.setdefault(slot, {})[path] = where, _transposed(where, path, array, axes)
-    if len(set(steps.values())) > 1:
+    number = max(steps.values(), default=count or 0)
+    if count is not None and count != number:
         raise ValueError(
-            f"from_torch: the steps differ, {steps}, and adamx has one count: PyTorch does not "
-            "count a parameter's steps without a gradient. If 1 - b^step is near 1 for all of "
-            "them, they may be set to one number"
+            f"from_torch: count is {count}, and the largest step in state_dict['state'] is "
+            f"{number}: leave count out"
         )
-    number = next(iter(steps.values()), 0)
-    return assemble(function, "the state_dict", tx, params, found, number, {})
+    late = {path: number - own for path, own in steps.items() if own < number}
+    if steps:  # PyTorch has no entry for a parameter that never had a gradient
+        late |= {path: number for path, (index, _) in places.items() if not states.get(index)}
+    return assemble(function, "the state_dict", tx, params, found, number, {}, late)
 
 
 def to_torch(
