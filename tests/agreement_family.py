@@ -246,6 +246,21 @@ def along_z(case: Case) -> Measure:
     return Measure(z + y, {"z": z, "nu": plain.slots["nu"]})
 
 
+def step_by_step(case: Case) -> Measure:
+    """Adafactor: nothing cancels but in the average of the steps, which is one of magnitudes here.
+
+    Five sums of at most 12 terms, halved by roots, take the roundings of a first step fourfold.
+    """
+    b, wd = case.options.get("momentum"), case.options.get("weight_decay_rate", 0.0)
+    steps = case.run.updates + wd * case.run.params[:-1]
+    slots = {}
+    if b is not None:
+        before = np.concatenate([0 * steps[:1], -steps[:-1]])
+        slots = {"mu": reference.ema(np.abs(-steps - b * before) / (1 - b), b)}
+    wide = slots.get("mu", np.abs(steps)) + wd * np.abs(case.run.params[:-1])
+    return Measure(4 * wide, {name: 4 * x for name, x in (case.run.slots | slots).items()})
+
+
 def as_it_is(case: Case) -> Measure:
     """A factor and the learning rate: the sum of 12 squares is halved by the root."""
     return Measure(np.abs(case.run.updates))
@@ -336,6 +351,18 @@ def slow_weights(step: Any) -> Any:
 def mini(w: np.ndarray, g: np.ndarray, **options: Any) -> Trajectory:
     """Adam-mini with a block for each index of the last axis, a vector being one."""
     return r.adam_mini(w, g, axes=tuple(range(w.ndim - 1)) or None, **options)
+
+
+def largest_axes(w: np.ndarray, g: np.ndarray, **options: Any) -> Trajectory:
+    """Adafactor of a matrix, whose longer axis is that of the columns, or of a vector."""
+    found = None if w.ndim < 2 else (0, 1) if w.shape[0] <= w.shape[1] else (1, 0)
+    return r.adafactor(w, g, **{"axes": found, **options})
+
+
+FACTOR: dict[str, Any] = {
+    "decay_rate": 0.6, "decay_offset": 5, "multiply_by_parameter_scale": False,
+    "clipping_threshold": 0.5, "momentum": 0.9, "weight_decay_rate": 0.5, "eps": 0.01,
+}  # fmt: skip
 
 
 def clipped_sgd(clip: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Method:
@@ -553,6 +580,39 @@ FAMILY: dict[str, Member] = {
         unlike=({**ADAM, **DECAY, "axes": 0},),
     ),
     "stable_adamw": alike("stable_adamw", {**ADAM, **DECAY}),
+    "adafactor": Member(
+        lambda rate: adamx.adafactor(rate, 2),
+        largest_axes,
+        measure=step_by_step,
+        scalars=frozenset({"nu", "nu_row", "nu_col"}),
+        unlike=tuple(
+            {name: value}
+            for name, value in {
+                "axes": None,
+                "decay_rate": 0.7,
+                "eps": 1e-3,
+                "clipping_threshold": None,
+                "multiply_by_parameter_scale": False,
+            }.items()
+        ),
+    ),
+    "adafactor_other": Member(
+        lambda rate: adamx.adafactor(
+            rate, 2, 0.6, 5, False, 0.5, 0.9, None, 0.5, 0.01, factored=False
+        ),
+        r.adafactor,
+        FACTOR,
+        step_by_step,
+        scalars=frozenset({"nu", "nu_row", "nu_col"}),
+        unlike=tuple(
+            FACTOR | {name: value}
+            for name, value in {
+                "decay_offset": 4,
+                "momentum": 0.8,
+                "weight_decay_rate": 0.0,
+            }.items()
+        ),
+    ),
     "schedule_free_adamw": alike(
         "schedule_free_adamw",
         {**ADAM, **DECAY},
@@ -731,6 +791,13 @@ PAIRS: dict[str, Pair] = {
         by_norms,
         sums=SIZE,
         defaults={"eps": 1e-6, "weight_decay": 0.0},
+    ),
+    "adafactor": Pair(
+        optax.adafactor,
+        r.adafactor,
+        {"momentum": 0.5, "weight_decay_rate": 1e-3, "clipping_threshold": 0.5, "eps": 1e-6},
+        step_by_step,
+        sums=SIZE,
     ),
     "schedule_free_adamw": Pair(
         contrib.schedule_free_adamw,

@@ -135,6 +135,15 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
     "scheduled_nesterov_ema": {"decay": DECAY, "momentum_decay": POSITIVE},
     "yogi": {"learning_rate": RATE, "b1": SCHEDULED_DECAY, "b2": SCHEDULED_DECAY, "eps": POSITIVE},
     # clips, ratios and blocks
+    "adafactor": {
+        "learning_rate": RATE,
+        "decay_rate": POSITIVE,
+        "decay_offset": FINITE,
+        "clipping_threshold": POSITIVE,
+        "momentum": SCHEDULED_DECAY,
+        "weight_decay_rate": RATE,
+        "eps": POSITIVE,
+    },
     "adam_mini": {
         "learning_rate": RATE,
         "b1": SCHEDULED_DECAY,
@@ -146,6 +155,8 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
     "clip_by_rms": {"threshold": POSITIVE},
     "clip_by_value": {"max_delta": POSITIVE},
     "ema_of_mean_squares": {"decay": SCHEDULED_DECAY},
+    "factored_ema_of_squares": {"decay": SCHEDULED_DECAY, "eps": POSITIVE},
+    "scale_by_param_block_rms": {"min_scale": POSITIVE},
     "lamb": {
         "learning_rate": RATE,
         "b1": SCHEDULED_DECAY,
@@ -176,6 +187,8 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
 }
 DERIVED = {("adabelief", "eps_root")}  # what is kept is computed from it
 OPTIONAL = {("rmsprop", "momentum"), ("sgd", "momentum")}
+OPTIONAL |= {("adafactor", "clipping_threshold"), ("adafactor", "momentum")}
+OPTIONAL |= {("adafactor", "weight_decay_rate")}
 OPTIONAL |= {("adan", "look_ahead"), ("sgdw", "momentum")}
 SCHEDULES = {RATE, SCHEDULED_DECAY, SCHEDULED, SCHEDULED_FRACTION, OPEN_DECAY}
 

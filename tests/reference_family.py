@@ -480,6 +480,45 @@ def stable_adamw(
     return record.trajectory()
 
 
+def adafactor(
+    w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, decay_rate: float = 0.8,
+    decay_offset: int = 0, eps: float = 1e-30, clipping_threshold: float | None = 1.0,
+    multiply_by_parameter_scale: bool = True, momentum: float | None = None,
+    weight_decay_rate: float = 0.0, axes: tuple[int, int] | None = None,
+) -> Trajectory:  # fmt: skip
+    """Adafactor, Shazeer & Stern 2018, Algorithms 4 and 5, with the sums over rows and columns.
+
+    ``b2_t = 1 - t^-decay_rate``, ``R_t = b2_t R_{t-1} + (1 - b2_t) (|g_t|^2 + eps) 1``, C_t the
+    same with ``1^T (...)``, ``V_t = R_t C_t / (1^T R_t)``, ``u_t = g_t / sqrt(V_t)``; clipped:
+    ``u_t / max(1, RMS(u_t) / d)``; times ``alpha_t = max(1e-3, RMS(w_{t-1})) rho_t``. With axes
+    None V_t is the average of the squares. Momentum and decay are Optax's: an average of
+    alpha_t u_t, and weight_decay_rate w_{t-1} added to it. Slots: ``nu``, or ``nu_row`` and
+    ``nu_col`` as means, the axes staying with size 1; and ``mu``.
+    """
+    record, m = Recorder(w), 0.0
+    state: list[Any] = [0.0, 0.0]
+    for t, g, lr in steps(gradients, learning_rate):
+        b2 = 1 - max(t - decay_offset, 1) ** -decay_rate
+        x, over = square(g) + eps, [()] if axes is None else [(axes[1],), (axes[0],)]
+        sums = [np.sum(x, axis=axis, keepdims=True) for axis in over]
+        state = [b2 * old + (1 - b2) * new for old, new in zip(state, sums, strict=False)]
+        if axes is None:
+            (v,), slots = state, {"nu": state[0]}
+        else:
+            row, col = state
+            v = row * col / np.sum(row, axis=axes[0], keepdims=True)
+            slots = {"nu_row": row / g.shape[axes[1]], "nu_col": col / g.shape[axes[0]]}
+        u = g / np.sqrt(v)
+        if clipping_threshold is not None:
+            u = u / max(1.0, _rms(u) / clipping_threshold)
+        u = lr * u * (max(1e-3, _rms(record.w)) if multiply_by_parameter_scale else 1.0)
+        if momentum is not None:
+            m = momentum * m + (1 - momentum) * u
+            u, slots = m, {**slots, "mu": m}
+        record.add(-u - weight_decay_rate * record.w, **slots)
+    return record.trajectory()
+
+
 # --- Averages of the parameters ------------------------------------------------------------------
 
 

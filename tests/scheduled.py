@@ -35,6 +35,7 @@ VALUES: dict[str, np.ndarray] = {
     "learning_rate": 2.0 ** (N % 3 - 2),
     "multiplier": 2.0 ** (N % 3 - 2),
     "weight_decay": 0.1 + 0.05 * N,
+    "weight_decay_rate": 0.1 + 0.05 * N,
     "b1": 0.5 + 0.02 * N,
     "b2": 0.75 - 0.02 * N,
     "b3": 0.6 + 0.01 * N,
@@ -216,6 +217,15 @@ def stable_adamw() -> np.ndarray:
     return (adam(0.0) + at(WD) * W) / np.maximum(1, excess)
 
 
+def adafactor() -> np.ndarray:
+    """The average of clipped steps that are as long as the weights, by rows and columns."""
+    b2 = 1 - T**-0.8
+    row, col = (ema(np.mean(G**2, axis=i, keepdims=True) + EPS, b2) for i in (2, 1))
+    u = G / np.sqrt(row * col / np.mean(row, axis=1, keepdims=True))
+    u = u / np.maximum(1, np.sqrt(np.mean(u**2, axis=(1, 2), keepdims=True)))
+    return ema(at(LR) * np.sqrt(np.mean(W**2)) * u, BALL) + at(WD) * W
+
+
 def rmsprop(nesterov: bool = False) -> np.ndarray:
     """The ball rolls over the steps, rate included; here without correction."""
     return ball(at(LR) * G / rms(ema(G**2, DECAY), 0.0), nesterov)
@@ -336,6 +346,7 @@ MEMBERS: dict[str, Member] = {
     ),
     "lamb": Member(lamb, BOTH),
     "adam_mini": Member(adam_mini, BOTH),
+    "adafactor": Member(adafactor, fixed={"min_dim_size_to_factor": 2}, rated=False),
     "stable_adamw": Member(stable_adamw, {**BOTH, "clipping_correction": past(B2)}),
     # the update is a difference of averages of y and z, of at most 4, and is 1e-3 or more
     "schedule_free_adamw": Member(

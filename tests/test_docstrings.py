@@ -34,6 +34,8 @@ OWN = {
 # For other arguments: functions in which one means something else, and what.
 OTHERWISE = {
     "learning_rate": {"adamw_independent": "no schedule: that is `multiplier`"},
+    "axes": {"factored_ema_of_squares": "of rows and columns, not to average over"},
+    "momentum": {"adafactor": "an average of whole steps, not a sum of gradients"},
     "b1": {
         "lion cautious_lion": "weights the output, b2 the slot",
         "schedule_free schedule_free_adamw": "the weight of averaged parameters, in (0, 1]",
@@ -56,6 +58,7 @@ OTHERWISE = {
     },
     "eps": {
         "adamax adamaxw decaying_max": "added to a magnitude, before any division",
+        "adafactor factored_ema_of_squares": "added to each square",
         "adopt delayed_rms_scaling": "the smallest divisor",
         "adaptive_clip": "the smallest norm of the weights",
         "trust_ratio": "added to a norm",
