@@ -25,6 +25,7 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     lamb          adamw with trust_ratio before the learning rate
     adafactor     g / root(factored_ema_of_squares) -> clip_by_rms -> scale_by_learning_rate
                   -> scale_by_param_block_rms
+    muon          nesterov_ema -> orthogonalized -> scale_by_shape -> scale_by_learning_rate
     adam_mini     adamw with ema_of_mean_squares under the root
     stable_adamw  adamw with update_clipping around its scaling
     cautious_...  cautious around adamw's and lion's scaling
@@ -81,6 +82,7 @@ from adamx.optimizers.cautious_lion import cautious_lion
 from adamx.optimizers.lamb import lamb
 from adamx.optimizers.lion import lion
 from adamx.optimizers.momentum import momentum
+from adamx.optimizers.muon import muon, muon_adamw
 from adamx.optimizers.nadam import nadam
 from adamx.optimizers.nadamw import nadamw
 from adamx.optimizers.radam import radam
@@ -123,6 +125,7 @@ from adamx.transforms.growing_clip import growing_clip
 from adamx.transforms.half_life_schedule import half_life_schedule
 from adamx.transforms.interpolated_ema import interpolated_ema
 from adamx.transforms.nesterov_ema import nesterov_ema
+from adamx.transforms.orthogonalized import orthogonalized
 from adamx.transforms.power_decay_schedule import power_decay_schedule
 from adamx.transforms.ratio import ratio
 from adamx.transforms.rectified import rectified
@@ -132,6 +135,7 @@ from adamx.transforms.scale import scale
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
 from adamx.transforms.scale_by_param_block_rms import scale_by_param_block_rms
 from adamx.transforms.scale_by_path import scale_by_path
+from adamx.transforms.scale_by_shape import scale_by_shape
 from adamx.transforms.schedule_free import schedule_free, schedule_free_eval_params
 from adamx.transforms.scheduled_nesterov_ema import scheduled_nesterov_ema
 from adamx.transforms.seeded_ema_of_squares import seeded_ema_of_squares
@@ -226,11 +230,14 @@ __all__ = [
     "moments",
     "momentum",
     "monitor",
+    "muon",
+    "muon_adamw",
     "nadam",
     "nadamw",
     "named",
     "nesterov_ema",
     "normalized_weight_decay",
+    "orthogonalized",
     "packed8",
     "packed16",
     "plot",
@@ -249,6 +256,7 @@ __all__ = [
     "scale_by_param_block_rms",
     "scale_by_path",
     "scale_by_rms",
+    "scale_by_shape",
     "schedule_free",
     "schedule_free_adamw",
     "schedule_free_eval_params",

@@ -519,6 +519,46 @@ def adafactor(
     return record.trajectory()
 
 
+def newton_schulz(
+    x: np.ndarray, steps: int = 5, coefficients: Sequence[float] = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-8,
+) -> np.ndarray:  # fmt: skip
+    """Newton-Schulz' quintic, Jordan et al. 2024, by what it does to the singular values.
+
+    ``U S V^H`` becomes ``U p(...p(S / (||S|| + eps))) V^H`` with ``p(s) = a s + b s^3 + c s^5``.
+    """
+    a, b, c = coefficients
+    u, s, v = np.linalg.svd(x, full_matrices=False)
+    s = s / (math.sqrt(np.sum(s**2)) + eps)
+    for _ in range(steps):
+        s = a * s + b * s**3 + c * s**5
+    return (u * s) @ v
+
+
+def muon(
+    w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, beta: float = 0.95,
+    eps: float = 1e-8, weight_decay: float = 0.0, nesterov: bool = True, ns_steps: int = 5,
+    ns_coeffs: Sequence[float] = (3.4445, -4.7750, 2.0315), consistent_rms: float | None = None,
+) -> Trajectory:  # fmt: skip
+    """Muon, Jordan et al. 2024, with Optax's corrected average; Liu et al. 2025, equation 4.
+
+    ``w_t = w_{t-1} - lr (s newton_schulz(m^_t) + weight_decay w_{t-1})``, m^_t that of Adam or
+    Nadam; s is ``sqrt(max(1, m / n))`` for a matrix n x m (in, out), or ``consistent_rms
+    sqrt(max(n, m))``. An array that is not a matrix has neither. Slots: ``mu``.
+    """
+    record, m = Recorder(w), 0.0
+    for t, g, lr in steps(gradients, learning_rate):
+        m = beta * m + (1 - beta) * g
+        u = _corrected(m, g, beta, t, nesterov)
+        if u.ndim == 2:
+            n, k = u.shape
+            s = math.sqrt(max(1, k / n))
+            s = s if consistent_rms is None else consistent_rms * math.sqrt(max(n, k))
+            u = s * newton_schulz(u, ns_steps, ns_coeffs, eps)
+        record.add(-lr * (u + weight_decay * record.w), mu=m)
+    return record.trajectory()
+
+
 # --- Averages of the parameters ------------------------------------------------------------------
 
 

@@ -67,6 +67,10 @@ def _blocks(path, leaf):
     return (leaf.ndim - 1,) if "w" in path and leaf.ndim else ()
 
 
+def _sides_of_matrices(path, leaf):
+    return (0, 1) if leaf.ndim == 2 else ()
+
+
 def _factors(path, leaf):
     return _schedule if "b" in path else 1.0 + leaf.ndim
 
@@ -364,6 +368,28 @@ TRANSFORMATIONS: dict[str, Case] = {
         lambda: adamx.adafactor(
             0.1, 2, momentum=0.5, weight_decay_rate=0.1, weight_decay_mask=_all_but_vectors
         ),
+        whole=True,
+        varied=True,
+    ),
+    "orthogonalized": Case(
+        lambda: adamx.orthogonalized(ns_steps=2, axes=_sides_of_matrices), whole=True
+    ),
+    "scale_by_shape": Case(
+        lambda: adamx.chain(
+            adamx.orthogonalized(ns_steps=1, axes=_sides_of_matrices),
+            adamx.scale_by_shape(axes=_sides_of_matrices),
+        ),
+        whole=True,
+    ),
+    "muon": Case(
+        lambda: adamx.muon(
+            _schedule, ns_steps=2, weight_decay=0.1, consistent_rms=0.2, axes=_sides_of_matrices
+        ),
+        kind="an operation on whole matrices",
+        whole=True,
+    ),
+    "muon_adamw": Case(
+        lambda: adamx.muon_adamw(0.1, ns_steps=2, matrices="*", axes=_sides_of_matrices),
         whole=True,
         varied=True,
     ),

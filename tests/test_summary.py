@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from reference_family import newton_schulz
 from table import TRANSFORMATIONS, every
 
 import adamx
@@ -34,6 +35,7 @@ NUMPY = {
     "min": np.minimum,
     "sign": np.sign,
     "clip": np.clip,
+    "orthogonalized": lambda x, steps: newton_schulz(x, int(steps)),
 }
 KNOWN = {*NUMPY, *REDUCTIONS, "symbol", "number"}
 

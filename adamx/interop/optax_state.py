@@ -51,6 +51,7 @@ _MOMENTS = {"mu": "mu", "nu": "nu"}
 _FIELDS: dict[str, dict[str, str]] = {
     "EmaState": {**_COUNTED, "ema": "mu"},
     "FactoredState": {**_COUNTED, "v_row": "nu_row", "v_col": "nu_col", "v": "nu"},
+    "MuonState": {**_COUNTED, "mu": "mu", "ns_coeffs": _OWN},
     "ScaleByAdamState": {**_COUNTED, **_MOMENTS},
     "ScaleByAdanState": {"t": _COUNT, "m": "mu", "v": "delta", "n": "nu", "g": "previous"},
     "ScaleByAdemamixState": {
@@ -135,7 +136,7 @@ def from_optax(state: Any, tx: Transformation, params: Any, *, count: int | None
     Args:
         state: an Optax state of arrays, or a part of one: from sgd, rmsprop, adagrad, adam, adamw,
             adamax, nadam, radam, amsgrad, adabelief, yogi, lamb, lion, adan, ademamix, adopt, ema,
-            adafactor or schedule_free, in chains, with schedules, in masked, partition,
+            adafactor, muon or schedule_free, in chains, with schedules, in masked, partition,
             inject_hyperparams, apply_if_finite, or in MultiSteps between two steps.
         tx: the adamx transformation to go on with, with float32 slots and the same hyperparameters,
             which a state does not show.

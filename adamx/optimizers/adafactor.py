@@ -26,13 +26,13 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from adamx.core.chain import chain
-from adamx.core.checks import Decay, Finite, NonNegative, Rate, checked
+from adamx.core.checks import Decay, Finite, NonNegative, Rate, checked, whole_number
 from adamx.core.transformation import Transformation
 from adamx.storage.choice import Moments, stored
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.clip_by_rms import clip_by_rms
 from adamx.transforms.ema import ema
-from adamx.transforms.factored_ema_of_squares import check_least_size, factored_ema_of_squares
+from adamx.transforms.factored_ema_of_squares import factored_ema_of_squares
 from adamx.transforms.power_decay_schedule import power_decay_schedule
 from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.scale import scale
@@ -99,7 +99,7 @@ def adafactor(
         >>> tx.update(jnp.array([3.0, -0.1]), tx.init(w), w)[0]
         Array([-2.5,  2.5], dtype=float32)
     """
-    least = check_least_size("adafactor", min_dim_size_to_factor)
+    least = whole_number("adafactor", "min_dim_size_to_factor", min_dim_size_to_factor)
     squares = factored_ema_of_squares(
         power_decay_schedule(decay_rate, decay_offset), least, eps, None if factored else ()
     )

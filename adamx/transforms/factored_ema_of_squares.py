@@ -18,17 +18,14 @@ Source: Shazeer & Stern (2018), Algorithms 1 and 4, https://arxiv.org/abs/1804.0
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from adamx.core.arithmetic import average, divide, placed_like, squared_magnitude, zeros
-from adamx.core.checks import Decay, NonNegative
+from adamx.core.checks import Decay, NonNegative, whole_number
 from adamx.core.concept import Slots
 from adamx.core.norms import mean_square, reduced_size
 from adamx.core.schedules import scheduled_decay
@@ -82,8 +79,8 @@ class factored_ema_of_squares(Transformation):
     name: str = "nu"
 
     def __post_init__(self) -> None:
-        least = check_least_size(type(self).__name__, self.min_dim_size_to_factor)
-        self._set(min_dim_size_to_factor=least)
+        name, least = "min_dim_size_to_factor", self.min_dim_size_to_factor
+        self._set(**{name: whole_number("factored_ema_of_squares", name, least)})
         if self.axes is not None and not callable(self.axes):
             self._set(axes=_checked(self.axes))
 
@@ -158,23 +155,6 @@ class factored_ema_of_squares(Transformation):
             found.append(symbols.define(slot, b * last(slot) + (1 - b) * (mean + eps), 0))
         row, col = found
         return row * col / reduced("mean", row, "column", lambda x: self._axes("", x)[0])
-
-
-def check_least_size(function: str, least: Any) -> int:
-    """Return `min_dim_size_to_factor` as an int; raise unless it is a whole number >= 1."""
-    what = f"{function}: min_dim_size_to_factor must be a whole number >= 1"
-    if isinstance(least, Tracer):
-        raise TypeError(
-            f"{what} that is known when the program is traced, since it decides the shapes of "
-            "slots, got a traced one: in inject_hyperparams name it in static_args"
-        )
-    if isinstance(least, jax.Array | np.ndarray) and least.ndim == 0:
-        least = least.item()
-    if not isinstance(least, numbers.Integral) or isinstance(least, bool):
-        raise TypeError(f"{what}, got {least!r}")
-    if least < 1:
-        raise ValueError(f"{what}, got {least}")
-    return int(least)
 
 
 def _checked(axes: Any) -> tuple[int, ...]:
