@@ -174,7 +174,7 @@ PAIRS = {
         partial(adamx.adafactor, min_dim_size_to_factor=32),
         partial(optax.adafactor, min_dim_size_to_factor=32),
     ),
-    "muon_adamw": Pair(3e-3, adamx.muon_adamw, contrib.muon),
+    "muon_adamw": Pair(2e-2, adamx.muon_adamw, contrib.muon),
     "stable_adamw": Pair(3e-3, adamx.stable_adamw, optax.adamw, "optax.adamw"),
     "cautious_adamw": Pair(3e-3, adamx.cautious_adamw, optax.adamw, "optax.adamw"),
     "cautious_lion": Pair(1e-3, adamx.cautious_lion, optax.lion, "optax.lion"),

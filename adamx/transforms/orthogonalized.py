@@ -18,6 +18,7 @@ https://arxiv.org/abs/2409.20325
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -85,9 +86,7 @@ class orthogonalized(Transformation):
         steps = whole_number("orthogonalized", "ns_steps", self.ns_steps)
         self._set(ns_steps=steps, ns_coeffs=_as_tuple(self.ns_coeffs))
         triples = self._triples()
-        if len(triples) != steps or any(
-            len(t) != 3 or not all(math.isfinite(c) for c in t) for t in triples
-        ):
+        if len(triples) != steps or not all(map(_is_triple, triples)):
             raise ValueError(
                 "orthogonalized: ns_coeffs must be three finite numbers, or three for each of the "
                 f"{steps} steps, got {self.ns_coeffs!r}"
@@ -127,8 +126,9 @@ class orthogonalized(Transformation):
 
     def _triples(self) -> tuple[tuple[float, ...], ...]:
         """Return the coefficients of each step."""
-        first = self.ns_coeffs[0] if self.ns_coeffs else ()
-        return self.ns_coeffs if isinstance(first, tuple) else (self.ns_coeffs,) * self.ns_steps
+        coeffs = self.ns_coeffs
+        many = isinstance(coeffs, tuple) and any(isinstance(x, tuple) for x in coeffs)
+        return coeffs if many else (coeffs,) * self.ns_steps
 
     def _iterated(self, x: jax.Array) -> jax.Array:
         """Return the matrices [..., n, m] after all steps."""
@@ -188,6 +188,11 @@ def checked_sides(function: str, axes: Any) -> tuple[Any, ...]:
             f"(0, (1, 2)), or () for an array that is left as it is, got {axes!r}"
         )
     return found
+
+
+def _is_triple(x: Any) -> bool:
+    three = isinstance(x, tuple) and len(x) == 3
+    return three and all(isinstance(c, numbers.Real) and math.isfinite(c) for c in x)
 
 
 def _as_tuple(x: Any) -> Any:
