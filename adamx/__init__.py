@@ -23,6 +23,9 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     ademamix      adam with a second, slow ema in the numerator
     adopt         g / root(the old average of squares) -> growing_clip -> ema -> ...
     lamb          adamw with trust_ratio before the learning rate
+    adafactor     g / root(factored_ema_of_squares) -> clip_by_rms -> scale_by_learning_rate
+                  -> scale_by_param_block_rms
+    muon          nesterov_ema -> orthogonalized -> scale_by_shape -> scale_by_learning_rate
     adam_mini     adamw with ema_of_mean_squares under the root
     stable_adamw  adamw with update_clipping around its scaling
     cautious_...  cautious around adamw's and lion's scaling
@@ -63,6 +66,7 @@ from adamx.interop.plain_data import from_dict, to_dict
 from adamx.interop.torch_state import from_torch, to_torch
 from adamx.late_start import reset
 from adamx.optimizers.adabelief import adabelief
+from adamx.optimizers.adafactor import adafactor
 from adamx.optimizers.adagrad import adagrad
 from adamx.optimizers.adam import adam, scale_by_adam
 from adamx.optimizers.adam_mini import adam_mini
@@ -79,6 +83,7 @@ from adamx.optimizers.cautious_lion import cautious_lion
 from adamx.optimizers.lamb import lamb
 from adamx.optimizers.lion import lion
 from adamx.optimizers.momentum import momentum
+from adamx.optimizers.muon import muon, muon_adamw
 from adamx.optimizers.nadam import nadam
 from adamx.optimizers.nadamw import nadamw
 from adamx.optimizers.radam import radam
@@ -116,17 +121,22 @@ from adamx.transforms.ema import ema
 from adamx.transforms.ema_of_mean_squares import ema_of_mean_squares
 from adamx.transforms.ema_of_squares import ema_of_squares
 from adamx.transforms.extrapolation import extrapolation
+from adamx.transforms.factored_ema_of_squares import factored_ema_of_squares
 from adamx.transforms.growing_clip import growing_clip
 from adamx.transforms.half_life_schedule import half_life_schedule
 from adamx.transforms.interpolated_ema import interpolated_ema
 from adamx.transforms.nesterov_ema import nesterov_ema
+from adamx.transforms.orthogonalized import orthogonalized
+from adamx.transforms.power_decay_schedule import power_decay_schedule
 from adamx.transforms.ratio import ratio
 from adamx.transforms.rectified import rectified
 from adamx.transforms.rms_scaling import rms_scaling
 from adamx.transforms.running_max import running_max
 from adamx.transforms.scale import scale
 from adamx.transforms.scale_by_learning_rate import scale_by_learning_rate
+from adamx.transforms.scale_by_param_block_rms import scale_by_param_block_rms
 from adamx.transforms.scale_by_path import scale_by_path
+from adamx.transforms.scale_by_shape import scale_by_shape
 from adamx.transforms.schedule_free import schedule_free, schedule_free_eval_params
 from adamx.transforms.scheduled_nesterov_ema import scheduled_nesterov_ema
 from adamx.transforms.seeded_ema_of_squares import seeded_ema_of_squares
@@ -160,6 +170,7 @@ __all__ = [
     "Wrapper",
     "accumulate",
     "adabelief",
+    "adafactor",
     "adagrad",
     "adam",
     "adam_mini",
@@ -202,6 +213,7 @@ __all__ = [
     "ema_of_params",
     "ema_of_squares",
     "extrapolation",
+    "factored_ema_of_squares",
     "from_dict",
     "from_optax",
     "from_torch",
@@ -220,14 +232,18 @@ __all__ = [
     "moments",
     "momentum",
     "monitor",
+    "muon",
+    "muon_adamw",
     "nadam",
     "nadamw",
     "named",
     "nesterov_ema",
     "normalized_weight_decay",
+    "orthogonalized",
     "packed8",
     "packed16",
     "plot",
+    "power_decay_schedule",
     "radam",
     "ratio",
     "ratio_bound",
@@ -239,8 +255,10 @@ __all__ = [
     "scale",
     "scale_by_adam",
     "scale_by_learning_rate",
+    "scale_by_param_block_rms",
     "scale_by_path",
     "scale_by_rms",
+    "scale_by_shape",
     "schedule_free",
     "schedule_free_adamw",
     "schedule_free_eval_params",

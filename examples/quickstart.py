@@ -169,6 +169,12 @@ PAIRS = {
     "adopt": Pair(3e-3, adamx.adopt, contrib.adopt),
     "lamb": Pair(5e-3, adamx.lamb, optax.lamb),
     "adam_mini": Pair(3e-3, adamx.adam_mini, optax.adamw, "optax.adamw"),
+    "adafactor": Pair(
+        3e-2,
+        partial(adamx.adafactor, min_dim_size_to_factor=32),
+        partial(optax.adafactor, min_dim_size_to_factor=32),
+    ),
+    "muon_adamw": Pair(2e-2, adamx.muon_adamw, contrib.muon),
     "stable_adamw": Pair(3e-3, adamx.stable_adamw, optax.adamw, "optax.adamw"),
     "cautious_adamw": Pair(3e-3, adamx.cautious_adamw, optax.adamw, "optax.adamw"),
     "cautious_lion": Pair(1e-3, adamx.cautious_lion, optax.lion, "optax.lion"),

@@ -246,6 +246,43 @@ def along_z(case: Case) -> Measure:
     return Measure(z + y, {"z": z, "nu": plain.slots["nu"]})
 
 
+def step_by_step(case: Case) -> Measure:
+    """Adafactor: nothing cancels but in the average of the steps, which is one of magnitudes here.
+
+    Five sums of at most 12 terms, halved by roots, take the roundings of a first step fourfold.
+    """
+    b, wd = case.options.get("momentum"), case.options.get("weight_decay_rate", 0.0)
+    steps = case.run.updates + wd * case.run.params[:-1]
+    slots = {}
+    if b is not None:
+        before = np.concatenate([0 * steps[:1], -steps[:-1]])
+        slots = {"mu": reference.ema(np.abs(-steps - b * before) / (1 - b), b)}
+    wide = slots.get("mu", np.abs(steps)) + wd * np.abs(case.run.params[:-1])
+    return Measure(4 * wide, {name: 4 * x for name, x in (case.run.slots | slots).items()})
+
+
+def through_newton_schulz(case: Case) -> Measure:
+    """Muon: what the average is off by, as a part of its norm, may grow by the quintic's slopes.
+
+    These are at most 3.45 in each of five steps, 480 in all; each step adds a dozen roundings of
+    its own, and the singular values of the reference some more: 1000 in the place of 480.
+    """
+    names = {"beta", "nesterov"}
+    options = {k: v for k, v in case.options.items() if k in names}
+    average, wide = (
+        np.abs(
+            r.muon(0 * case.w.ravel(), g.reshape(len(g), -1), learning_rate=1.0, **options).updates
+        ).reshape(g.shape)
+        for g in (case.g, np.abs(case.g))
+    )
+    slots = {"mu": reference.ema(np.abs(case.g), options.get("beta", 0.95))}
+    if case.w.ndim != 2:
+        return Measure(at(case.rate, wide) * wide + case.decayed, slots)
+    norms = [np.sqrt(np.sum(x**2, axis=(1, 2), keepdims=True)) for x in (wide, average)]
+    scale = np.sqrt(max(case.w.shape)) * max(1.0, case.options.get("consistent_rms") or 1.0)
+    return Measure(at(case.rate * scale * 1000, wide) * norms[0] / norms[1] + case.decayed, slots)
+
+
 def as_it_is(case: Case) -> Measure:
     """A factor and the learning rate: the sum of 12 squares is halved by the root."""
     return Measure(np.abs(case.run.updates))
@@ -336,6 +373,36 @@ def slow_weights(step: Any) -> Any:
 def mini(w: np.ndarray, g: np.ndarray, **options: Any) -> Trajectory:
     """Adam-mini with a block for each index of the last axis, a vector being one."""
     return r.adam_mini(w, g, axes=tuple(range(w.ndim - 1)) or None, **options)
+
+
+def largest_axes(w: np.ndarray, g: np.ndarray, **options: Any) -> Trajectory:
+    """Adafactor of a matrix, whose longer axis is that of the columns, or of a vector."""
+    found = None if w.ndim < 2 else (0, 1) if w.shape[0] <= w.shape[1] else (1, 0)
+    return r.adafactor(w, g, **{"axes": found, **options})
+
+
+def sides(path: str, leaf: Any) -> tuple[int, ...]:
+    """Matrices alone are orthogonalised."""
+    return (0, 1) if leaf.ndim == 2 else ()
+
+
+MUON: dict[str, Any] = {
+    "beta": 0.8, "eps": 1e-3, "nesterov": False, "weight_decay": 0.5, "consistent_rms": 0.2
+}  # fmt: skip
+
+
+def muon_or_adamw(w: np.ndarray, g: np.ndarray, **options: Any) -> Trajectory:
+    """Muon for a matrix, AdamW for a vector."""
+    if w.ndim == 2:
+        return r.muon(w, g, **options)
+    rest = {name: x for name, x in options.items() if name in ("learning_rate", "weight_decay")}
+    return reference.adamw(w, g, b1=0.8, b2=0.97, eps=1e-3, **rest)
+
+
+FACTOR: dict[str, Any] = {
+    "decay_rate": 0.6, "decay_offset": 5, "multiply_by_parameter_scale": False,
+    "clipping_threshold": 0.5, "momentum": 0.9, "weight_decay_rate": 0.5, "eps": 0.01,
+}  # fmt: skip
 
 
 def clipped_sgd(clip: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Method:
@@ -553,6 +620,74 @@ FAMILY: dict[str, Member] = {
         unlike=({**ADAM, **DECAY, "axes": 0},),
     ),
     "stable_adamw": alike("stable_adamw", {**ADAM, **DECAY}),
+    "muon": Member(
+        lambda rate: adamx.muon(rate, weight_decay=0.5, axes=sides),
+        r.muon,
+        DECAY,
+        through_newton_schulz,
+        unlike=tuple(
+            DECAY | {name: value}
+            for name, value in {
+                "beta": 0.9,
+                "nesterov": False,
+                "ns_steps": 4,
+                "consistent_rms": 0.2,
+                "eps": 0.1,
+                "weight_decay": 0.0,
+                "ns_coeffs": (3.4445, -4.7750, 2.0),
+            }.items()
+        ),
+    ),
+    "muon_adamw": Member(
+        lambda rate: adamx.muon_adamw(
+            rate,
+            beta=0.8,
+            eps=1e-3,
+            nesterov=False,
+            adam_b1=0.8,
+            adam_b2=0.97,
+            adam_weight_decay=0.5,
+            weight_decay=0.5,
+            consistent_rms=0.2,
+        ),
+        muon_or_adamw,
+        MUON,
+        lambda case: (through_newton_schulz if case.w.ndim == 2 else on_magnitudes)(case),
+        scalars=frozenset({"nu"}),
+    ),
+    "adafactor": Member(
+        lambda rate: adamx.adafactor(rate, 2),
+        largest_axes,
+        measure=step_by_step,
+        scalars=frozenset({"nu", "nu_row", "nu_col"}),
+        unlike=tuple(
+            {name: value}
+            for name, value in {
+                "axes": None,
+                "decay_rate": 0.7,
+                "eps": 1e-3,
+                "clipping_threshold": None,
+                "multiply_by_parameter_scale": False,
+            }.items()
+        ),
+    ),
+    "adafactor_other": Member(
+        lambda rate: adamx.adafactor(
+            rate, 2, 0.6, 5, False, 0.5, 0.9, None, 0.5, 0.01, factored=False
+        ),
+        r.adafactor,
+        FACTOR,
+        step_by_step,
+        scalars=frozenset({"nu", "nu_row", "nu_col"}),
+        unlike=tuple(
+            FACTOR | {name: value}
+            for name, value in {
+                "decay_offset": 4,
+                "momentum": 0.8,
+                "weight_decay_rate": 0.0,
+            }.items()
+        ),
+    ),
     "schedule_free_adamw": alike(
         "schedule_free_adamw",
         {**ADAM, **DECAY},
@@ -731,6 +866,13 @@ PAIRS: dict[str, Pair] = {
         by_norms,
         sums=SIZE,
         defaults={"eps": 1e-6, "weight_decay": 0.0},
+    ),
+    "adafactor": Pair(
+        optax.adafactor,
+        r.adafactor,
+        {"momentum": 0.5, "weight_decay_rate": 1e-3, "clipping_threshold": 0.5, "eps": 1e-6},
+        step_by_step,
+        sums=SIZE,
     ),
     "schedule_free_adamw": Pair(
         contrib.schedule_free_adamw,

@@ -135,6 +135,15 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
     "scheduled_nesterov_ema": {"decay": DECAY, "momentum_decay": POSITIVE},
     "yogi": {"learning_rate": RATE, "b1": SCHEDULED_DECAY, "b2": SCHEDULED_DECAY, "eps": POSITIVE},
     # clips, ratios and blocks
+    "adafactor": {
+        "learning_rate": RATE,
+        "decay_rate": POSITIVE,
+        "decay_offset": FINITE,
+        "clipping_threshold": POSITIVE,
+        "momentum": SCHEDULED_DECAY,
+        "weight_decay_rate": RATE,
+        "eps": POSITIVE,
+    },
     "adam_mini": {
         "learning_rate": RATE,
         "b1": SCHEDULED_DECAY,
@@ -146,6 +155,29 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
     "clip_by_rms": {"threshold": POSITIVE},
     "clip_by_value": {"max_delta": POSITIVE},
     "ema_of_mean_squares": {"decay": SCHEDULED_DECAY},
+    "factored_ema_of_squares": {"decay": SCHEDULED_DECAY, "eps": POSITIVE},
+    "muon": {
+        "learning_rate": RATE,
+        "beta": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "weight_decay": RATE,
+        "consistent_rms": POSITIVE,
+    },
+    "muon_adamw": {
+        "learning_rate": RATE,
+        "beta": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "weight_decay": RATE,
+        "adam_b1": SCHEDULED_DECAY,
+        "adam_b2": SCHEDULED_DECAY,
+        "adam_eps_root": POSITIVE,
+        "adam_weight_decay": RATE,
+        "adam_learning_rate": RATE,
+        "consistent_rms": POSITIVE,
+    },
+    "orthogonalized": {"eps": POSITIVE},
+    "scale_by_shape": {"consistent_rms": POSITIVE},
+    "scale_by_param_block_rms": {"min_scale": POSITIVE},
     "lamb": {
         "learning_rate": RATE,
         "b1": SCHEDULED_DECAY,
@@ -176,6 +208,9 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
 }
 DERIVED = {("adabelief", "eps_root")}  # what is kept is computed from it
 OPTIONAL = {("rmsprop", "momentum"), ("sgd", "momentum")}
+OPTIONAL |= {("adafactor", "clipping_threshold"), ("adafactor", "momentum")}
+OPTIONAL |= {("adafactor", "weight_decay_rate"), ("muon_adamw", "adam_learning_rate")}
+OPTIONAL |= {(name, "consistent_rms") for name in ("muon", "muon_adamw", "scale_by_shape")}
 OPTIONAL |= {("adan", "look_ahead"), ("sgdw", "momentum")}
 SCHEDULES = {RATE, SCHEDULED_DECAY, SCHEDULED, SCHEDULED_FRACTION, OPEN_DECAY}
 
@@ -188,6 +223,10 @@ def build(function, **hyperparameters):
         required = {"second_moment": adamx.ema_of_squares(0.9)}
     if function == "rectified":
         required |= {"scaling": build("rms_scaling")}
+    if function in ("muon", "muon_adamw", "orthogonalized", "scale_by_shape"):
+        required |= {"axes": ()}  # any array
+    if function == "muon_adamw":
+        required["matrices"] = "*"
     if function == "packed8":
         required = {"inner": adamx.scale_by_adam(), "bound": 1.0}
     if function == "cautious":

@@ -480,6 +480,85 @@ def stable_adamw(
     return record.trajectory()
 
 
+def adafactor(
+    w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, decay_rate: float = 0.8,
+    decay_offset: int = 0, eps: float = 1e-30, clipping_threshold: float | None = 1.0,
+    multiply_by_parameter_scale: bool = True, momentum: float | None = None,
+    weight_decay_rate: float = 0.0, axes: tuple[int, int] | None = None,
+) -> Trajectory:  # fmt: skip
+    """Adafactor, Shazeer & Stern 2018, Algorithms 4 and 5, with the sums over rows and columns.
+
+    ``b2_t = 1 - t^-decay_rate``, ``R_t = b2_t R_{t-1} + (1 - b2_t) (|g_t|^2 + eps) 1``, C_t the
+    same with ``1^T (...)``, ``V_t = R_t C_t / (1^T R_t)``, ``u_t = g_t / sqrt(V_t)``; clipped:
+    ``u_t / max(1, RMS(u_t) / d)``; times ``alpha_t = max(1e-3, RMS(w_{t-1})) rho_t``. With axes
+    None V_t is the average of the squares. Momentum and decay are Optax's: an average of
+    alpha_t u_t, and weight_decay_rate w_{t-1} added to it. Slots: ``nu``, or ``nu_row`` and
+    ``nu_col`` as means, the axes staying with size 1; and ``mu``.
+    """
+    record, m = Recorder(w), 0.0
+    state: list[Any] = [0.0, 0.0]
+    for t, g, lr in steps(gradients, learning_rate):
+        b2 = 1 - max(t - decay_offset, 1) ** -decay_rate
+        x, over = square(g) + eps, [()] if axes is None else [(axes[1],), (axes[0],)]
+        sums = [np.sum(x, axis=axis, keepdims=True) for axis in over]
+        state = [b2 * old + (1 - b2) * new for old, new in zip(state, sums, strict=False)]
+        if axes is None:
+            (v,), slots = state, {"nu": state[0]}
+        else:
+            row, col = state
+            v = row * col / np.sum(row, axis=axes[0], keepdims=True)
+            slots = {"nu_row": row / g.shape[axes[1]], "nu_col": col / g.shape[axes[0]]}
+        u = g / np.sqrt(v)
+        if clipping_threshold is not None:
+            u = u / max(1.0, _rms(u) / clipping_threshold)
+        u = lr * u * (max(1e-3, _rms(record.w)) if multiply_by_parameter_scale else 1.0)
+        if momentum is not None:
+            m = momentum * m + (1 - momentum) * u
+            u, slots = m, {**slots, "mu": m}
+        record.add(-u - weight_decay_rate * record.w, **slots)
+    return record.trajectory()
+
+
+def newton_schulz(
+    x: np.ndarray, steps: int = 5, coefficients: Sequence[float] = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-8,
+) -> np.ndarray:  # fmt: skip
+    """Newton-Schulz' quintic, Jordan et al. 2024, by what it does to the singular values.
+
+    ``U S V^H`` becomes ``U p(...p(S / (||S|| + eps))) V^H`` with ``p(s) = a s + b s^3 + c s^5``.
+    """
+    a, b, c = coefficients
+    u, s, v = np.linalg.svd(x, full_matrices=False)
+    s = s / (math.sqrt(np.sum(s**2)) + eps)
+    for _ in range(steps):
+        s = a * s + b * s**3 + c * s**5
+    return (u * s) @ v
+
+
+def muon(
+    w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, beta: float = 0.95,
+    eps: float = 1e-8, weight_decay: float = 0.0, nesterov: bool = True, ns_steps: int = 5,
+    ns_coeffs: Sequence[float] = (3.4445, -4.7750, 2.0315), consistent_rms: float | None = None,
+) -> Trajectory:  # fmt: skip
+    """Muon, Jordan et al. 2024, with Optax's corrected average; Liu et al. 2025, equation 4.
+
+    ``w_t = w_{t-1} - lr (s newton_schulz(m^_t) + weight_decay w_{t-1})``, m^_t that of Adam or
+    Nadam; s is ``sqrt(max(1, m / n))`` for a matrix n x m (in, out), or ``consistent_rms
+    sqrt(max(n, m))``. An array that is not a matrix has neither. Slots: ``mu``.
+    """
+    record, m = Recorder(w), 0.0
+    for t, g, lr in steps(gradients, learning_rate):
+        m = beta * m + (1 - beta) * g
+        u = _corrected(m, g, beta, t, nesterov)
+        if u.ndim == 2:
+            n, k = u.shape
+            s = math.sqrt(max(1, k / n))
+            s = s if consistent_rms is None else consistent_rms * math.sqrt(max(n, k))
+            u = s * newton_schulz(u, ns_steps, ns_coeffs, eps)
+        record.add(-lr * (u + weight_decay * record.w), mu=m)
+    return record.trajectory()
+
+
 # --- Averages of the parameters ------------------------------------------------------------------
 
 

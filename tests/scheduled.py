@@ -32,11 +32,12 @@ W = _RANDOM.uniform(0.5, 2.0, SHAPE)
 # The values of the schedules, by the argument's name, and a number of the same kind. No two rise
 # or fall alike. Rates are powers of 2, with which the float32 weights of schedule-free are exact.
 VALUES: dict[str, np.ndarray] = {
-    "learning_rate": 2.0 ** (N % 3 - 2),
+    **dict.fromkeys(("learning_rate", "adam_learning_rate"), 2.0 ** (N % 3 - 2)),
     "multiplier": 2.0 ** (N % 3 - 2),
     "weight_decay": 0.1 + 0.05 * N,
-    "b1": 0.5 + 0.02 * N,
-    "b2": 0.75 - 0.02 * N,
+    **dict.fromkeys(("weight_decay_rate", "adam_weight_decay"), 0.1 + 0.05 * N),
+    **dict.fromkeys(("b1", "beta", "adam_b1"), 0.5 + 0.02 * N),
+    **dict.fromkeys(("b2", "adam_b2"), 0.75 - 0.02 * N),
     "b3": 0.6 + 0.01 * N,
     "decay": 0.4 + 0.03 * N,
     "momentum": 0.8 - 0.03 * N,
@@ -44,7 +45,7 @@ VALUES: dict[str, np.ndarray] = {
     "look_ahead": 0.3 + 0.02 * N,
 }
 NUMBERS = {name: 0.25 for name in VALUES} | {
-    "b1": 0.75, "b2": 0.875, "b3": 0.625, "decay": 0.875, "momentum": 0.5
+    "b1": 0.75, "b2": 0.875, "b3": 0.625, "decay": 0.875, "momentum": 0.5, "beta": 0.75
 }  # fmt: skip
 EPS, ROOT = 0.125, 0.0625
 LR, WD, B1, B2, B3, DECAY, BALL, ALPHA, AHEAD = (
@@ -122,11 +123,15 @@ def adam(eps_root: float = ROOT) -> np.ndarray:
     return mean(G) / rms(mean(G**2, B2), eps_root)
 
 
+def looking_ahead(b: np.ndarray) -> np.ndarray:
+    """Dozat's numerator, with b_{t+1} before m_t."""
+    beyond = 1 - np.cumprod(b)[1:]
+    return at(b[1:] / beyond) * ema(G, b) + at((1 - b)[:STEPS] / past(b)) * G
+
+
 def nadam() -> np.ndarray:
-    """Dozat's numerator, with b1_{t+1} before m_t."""
-    beyond = 1 - np.cumprod(B1)[1:]
-    ahead = at(B1[1:] / beyond) * ema(G, B1) + at((1 - B1)[:STEPS] / past(B1)) * G
-    return ahead / rms(mean(G**2, B2))
+    """That numerator over Adam's root."""
+    return looking_ahead(B1) / rms(mean(G**2, B2))
 
 
 def adamax() -> np.ndarray:
@@ -214,6 +219,24 @@ def stable_adamw() -> np.ndarray:
     v = mean(G**2, B2)
     excess = np.sqrt(np.mean(G**2 / np.maximum(v, EPS**2), axis=(1, 2), keepdims=True))
     return (adam(0.0) + at(WD) * W) / np.maximum(1, excess)
+
+
+def adafactor() -> np.ndarray:
+    """The average of clipped steps that are as long as the weights, by rows and columns."""
+    b2 = 1 - T**-0.8
+    row, col = (ema(np.mean(G**2, axis=i, keepdims=True) + EPS, b2) for i in (2, 1))
+    u = G / np.sqrt(row * col / np.mean(row, axis=1, keepdims=True))
+    u = u / np.maximum(1, np.sqrt(np.mean(u**2, axis=(1, 2), keepdims=True)))
+    return ema(at(LR) * np.sqrt(np.mean(W**2)) * u, BALL) + at(WD) * W
+
+
+def muon(b: np.ndarray) -> np.ndarray:
+    """NAdam's numerator, by its singular values; the matrix has 3 outputs for 2 inputs."""
+    u, s, v = np.linalg.svd(looking_ahead(b), full_matrices=False)
+    s = s / (np.sqrt(np.sum(s**2, axis=-1, keepdims=True)) + EPS)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return np.sqrt(3 / 2) * (u * s[:, None, :]) @ v + at(WD) * W
 
 
 def rmsprop(nesterov: bool = False) -> np.ndarray:
@@ -336,6 +359,15 @@ MEMBERS: dict[str, Member] = {
     ),
     "lamb": Member(lamb, BOTH),
     "adam_mini": Member(adam_mini, BOTH),
+    "adafactor": Member(adafactor, fixed={"min_dim_size_to_factor": 2}, rated=False),
+    # a rounding of the numerator grows by 3.45 in each of five steps, 480 times; a small element is
+    # a twentieth of the largest
+    "muon": Member(lambda: muon(B1), MU, worse=1e4),
+    "muon_adamw": Member(
+        lambda: muon(np.full_like(B1, 0.75)),
+        worse=1e4,
+        fixed={"beta": 0.75, "adam_b1": 0.5, "adam_b2": 0.5},
+    ),
     "stable_adamw": Member(stable_adamw, {**BOTH, "clipping_correction": past(B2)}),
     # the update is a difference of averages of y and z, of at most 4, and is 1e-3 or more
     "schedule_free_adamw": Member(

@@ -32,8 +32,9 @@ class Case:
         whole: an update depends on a whole leaf or tree: split over devices without telling the
             compiler so (`shard_map`), it sees its part only.
         foreign: it has a stage of Optax, which does not run under strict promotion.
-        squares: it emits squares of what it gets.
+        squares: it emits squares of what it gets, or products with the weights.
         larger: it emits up to sixteen times what it gets.
+        varied: its leaves have different slots.
         half_slots: the slots that it keeps in bfloat16 by their dtype, without a storage.
     """
 
@@ -46,6 +47,7 @@ class Case:
     foreign: bool = False
     squares: bool = False
     larger: bool = False
+    varied: bool = False
     half_slots: tuple[str, ...] = ()
 
 
@@ -63,6 +65,10 @@ def _all_but_vectors(params):
 
 def _blocks(path, leaf):
     return (leaf.ndim - 1,) if "w" in path and leaf.ndim else ()
+
+
+def _sides_of_matrices(path, leaf):
+    return (0, 1) if leaf.ndim == 2 else ()
 
 
 def _factors(path, leaf):
@@ -346,11 +352,48 @@ TRANSFORMATIONS: dict[str, Case] = {
     ),
     "ema_of_mean_squares": Case(lambda: adamx.ema_of_mean_squares(0.9), whole=True, squares=True),
     "lamb": Case(lambda: adamx.lamb(0.1, weight_decay=0.1, mask=_all_but_vectors), whole=True),
-    "adam_mini": Case(
-        lambda: adamx.adam_mini(0.1, mask=_all_but_vectors),
-        kind="slots smaller than their parameters",
+    "factored_ema_of_squares": Case(
+        lambda: adamx.factored_ema_of_squares(0.9, 2), whole=True, squares=True, varied=True
+    ),
+    "scale_by_param_block_rms": Case(
+        lambda: adamx.scale_by_param_block_rms(0.5), whole=True, squares=True
+    ),
+    "adafactor": Case(
+        lambda: adamx.adafactor(_schedule, 2),
+        kind="slots of other shapes than their parameters, other ones in other leaves",
+        whole=True,
+        varied=True,
+    ),
+    "adafactor_momentum": Case(
+        lambda: adamx.adafactor(
+            0.1, 2, momentum=0.5, weight_decay_rate=0.1, weight_decay_mask=_all_but_vectors
+        ),
+        whole=True,
+        varied=True,
+    ),
+    "orthogonalized": Case(
+        lambda: adamx.orthogonalized(ns_steps=2, axes=_sides_of_matrices), whole=True
+    ),
+    "scale_by_shape": Case(
+        lambda: adamx.chain(
+            adamx.orthogonalized(ns_steps=1, axes=_sides_of_matrices),
+            adamx.scale_by_shape(axes=_sides_of_matrices),
+        ),
         whole=True,
     ),
+    "muon": Case(
+        lambda: adamx.muon(
+            _schedule, ns_steps=2, weight_decay=0.1, consistent_rms=0.2, axes=_sides_of_matrices
+        ),
+        kind="an operation on whole matrices",
+        whole=True,
+    ),
+    "muon_adamw": Case(
+        lambda: adamx.muon_adamw(0.1, ns_steps=2, matrices="*", axes=_sides_of_matrices),
+        whole=True,
+        varied=True,
+    ),
+    "adam_mini": Case(lambda: adamx.adam_mini(0.1, mask=_all_but_vectors), whole=True),
     "adam_mini_by_path": Case(lambda: adamx.adam_mini(0.1, axes=_blocks), whole=True),
     "adam_mini_bfloat16": Case(
         lambda: adamx.adam_mini(0.1, **_EXACT, moments="bfloat16"), narrow=True, whole=True

@@ -93,6 +93,19 @@ def test_a_step_moves_what_it_must(name, where):
     assert ahead.cells(program) == there, "run benchmarks/ahead_of_time.py anew"
 
 
+def test_rows_and_columns_of_a_matrix_are_not_padded_to_tiles_of_a_tpu():
+    """A column of n numbers is not n tiles: parameters and state are as large as their numbers."""
+    here = jax.sharding.SingleDeviceSharding(ahead.device("TPU v5e"))
+    tx, size = adamx.adafactor(0.1), 2048
+    params = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    trees = params, jax.eval_shape(tx.init, params), params
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+    lowered = jax.jit(tx.update).lower(*jax.tree.map(place, trees))
+    found: Any = lowered.compile().memory_analysis()
+    assert found.argument_size_in_bytes < 4 * (2 * size**2 + 4 * size)
+    assert found.temp_size_in_bytes < 0.03 * 4 * size**2  # a few rows of tiles
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2"])
 def test_masters_are_one_kernel_on_other_tpus_with_the_option_that_the_page_names(topology):

@@ -34,6 +34,11 @@ OWN = {
 # For other arguments: functions in which one means something else, and what.
 OTHERWISE = {
     "learning_rate": {"adamw_independent": "no schedule: that is `multiplier`"},
+    "axes": {
+        "factored_ema_of_squares": "two, of rows and of columns, not those to average over",
+        "muon muon_adamw orthogonalized scale_by_shape": "of the two sides of a matrix",
+    },
+    "momentum": {"adafactor": "an average of whole steps, not a sum of gradients"},
     "b1": {
         "lion cautious_lion": "weights the output, b2 the slot",
         "schedule_free schedule_free_adamw": "the weight of averaged parameters, in (0, 1]",
@@ -56,13 +61,18 @@ OTHERWISE = {
     },
     "eps": {
         "adamax adamaxw decaying_max": "added to a magnitude, before any division",
+        "adafactor factored_ema_of_squares": "added to each square",
         "adopt delayed_rms_scaling": "the smallest divisor",
         "adaptive_clip": "the smallest norm of the weights",
         "trust_ratio": "added to a norm",
+        "muon muon_adamw orthogonalized": "the same, of a whole matrix",
         "update_clipping": "the smallest root, and nothing is added",
     },
     "eps_root": {"adabelief": "added in every step"},
-    "dtype": {"zeros": "of an array, by the parameter's dtype"},
+    "dtype": {
+        "muon muon_adamw orthogonalized": "of products, not of a slot",
+        "zeros": "of an array, by the parameter's dtype",
+    },
     "initial": {"ema": "an average of gradients may be negative"},
     "threshold": {"clip_by_rms": "of an array, where RAdam has one of steps"},
     "moments": {"stored": "explains the names"},

@@ -42,7 +42,9 @@ def shifted(tx: Any, steps: int) -> Any:
     fields = {
         name: later(value)
         for name, value in fields.items()
-        if callable(value) and not isinstance(value, adamx.adjustable)
+        if callable(value)
+        and not isinstance(value, adamx.adjustable)
+        and not getattr(value, "of_age", False)
     }
     inside = [shifted(child, steps) for child in tx.children]
     return tx.with_children(inside).with_fields(**fields)

@@ -10,7 +10,8 @@ FLOORS = [
     {"core"},
     {"storage"},
     {"transforms"},
-    {"wrappers", "optimizers"},
+    {"wrappers"},
+    {"optimizers"},
     {"inspect", "interop"},
 ]
 """The folders, each of which imports from itself and from those before it."""

@@ -63,6 +63,10 @@ HALF: dict[str, Any] = {"b1": 0.5, "b2": 0.75}
 ROWS = np.array([[1.0, 7.0], [2.0, 2.0]])  # mean squares 25 and 4, of both 29/2
 BLOCK = np.array([[5.0], [2.0]])
 ALL = sqrt(29 / 2)
+COLUMNS = np.array([[5 / 2, 53 / 2]])
+LOOKING = 0.95 * 0.05 / (1 - 0.95**2) + 1  # how much longer a first gradient is one step ahead
+PULL = 2 * 5 * LOOKING / (5 * LOOKING + 5)  # times 1/2 sqrt(4)
+PRODUCT = BLOCK**2 * COLUMNS / (29 / 2)
 
 HANDS: dict[str, Hand] = {
     # max(0, 2 + 1) = 3, max(9/4, 1 + 1) = 9/4; mu^ = 2, 4/3
@@ -469,6 +473,61 @@ HANDS: dict[str, Hand] = {
         {"mu": [0.1], "nu": [0.01]},
         w=1.0,
         learning_rate=(1.0,),
+    ),
+    # the singular values 3/5 and 4/5 become 2 s - 3/2 s^3 + 1/2 s^5
+    "muon": Hand(
+        r.muon,
+        {
+            **{"beta": 0.5, "eps": 0.0, "nesterov": False, "weight_decay": 0.5, "ns_steps": 1},
+            "ns_coeffs": (2.0, -1.5, 0.5),
+        },
+        [np.diag([3.0, 4.0])],
+        [-np.diag([0.91488, 0.99584]) - 0.5],
+        {"mu": [np.diag([1.5, 2.0])]},
+        w=np.ones((2, 2)),
+        learning_rate=(1.0,),
+    ),
+    "muon_scaled": Hand(
+        r.muon,
+        {"eps": 5.0, "ns_steps": 1, "ns_coeffs": (2.0, 0.0, 0.0), "consistent_rms": 0.5},
+        [[[3.0, 0.0, 0.0, 4.0]]],
+        [[[-0.6 * PULL, 0.0, 0.0, -0.8 * PULL]]],
+        {"mu": [[[0.15, 0.0, 0.0, 0.2]]]},
+        w=np.zeros((1, 4)),
+        learning_rate=(1.0,),
+    ),
+    "muon_wide": Hand(
+        r.muon,
+        {"eps": 0.0, "ns_steps": 1, "ns_coeffs": (1.0, 0.0, 0.0)},
+        [[[3.0, 0.0, 0.0, 4.0]]],
+        [[[-1.2, 0.0, 0.0, -1.6]]],
+        {"mu": [[[0.15, 0.0, 0.0, 0.2]]]},
+        w=np.zeros((1, 4)),
+        learning_rate=(1.0,),
+    ),
+    # rows 25, 4 and columns 5/2, 53/2 of mean 29/2; then 2^-1/2 of these and of 0; rms(w) = 2
+    "adafactor": Hand(
+        r.adafactor,
+        {"decay_rate": 0.5, "clipping_threshold": None, "axes": (0, 1)},
+        [ROWS, 0 * ROWS],
+        [-2 * ROWS / np.sqrt(PRODUCT), 0 * ROWS],
+        {
+            "nu_row": [BLOCK**2, BLOCK**2 * (1 - sqrt(1 / 2))],
+            "nu_col": [COLUMNS, COLUMNS * (1 - sqrt(1 / 2))],
+        },
+        w=2 * np.ones((2, 2)),
+    ),
+    # nu = 9, 1; |u| = sqrt(8) / 3 is cut to 1/2, the least rms(w) is 1e-3; then w / 4 comes back
+    "adafactor_momentum": Hand(
+        r.adafactor,
+        {
+            **{"decay_rate": 0.0, "eps": 1.0, "clipping_threshold": 0.5, "momentum": 0.5},
+            "weight_decay_rate": 0.25,
+        },
+        [[sqrt(8), -sqrt(8)], [0, 0]],
+        [[-1e-3 / 4, 1e-3 / 4], [-1e-3 / 16, 1e-3 / 16]],
+        {"nu": [[9, 9], [1, 1]], "mu": [[1e-3 / 4, -1e-3 / 4], [1e-3 / 8, -1e-3 / 8]]},
+        w=[0.0, 0.0],
     ),
     # u = 2/3, 1; z = -2/3, -8/3; c = 1, 4/5: x_2 = -34/15, y_2 = -37/15
     "schedule_free_adamw": Hand(

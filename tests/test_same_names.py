@@ -66,6 +66,10 @@ class Deviation:
 
 VARIANTS = "a flag that changes an algorithm is another method"
 DEVIATIONS: dict[str, Deviation] = {
+    "adafactor": Deviation(
+        "None is more often forgotten than meant; as wide as the parameters, and no schedule",
+        ("learning_rate", "dtype_momentum"),
+    ),
     "adagrad": Deviation(
         "eps is outside the root, as in the paper and PyTorch",
         same=lambda: adamx.adagrad(0.125, eps=0.125, eps_in_sqrt=True),

@@ -20,7 +20,7 @@ from adamx.core.paths import leaves_by_path
 
 LAYERS = 2
 FAST = {"adam_mini_by_path", "adaptive_clip", "cautious", "clip_by_global_norm", "clip_by_rms"}
-FAST |= {"ema_of_mean_squares", "trust_ratio", "update_clipping"}
+FAST |= {"factored_ema_of_squares", "trust_ratio", "update_clipping"}
 """Everything that takes one statistic an array, and what takes one of the whole tree."""
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from reference_family import newton_schulz
 from table import TRANSFORMATIONS, every
 
 import adamx
@@ -37,6 +38,7 @@ NUMPY = {
     "min": np.minimum,
     "sign": np.sign,
     "clip": np.clip,
+    "orthogonalized": lambda x, steps: newton_schulz(x, int(steps)),
 }
 KNOWN = {*NUMPY, *REDUCTIONS, "symbol", "number"}
 

@@ -24,6 +24,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from adamx.formula.adjustable import adjustable
 
@@ -160,6 +161,28 @@ def _range_in(annotation: Any) -> Range | None:
     if is_optional and len(ranges) == 1 and ranges[0]:
         return dataclasses.replace(ranges[0], optional=True)
     return None
+
+
+def whole_number(function: str, argument: str, value: Any) -> int:
+    """Return an argument as an int >= 1; raise unless it is one that is known, even in a trace.
+
+    Example:
+        >>> whole_number("muon", "ns_steps", jnp.array(5))
+        5
+    """
+    what = f"{function}: {argument} must be a whole number >= 1"
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{what} that is known when the program is traced, since the program depends on it, "
+            "got a traced one: in inject_hyperparams name it in static_args"
+        )
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{what}, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{what}, got {value}")
+    return int(value)
 
 
 def as_float(value: Any) -> Any:

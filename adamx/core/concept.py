@@ -181,7 +181,8 @@ class Concept(Value):
         """Return this concept with schedules that give what they have to in this step.
 
         Those in the place of adjustables give what the state has. For a leaf that began late the
-        others give what they give to the leaves that did not.
+        others give what they give to the leaves that did not, but for those of the leaf's own age
+        (`of_age`).
         """
         found = {
             field: functools.partial(_always, held(value, step.state))
@@ -189,7 +190,8 @@ class Concept(Value):
         }
         if (began := step.began) is not None:
             for field in ranges_of(type(self)).keys() - found.keys():
-                if callable(schedule := getattr(self, field)):
+                schedule = getattr(self, field)
+                if callable(schedule) and not getattr(schedule, "of_age", False):
                     found[field] = functools.partial(_later, schedule, began)
         return self.with_fields(**found) if found else self
 

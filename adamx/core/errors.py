@@ -211,6 +211,17 @@ def check_names(state: Mapping[str, Any], new: Mapping[str, Any]) -> None:
 
 def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise unless a leaf's slots are like its concept's start values."""
+    missing, unknown = (
+        sorted(expected.keys() - slots.keys()),
+        sorted(slots.keys() - expected.keys()),
+    )
+    if missing and unknown:
+        raise ValueError(
+            f"adamx: leaf {path!r} keeps {unknown} in the state where this gradient needs "
+            f"{missing}: the state was made by another composition or for an array of another "
+            "shape: inside shard_map adamx.in_shard_map(tx, specs) shows whole arrays, and "
+            "otherwise adapt_state(tx, params, state) carries the state over"
+        )
     for name, start in expected.items():
         if name not in slots:
             raise ValueError(
@@ -234,7 +245,7 @@ def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]
                 f"where this gradient needs {list(start.shape)}: is it the state or the gradient "
                 "of another model?"
             )
-    if unknown := sorted(slots.keys() - expected.keys()):
+    if unknown:
         raise ValueError(
             f"adamx: leaf {path!r} keeps {unknown} in the state, which this transformation does "
             "not: it was made by another composition; adapt_state(tx, params, state) carries it"

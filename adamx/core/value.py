@@ -1,7 +1,7 @@
 """A value: immutable, and equal to every value that was built alike.
 
 The annotated fields of a subclass of `Value` are its hyperparameters. Values held in them, or in
-tuples in them, are its children.
+tuples in them, are its children, unless they say otherwise (`is_part`).
 
 JAX, and everything else that looks into trees or for dataclasses, sees one thing: a pytree without
 leaves, which is a part of the key under which a program is compiled. So a value may be a static
@@ -18,7 +18,7 @@ import inspect
 import pickle
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
@@ -32,10 +32,12 @@ _MADE = "__made__"
 _MOST_MADE = 16
 
 
+@dataclass_transform(frozen_default=True, eq_default=False)
 class Value:
     """The base of all objects built from hyperparameters; see `adamx.Transformation`."""
 
     _declared: Any = object  # the hidden dataclass that declares a class's fields
+    is_part = True  # whether it is a child of a value that holds it; a schedule is not
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -73,7 +75,7 @@ class Value:
         found: list[Value] = []
         for value in self._held.values():
             many = value if type(value) is tuple else (value,)
-            found += [v for v in many if isinstance(v, Value)]
+            found += filter(_is_child, many)
         return tuple(found)
 
     def with_children(self, children: list[Any]) -> Any:
@@ -86,7 +88,7 @@ class Value:
             if len(made) == _MOST_MADE:
                 made.pop(next(iter(made)))
             new = iter(children)
-            made[key] = self._mapped(lambda x: next(new) if isinstance(x, Value) else x)
+            made[key] = self._mapped(lambda x: next(new) if _is_child(x) else x)
         return made[key]
 
     def replace(self: V, **fields: Any) -> V:
@@ -280,6 +282,10 @@ class _Same:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+
+def _is_child(x: Any) -> bool:
+    return isinstance(x, Value) and x.is_part
 
 
 def _compared(value: Any) -> Any:

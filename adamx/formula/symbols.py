@@ -47,6 +47,7 @@ _LETTERS = {
     "mu_scaled": "m", "nu_seeded": "v", "nu_additive": "v", "nu_inf": "v", "nu_mean": "v",
     "nu_deviation": "v", "nu_extrapolated": "v", "trace_of_steps": "trace",
     "mu_correction": "c_m", "nu_correction": "c_v", "bias_correction": "c",
+    "nu_row": "R", "nu_col": "C",
     "params_mean": "mean", "params_ema": "ema",
 }  # fmt: skip
 """The symbols of slots and scalars of the state; others are called by their names."""
@@ -77,11 +78,11 @@ class Symbols:
 
         Args:
             base: its name: "lr", "wd", "b" for decays, "eps", or another word.
-            value: a number (0 and 1 need no symbol), an array, or a schedule, whose symbol has the
-                index t.
+            value: a number (0, 1 and -1 need no symbol), an array, or a schedule, whose symbol has
+                the index t.
         """
-        if isinstance(value, numbers.Real) and value in (0, 1):
-            return expr(value)
+        if isinstance(value, numbers.Real) and value in (0, 1, -1):
+            return -ONE if value == -1 else expr(value)
         for known, other in self.values.items():
             if known.args[0].base == base and Static(other) == Static(value):
                 return known

@@ -59,10 +59,10 @@ def value_text(value: Any) -> str:
     """Return a hyperparameter as text: as it was given, an array as its dtype and shape."""
     if isinstance(value, jax.Array | np.ndarray):
         return f"{value.dtype}{list(value.shape)}"
-    if isinstance(value, optax.GradientTransformation):
-        return repr(value) if hasattr(value, "hyperparameters") else factory_name(value)
-    if isinstance(value, adjustable):
+    if isinstance(value, adjustable) or hasattr(value, "hyperparameters"):
         return repr(value)
+    if isinstance(value, optax.GradientTransformation):
+        return factory_name(value)
     if isinstance(value, PartitionSpec):  # JAX's own repr has two forms
         return f"PartitionSpec({', '.join(map(repr, value))})"
     if isinstance(value, dict):

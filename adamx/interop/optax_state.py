@@ -7,15 +7,18 @@ An Optax state is a tuple of named tuples, nested like the chain, the masks and 
 for it. A state does not show the hyperparameters and the order of the stages: they have to be the
 same on both sides.
 
-Two fields differ from adamx's slots. AdaBelief's `nu` includes a sum of `eps_root`,
+Some fields differ from adamx's slots. AdaBelief's `nu` includes a sum of `eps_root`,
 
     nu_optax = nu + eps_root (1 - b2^t) / (1 - b2)
 
 and `weight_sum` of schedule-free learning is in the unit of the weights, not of the last weight.
+Adafactor's rows and columns lack the axis that is averaged over, which has size 1 here, and an
+array of one zero stands in the place of what a leaf does not have.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamx.core import errors
+from adamx.core import errors, lifting
 from adamx.core.concept import parts
 from adamx.core.errors import describe
 from adamx.core.foreign import as_transformation
@@ -47,6 +50,8 @@ _MOMENTS = {"mu": "mu", "nu": "nu"}
 # The meaning of each field of each of Optax's states: a slot of adamx, or one of the above.
 _FIELDS: dict[str, dict[str, str]] = {
     "EmaState": {**_COUNTED, "ema": "mu"},
+    "FactoredState": {**_COUNTED, "v_row": "nu_row", "v_col": "nu_col", "v": "nu"},
+    "MuonState": {**_COUNTED, "mu": "mu", "ns_coeffs": _OWN},
     "ScaleByAdamState": {**_COUNTED, **_MOMENTS},
     "ScaleByAdanState": {"t": _COUNT, "m": "mu", "v": "delta", "n": "nu", "g": "previous"},
     "ScaleByAdemamixState": {
@@ -130,9 +135,9 @@ def from_optax(state: Any, tx: Transformation, params: Any, *, count: int | None
 
     Args:
         state: an Optax state of arrays, or a part of one: from sgd, rmsprop, adagrad, adam, adamw,
-            adamax, nadam, radam, amsgrad, adabelief, yogi, lamb, lion, adan, ademamix, adopt, ema
-            or schedule_free, in chains, with schedules, in masked, partition, inject_hyperparams,
-            apply_if_finite, or in MultiSteps between two steps.
+            adamax, nadam, radam, amsgrad, adabelief, yogi, lamb, lion, adan, ademamix, adopt, ema,
+            adafactor, muon or schedule_free, in chains, with schedules, in masked, partition,
+            inject_hyperparams, apply_if_finite, or in MultiSteps between two steps.
         tx: the adamx transformation to go on with, with float32 slots and the same hyperparameters,
             which a state does not show.
         params: the parameters, as for `tx.init`.
@@ -178,6 +183,8 @@ def from_optax(state: Any, tx: Transformation, params: Any, *, count: int | None
             belief |= type(node).__name__ == "ScaleByBeliefState"
             there = found.setdefault(meaning, {})
             for path, x in leaves_by_path(value).items():
+                if type(node).__name__ == "FactoredState" and not _is_kept(node, field, path):
+                    continue
                 here = f"{where}[{path!r}]" if path else where
                 if path in there:
                     raise ValueError(
@@ -202,6 +209,8 @@ def from_optax(state: Any, tx: Transformation, params: Any, *, count: int | None
         )
     if belief:
         _take_out_eps_root(tx, found["nu"], steps)
+    if "nu_row" in found:
+        _put_axes_back(tx, params, found)
     if "weight_sum" in given:
         given["weight_sum"] = _in_units_of_the_last(tx, given)
     return assemble("from_optax", "the Optax state", tx, params, found, steps, given)
@@ -227,6 +236,26 @@ def _take_out_eps_root(tx: Transformation, nu: dict[str, tuple[str, Any]], count
                 for path, (where, x) in nu.items():
                     wide = jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
                     nu[path] = where, jnp.maximum(wide - total.astype(wide.dtype), 0)
+
+
+def _is_kept(node: Any, field: str, path: str) -> bool:
+    """Say whether a leaf has a field of Optax's Adafactor: rows and columns, or all squares."""
+    means = [jnp.shape(leaves_by_path(getattr(node, name))[path]) for name in ("v_row", "v_col")]
+    return (means != [(1,), (1,)]) == (field != "v")
+
+
+def _put_axes_back(tx: Transformation, params: Any, found: Found) -> None:
+    """Give the rows and columns of Optax's Adafactor the axis of size 1 that they have here."""
+    like = jax.eval_shape(functools.partial(lifting.init, tx), params)
+    for slot in ("nu_row", "nu_col"):
+        for path, start in leaves_by_path(like.get(slot)).items():
+            where, x = found[slot].get(path, ("", None))
+            if x is not None and _longer(x.shape) == _longer(start.shape):
+                found[slot][path] = where, jnp.reshape(x, start.shape)
+
+
+def _longer(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def _in_units_of_the_last(tx: Transformation, given: Mapping[str, jax.Array]) -> jax.Array:
@@ -314,6 +343,9 @@ def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any
 
 def _slot_of(slots: Mapping[str, Any], where: str, slot: str, path: Any, start: Any) -> jax.Array:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
+    factored = where.endswith((".v", ".v_row", ".v_col"))
+    if factored and name not in slots.get(slot, {}) and jnp.shape(start) == (1,):
+        return start
     if name not in slots.get(slot, {}):
         raise ValueError(
             f"to_optax: tx keeps {slot!r} of {name!r} ({where}), and the state of adamx has only "
@@ -321,6 +353,8 @@ def _slot_of(slots: Mapping[str, Any], where: str, slot: str, path: Any, start: 
             "packed moments the state {'count': ..., **adamx.moments(state, tx)}"
         )
     value = slots[slot][name]
+    if factored and _longer(jnp.shape(value)) == _longer(jnp.shape(start)):
+        value = jnp.reshape(value, jnp.shape(start))
     if jnp.shape(value) != jnp.shape(start) or jnp.iscomplexobj(value) != jnp.iscomplexobj(start):
         raise ValueError(
             f"to_optax: state[{slot!r}] of {name!r} is {describe(value)} where these parameters "
