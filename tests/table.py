@@ -149,13 +149,12 @@ TRANSFORMATIONS: dict[str, Case] = {
     "adam_nu_dtype": Case(lambda: adamx.adam(0.1, **_EXACT, nu_dtype=jnp.bfloat16), narrow=True),
     "adam_packed16": Case(
         lambda: adamx.adam(0.1, **_EXACT, moments="packed16"),
-        kind="packed16",
+        kind="two moments in one word",
         narrow=True,
         packed=True,
     ),
     "adamw_packed8": Case(
         lambda: adamx.adamw(0.1, **_EXACT, moments="packed8"),
-        kind="packed8",
         narrow=True,
         packed=True,
     ),

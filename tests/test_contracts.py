@@ -22,10 +22,24 @@ from adamx.storage import masters
 # what is kept does not depend on optimised code, and compiling takes most of the time
 pytestmark = pytest.mark.usefixtures("quick_compiler", "promotion_of_foreign_stages")
 
-# op by op, each operation is compiled once for all lines, and no line has programs of its own
-either_way = pytest.mark.parametrize(
-    "way", ["op by op", pytest.param("compiled", marks=pytest.mark.slow)]
-)
+
+def every_either_way(first):
+    """Every line, compiled or op by op: half of the latter, from this one on, in the fast tier.
+
+    Op by op, each operation is compiled once for all lines, and no line has programs of its own.
+    """
+    slow = pytest.mark.slow
+    fast = set(list(TRANSFORMATIONS)[first::2])
+    return pytest.mark.parametrize(
+        ("name", "way"),
+        [
+            pytest.param(name, way, marks=() if way == "op by op" and name in fast else slow)
+            for way in ("op by op", "compiled")
+            for name in TRANSFORMATIONS
+        ],
+    )
+
+
 FLOATING = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64]
 
 Point = collections.namedtuple("Point", "x y")
@@ -215,8 +229,7 @@ def test_vmap_over_models_is_a_loop_over_them(name):
         assert_close(jax.tree.map(operator.itemgetter(i), together), alone)
 
 
-@either_way
-@every
+@every_either_way(0)
 def test_derivative_is_finite_everywhere_also_at_zero(name, way):
     tx, params = TRANSFORMATIONS[name].make(), example()
 
@@ -368,8 +381,7 @@ def test_slots_of_sharded_parameters_are_sharded_alike(name):
         assert state[slot]["w"].sharding.is_equivalent_to(sharding, 2)
 
 
-@either_way
-@every
+@every_either_way(1)
 def test_finite_in_finite_out_for_16_bit_gradients_of_any_value(name, way):
     case = TRANSFORMATIONS[name]
     tx = case.make()
