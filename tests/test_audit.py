@@ -254,7 +254,7 @@ def test_a_state_that_starts_from_a_python_number_is_named_and_does_compile_twic
     check_ok(adamx.audit(step, LIKE, {"count": jnp.zeros((), jnp.int32)}))
 
     def compiled(count):
-        jax.clear_caches()
+        step.clear_cache()
         carry = ({"w": jnp.ones(3)}, {"count": count})
         for _ in range(3):
             carry = step(*carry)
