@@ -236,6 +236,14 @@ CASES = {
     ),
 }
 
+# these work on matrices
+OF_TREES = CASES | {
+    "adafactor": Case(lambda: adamx.adafactor(1e-3)),
+    "optax.adafactor": Case(lambda: optax.adafactor(1e-3), **PLAIN),
+    "muon_adamw": Case(lambda: adamx.muon_adamw(1e-3)),
+    "optax.contrib.muon": Case(lambda: optax.contrib.muon(1e-3), **PLAIN),
+}
+
 
 # -------------------------------------------------------------------------------------- many arrays
 
@@ -284,6 +292,10 @@ TREES: dict[str, tuple[Any, tuple[str, ...]]] = {
             "optax.lamb",
             "monitor, measuring",
             *SMALL_STATE,
+            "adafactor",
+            "optax.adafactor",
+            "muon_adamw",
+            "optax.contrib.muon",
         ),
     ),
     "GPT-2, layers stacked: 16 arrays": (gpt2(stacked=True), (*PLAIN_STEPS, *SMALL_STATE)),
@@ -299,7 +311,7 @@ def size_of(shapes: Any) -> int:
 
 def tree_cells(title: str, name: str, where: str) -> list[str]:
     """Compile the step of a tree and return its figures under `TREE_COLUMNS`."""
-    case, (shapes, _) = CASES[name], TREES[title]
+    case, (shapes, _) = OF_TREES[name], TREES[title]
     start = time.process_time()
     compiled = case.compiled(where, shapes)
     seconds = time.process_time() - start
