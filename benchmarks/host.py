@@ -154,6 +154,17 @@ def host_work() -> dict[str, tuple[Callable[[Any], Callable[[], Any]], int]]:
     """Return what visits every leaf: the call to time for a tree, and its largest size."""
     tx, theirs = adamx.adamw(1e-3), optax.adamw(1e-3)
 
+    def masked(module: Any) -> Any:
+        def prepared(like: Any) -> Any:
+            mask = matrices(like)
+            return lambda: module.adamw(1e-3, mask=mask)
+
+        return prepared
+
+    def groups_of_one(like: Any) -> Any:
+        names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves_of(like)]
+        return lambda: adamx.by_path(dict.fromkeys(names, tx), default=tx)
+
     def init(tx: Any) -> Any:
         return lambda like: lambda: jax.eval_shape(tx.init, like)
 
@@ -217,11 +228,15 @@ def host_work() -> dict[str, tuple[Callable[[Any], Callable[[], Any]], int]]:
         step, state = adamx.make_step(tx), tx.init(params)
         return lambda: adamx.audit(step, params, state, params)
 
+    leaves_of = jax.tree_util.tree_leaves_with_path
     clip = adamx.chain(adamx.clip_by_global_norm(1.0), adamx.adamw(1e-3, mask=matrices))
     groups = adamx.by_path({"*bias": adamx.sgd(1e-3)}, default=tx)
     watched = adamx.monitor(tx, every=100)
-    most = 20000
+    most, some = 20000, 6000  # compiling more takes XLA many minutes, Optax's step as well
     return {
+        "construct, a mask as a tree": (masked(adamx), most),
+        "construct, a mask as a tree, optax": (masked(optax), most),
+        "construct, a group for each leaf": (groups_of_one, most),
         "eval_shape(init)": (init(tx), most),
         "eval_shape(init), optax": (init(theirs), most),
         "traced init": (jitted(tx), most),
@@ -232,18 +247,18 @@ def host_work() -> dict[str, tuple[Callable[[Any], Callable[[], Any]], int]]:
         "trace, optax": (trace(theirs), most),
         "lower": (lower(tx), most),
         "lower, optax": (lower(theirs), most),
-        "compile": (compiled(tx), 1000),
-        "compile, optax": (compiled(theirs), 1000),
+        "compile": (compiled(tx), some),
+        "compile, optax": (compiled(theirs), some),
         "trace, clip and mask": (trace(clip), most),
         "trace, two groups": (trace(groups), most),
         "monitor: eval_shape(init)": (init(watched), most),
-        "monitor: trace": (trace(watched), 6000),
+        "monitor: trace": (trace(watched), most),
         "summary": (lambda like: lambda: str(adamx.summary(tx, like)), most),
         "state_sharding": (layout, most),
         "adapt_state": (adapted, most),
         "adapt_state, rows": (grown, most),
-        "compare": (compared, 1000),
-        "audit": (audited, 1000),
+        "compare": (compared, some),
+        "audit": (audited, some),
     }
 
 

@@ -213,3 +213,16 @@ def test_adapt_state_can_be_traced():
     tx, params = adamx.adam(0.1), jnp.ones(2)
     state = jax.jit(lambda saved: adamx.adapt_state(tx, params, saved)[0])(tx.init(params))
     assert state.keys() == tx.init(params).keys()
+
+
+@pytest.mark.parametrize("make", [adamx.adamw, adamx.lion, adamx.sgdw, adamx.nadamw])
+def test_a_decay_of_zero_reads_no_parameters(make):
+    tx, grads, params = make(0.1, weight_decay=0), jnp.full(2, -1.0), jnp.array([jnp.inf, 1.0])
+    state = tx.init(params)
+    wanted, _ = tx.update(grads, state)
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, _ = update(grads, state, params)
+        assert jnp.isfinite(updates).all()
+        np.testing.assert_array_equal(updates, wanted)
+    with pytest.raises(ValueError, match="params"):
+        make(0.1, weight_decay=lambda step: 0.0 * step).update(grads, state)

@@ -167,12 +167,13 @@ class Concept(Value):
 
         A rate is a number without an upper end that may be a schedule: a learning rate, a weight
         decay, a bound. Decays stay numbers, since 1 - b and log(b) are computed in double precision
-        from them, and so do numbers that no schedule may replace, such as eps.
+        from them, and so do numbers that no schedule may replace, such as eps, and a rate of 0.0,
+        with which a concept may have less to do.
         """
         numbers = {
             name: np.asarray(value)
             for name, range_ in ranges_of(type(self)).items()
-            if range_.is_rate and isinstance(value := getattr(self, name), float)
+            if range_.is_rate and isinstance(value := getattr(self, name), float) and value
         }
         inside = self.with_children([child.with_rates_as_arrays for child in self.children])
         return inside.with_fields(**numbers) if numbers else inside

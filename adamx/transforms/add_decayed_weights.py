@@ -29,6 +29,8 @@ from adamx.formula.symbols import Symbols
 class add_decayed_weights(Transformation):
     """Add `weight_decay` times the parameters to the updates; keep nothing.
 
+    With the number 0.0 it does nothing, and needs no parameters.
+
     Attributes:
         weight_decay: a number, array or schedule, >= 0. A schedule sees 0 in the first step.
         mask: which leaves decay: a tree of bools, a function of the parameters that returns one, or
@@ -61,6 +63,8 @@ class add_decayed_weights(Transformation):
         return scheduled(self, "weight_decay", step.count)
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
+        if isinstance(self.weight_decay, float) and not self.weight_decay:
+            return u  # without reading the parameter, which may be absent or infinite
         return u + step.scalars * step.needs_param(self)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
