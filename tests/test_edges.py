@@ -225,4 +225,4 @@ def test_a_decay_of_zero_reads_no_parameters(make):
         assert jnp.isfinite(updates).all()
         np.testing.assert_array_equal(updates, wanted)
     with pytest.raises(ValueError, match="params"):
-        make(0.1, weight_decay=lambda step: 0.0 * step).update(grads, state)
+        make(0.1, weight_decay=lambda step: 0.0).update(grads, state)
