@@ -62,7 +62,7 @@ class Settings:
     trained: int | None = None
 
 
-QUICK = Settings(side=64, steps=5, epochs=1, seeds=1, trained=3)
+QUICK = Settings(steps=5, epochs=1, seeds=1, trained=3)
 Row = list[str]
 
 
