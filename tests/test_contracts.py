@@ -249,30 +249,35 @@ def test_derivative_is_finite_everywhere_also_at_zero(name, way):
             assert jnp.isfinite(leaf).all()
 
 
-@of_each_kind
+TREES: dict[str, Any] = {
+    "dict": {},
+    "None": None,
+    "list": [],
+    "scalar": jnp.zeros(()),
+    "nested": [jnp.zeros(2), (jnp.zeros(3), None)],
+    "namedtuple": Point(jnp.zeros(2), None),
+    "dataclass": Layer(jnp.zeros((2, 3)), None),
+    "mixed": {
+        "layers": [
+            Layer(jnp.zeros((2, 3)), jnp.zeros(3)),
+            Point(jnp.zeros(0), jnp.zeros((1, 0))),
+        ]
+    },
+    "equinox": eqx.filter(eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0)), eqx.is_inexact_array),
+}
+
+
 @pytest.mark.parametrize(
-    "tree",
+    ("name", "tree"),
     [
-        {},
-        None,
-        [],
-        jnp.zeros(()),
-        [jnp.zeros(2), (jnp.zeros(3), None)],
-        Point(jnp.zeros(2), None),
-        Layer(jnp.zeros((2, 3)), None),
-        {
-            "layers": [
-                Layer(jnp.zeros((2, 3)), jnp.zeros(3)),
-                Point(jnp.zeros(0), jnp.zeros((1, 0))),
-            ]
-        },
-        eqx.filter(eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0)), eqx.is_inexact_array),
+        pytest.param(name, tree, marks=() if case.kind else pytest.mark.slow)
+        for name, case in TRANSFORMATIONS.items()
+        for tree in (TREES if case.kind else ("None", "mixed", "equinox"))
     ],
-    ids=["dict", "None", "list", "scalar", "nested", "namedtuple", "dataclass", "mixed", "equinox"],
 )
 def test_takes_any_pytree(name, tree):
     tx = TRANSFORMATIONS[name].make()
-    params = draw(tree)
+    params = draw(TREES[tree])
     before, updates, after = run_abstractly(tx, params)
     assert spec(updates) == spec(params)
     assert spec(after) == spec(before)
