@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
@@ -20,7 +21,7 @@ from adamx.core import errors
 from adamx.core.concept import parts
 from adamx.core.foreign import named
 from adamx.core.leaves import take_apart
-from adamx.core.lifting import BEGAN, State, beginnings, committed_with
+from adamx.core.lifting import BEGAN, State, age, beginnings, committed_with
 from adamx.core.paths import (
     Pattern,
     at,
@@ -36,6 +37,7 @@ from adamx.core.wrapper import Wrapper
 from adamx.storage import masters
 from adamx.storage.moments import without_storages
 from adamx.transforms.averages_of_params import ema_of_params, mean_of_params
+from adamx.wrappers.by_path import by_path
 
 
 def reset(
@@ -43,12 +45,17 @@ def reset(
     state: Any,
     params: Any,
     patterns: Pattern | list[Pattern] | tuple[Pattern, ...],
+    *,
+    to: Any = None,
 ) -> State:
-    """Return a state in which some leaves begin anew, with the moments of a first step.
+    """Return a state in which some leaves begin anew, or go on from an earlier state.
 
     Their slots get their start values, and `began` the count: their next steps are those of a run
     that begins now, with schedules where the whole run has them. All else stays as it is: the other
     leaves, `count`, the masters of `master_weights` and a sum of `accumulate`.
+
+    With `to`, their slots are those of another state, and their age is what it was there. So leaves
+    that were frozen for a while go on as if no step had passed: `to` is the state from before.
 
     Args:
         tx: the transformation that made the state.
@@ -56,14 +63,16 @@ def reset(
         params: the parameters, as for `tx.init`.
         patterns: which leaves: a pattern of paths, such as "head/*", a compiled regular expression,
             or several of them.
+        to: an earlier state that `tx` made; None means the start.
 
     Returns:
         The new state.
 
     Raises:
         TypeError: if `state` is not a state of adamx, or a pattern not one.
-        ValueError: if a pattern matches no leaf, if the state has not the entries of `tx`, or if a
-            stage of Optax keeps something for one of these leaves.
+        ValueError: if a pattern matches no leaf, if a state has not the entries of `tx`, if a stage
+            of Optax keeps something for one of these leaves, or if one has taken more steps in `to`
+            than the whole run has now.
 
     Example:
         >>> import adamx
@@ -72,8 +81,12 @@ def reset(
         >>> state = reset(tx, state, params, "v")
         >>> print(state["mu"], int(state["count"]), int(state["began"]["v"]["count"]))
         {'v': Array([0.], dtype=float32), 'w': Array([0.5], dtype=float32)} 1 1
+        >>> _, later = tx.update(params, state)
+        >>> reset(tx, later, params, "w", to=state)["mu"]["w"]
+        Array([0.5], dtype=float32)
     """
-    errors.check_state(state)
+    for given in (state,) if to is None else (state, to):
+        errors.check_state(given)
     many = patterns if isinstance(patterns, tuple | list) else (patterns,)
     for pattern in many:
         check_pattern("reset", pattern)
@@ -87,17 +100,45 @@ def reset(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PrecisionWarning)  # which init gave
         whole = masters.masters(params, state) if {*masters.NAMES} & state.keys() else params
-        start = tx.init(whole)
+        start = tx.init(whole) if to is None else to
     for name in _foreign_names(tx):
         _check_foreign("reset", name, [leaves.paths[i] for i in chosen], leaves_by_path(start))
     new = dict(state)
     for name in sorted({*tx.tree_names()} - _of_wrappers(tx)):
         column = leaves.column(name, errors.entry(state, name))
-        first = leaves.column(name, start[name])
+        first = leaves.column(name, errors.entry(start, name))
         for i in chosen:
             column[i] = first[i]
         new[name] = leaves.tree(column)
-    return begun(tx, params, new, [leaves.paths[i] for i in chosen])
+    again = [leaves.paths[i] for i in chosen]
+    return begun(tx, params, new, again) if to is None else _aged(tx, params, new, again, to)
+
+
+def _aged(
+    tx: Transformation, params: Any, state: State, paths: Sequence[str], to: Mapping[str, Any]
+) -> State:
+    """Return a state in which some leaves have the age and the recorded scalars of another one."""
+    groups = [part for part in parts(tx) if isinstance(part, by_path)]
+    found = leaves_by_path(params)
+
+    def recorded(path: str, name: str) -> Any:
+        if (own := to.get(BEGAN, {}).get(path)) is not None:
+            return own[name]
+        x = errors.entry(to, name)
+        return x[groups[0].label(path, found[path])] if isinstance(x, Mapping) else x
+
+    entries = beginnings(tx, params, paths, state["count"])
+    for path, entry in entries.items():
+        steps, count = age(to, path), entry["count"]
+        if not isinstance(count - steps, Tracer) and int(count) < int(steps):
+            raise ValueError(
+                f"reset: leaf {path!r} has taken {int(steps)} steps in `to`, and the whole run "
+                f"only {int(count)}: `to` must be an earlier state of the same run"
+            )
+        entry |= {name: recorded(path, name) for name in entry.keys() - {"count"}}
+        entry["count"] = count - steps
+    new = jax.tree.map(lambda x: jnp.array(x, copy=True), entries)  # buffers of their own
+    return state | {BEGAN: state.get(BEGAN, {}) | committed_with(params, new)}
 
 
 def present(params: Any) -> list[str]:

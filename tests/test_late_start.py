@@ -171,6 +171,50 @@ def test_a_leaf_keeps_its_moments_over_a_freeze_if_they_are_put_back():
     np.testing.assert_array_equal(after["mu"]["new"], before["mu"]["new"])
 
 
+PAUSED = ["adam_scheduled_decays", "by_path", "adam_packed16", "adafactor"]
+OTHERS = [n for n, case in TRANSFORMATIONS.items() if case.kind and n not in PAUSED]
+
+
+@pytest.mark.usefixtures("promotion_of_foreign_stages")
+@pytest.mark.parametrize(
+    "name", [*PAUSED, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
+)
+def test_a_leaf_goes_on_after_a_pause_as_if_there_had_been_none(name):
+    tx, without = TRANSFORMATIONS[name].make(), {"old": PARAMS["old"]}
+    _, before = follow(tx, tx.init(PARAMS), range(N))
+    if any(isinstance(x, dict) and "count" in x for x in before.values()) or "ema" in before:
+        with pytest.raises(ValueError, match="'new' begins in the middle of the run, and the O"):
+            adamx.reset(tx, before, PARAMS, "new", to=before)
+        return
+    paused, _ = adamx.adapt_state(tx, without, before)
+    _, paused = follow(tx, paused, range(4), without)  # two steps of an accumulation
+    state, _ = adamx.adapt_state(tx, PARAMS, paused)
+    state = adamx.reset(tx, state, PARAMS, "new", to=before)
+    steps = int(state["count"]) - int(before["count"])
+    assert int(state["began"]["new"]["count"]) == steps
+    found, after = follow(tx, state, LATER)
+    assert spec(after) == spec(state)
+    expected, _ = follow(shifted(tx, steps), before, LATER)
+    if name not in OF_ALL_MEMORIES:
+        assert_close(of(found, "new"), of(expected, "new"))
+    # and once more, from a state in which it is a leaf with an age of its own
+    again = adamx.reset(tx, after, PARAMS, "new", to=state)
+    assert again["began"]["new"].keys() == state["began"]["new"].keys()
+    age = int(state["count"]) - steps
+    assert int(again["count"]) - int(again["began"]["new"]["count"]) == age
+
+
+def test_a_state_to_go_back_to_is_an_earlier_one():
+    tx = adamx.adamw(0.1)
+    _, later = follow(tx, tx.init(PARAMS), range(N))
+    with pytest.raises(
+        ValueError, match="'new' has taken 6 steps in `to`, and the whole run only 0"
+    ):
+        adamx.reset(tx, tx.init(PARAMS), PARAMS, "new", to=later)
+    with pytest.raises(ValueError, match="nu"):
+        adamx.reset(tx, later, PARAMS, "new", to=adamx.momentum(0.1).init(PARAMS))
+
+
 def test_masters_and_averages_that_go_on_while_a_leaf_is_frozen_are_not_its_moments():
     def around(tx):
         return adamx.master_weights(adamx.chain(tx, adamx.ema_of_params(0.9)))
