@@ -21,6 +21,7 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     lion          interpolated_ema -> sign -> scale_by_learning_rate
     adan          adam with an ema of the difference in the numerator, extrapolation under the root
     ademamix      adam with a second, slow ema in the numerator
+    laprop        g / root(ema_of_squares -> bias_correction) -> ema -> bias_correction -> ...
     adopt         g / root(the old average of squares) -> growing_clip -> ema -> ...
     lamb          adamw with trust_ratio before the learning rate
     adafactor     g / root(factored_ema_of_squares) -> clip_by_rms -> scale_by_learning_rate
@@ -81,6 +82,7 @@ from adamx.optimizers.amsgrad import amsgrad
 from adamx.optimizers.cautious_adamw import cautious_adamw
 from adamx.optimizers.cautious_lion import cautious_lion
 from adamx.optimizers.lamb import lamb
+from adamx.optimizers.laprop import laprop
 from adamx.optimizers.lion import lion
 from adamx.optimizers.momentum import momentum
 from adamx.optimizers.muon import muon, muon_adamw
@@ -223,6 +225,7 @@ __all__ = [
     "in_shard_map",
     "interpolated_ema",
     "lamb",
+    "laprop",
     "layerwise_decay",
     "lion",
     "make_step",

@@ -581,6 +581,14 @@ FAMILY: dict[str, Member] = {
         r.adopt,
         {**ADAM, "clipped": False},
     ),
+    "laprop": alike(
+        "laprop",
+        {**ADAM, "eps_root": 0.02, **DECAY},
+        unlike=tuple(
+            {**ADAM, "eps_root": 0.02, **DECAY, **other}
+            for other in ({"rate": "averaged"}, {"corrected": False})
+        ),
+    ),
     "sgdw": alike("sgdw", {"momentum": 0.8, "nesterov": True, **DECAY}, reference.sgdw),
     "cautious_adamw": alike(
         "cautious_adamw",
@@ -859,6 +867,7 @@ PAIRS: dict[str, Pair] = {
         contrib.ademamix, r.ademamix, {**WELL, "b3": 0.875, "alpha": 2.0, "eps_root": 1e-4, **WD}
     ),
     "adopt": Pair(contrib.adopt, r.adopt, WELL),
+    "laprop": Pair(None, r.laprop, {}),
     "lamb": Pair(
         optax.lamb,
         r.lamb,

@@ -337,6 +337,29 @@ def adopt(
     return record.trajectory()
 
 
+def laprop(
+    w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, b1: float = 0.9,
+    b2: float = 0.999, eps: float = 1e-15, eps_root: float = 0.0, weight_decay: float = 0.0,
+    rate: Literal["last", "averaged"] = "last", corrected: bool = True,
+) -> Trajectory:  # fmt: skip
+    """LaProp, Ziyin et al. 2020, Algorithm 1.
+
+    ``nu_t = b2 nu_{t-1} + (1 - b2) |g_t|^2`` and ``mu_t = b1 mu_{t-1} + (1 - b1) g_t /
+    (sqrt(nu_t / (1 - b2^t) + eps_root) + eps)``; the step is ``-lr mu_t / (1 - b1^t)``. The
+    authors' code averages ``lr_t`` times that ("averaged"). corrected=False leaves nu as it is.
+    Decoupled decay as in AdamW. Slots: ``mu``, ``nu``.
+    """
+    record, m, v = Recorder(w), 0.0, 0.0
+    for t, g, lr in steps(gradients, learning_rate):
+        v = b2 * v + (1 - b2) * square(g)
+        second = v / one_minus_power(b2, t) if corrected else v
+        inside = lr if rate == "averaged" else 1.0
+        m = b1 * m + (1 - b1) * inside * g / (np.sqrt(second + eps_root) + eps)
+        u = m / one_minus_power(b1, t) * (lr / inside)
+        record.add(-u - lr * weight_decay * record.w, mu=m, nu=v)
+    return record.trajectory()
+
+
 # --- Caution -------------------------------------------------------------------------------------
 
 

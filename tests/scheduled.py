@@ -191,6 +191,11 @@ def adopt() -> np.ndarray:
     return ema(np.clip(G / np.maximum(np.sqrt(before(v)), EPS), -bound, bound), B1)
 
 
+def laprop() -> np.ndarray:
+    """The average of scaled gradients."""
+    return mean(G / rms(mean(G**2, B2))) + at(WD) * W
+
+
 def cautiously(u: np.ndarray, g: np.ndarray) -> np.ndarray:
     """Only where u and g agree."""
     kept = u * g > 0
@@ -353,6 +358,7 @@ MEMBERS: dict[str, Member] = {
         lambda: (mean(G) + at(ALPHA) * ema(G, B3)) / rms(mean(G**2, B2)) + at(WD) * W, BOTH
     ),
     "adopt": Member(adopt),
+    "laprop": Member(laprop, BOTH),
     "cautious_adamw": Member(lambda: cautiously(adam(), G) + at(WD) * W, BOTH),
     "cautious_lion": Member(
         lambda: cautiously(np.sign(interpolated()), SIGNED) + at(WD) * W, g=SIGNED

@@ -210,6 +210,7 @@ TRANSFORMATIONS: dict[str, Case] = {
         )
     ),
     "adopt": Case(lambda: adamx.adopt(0.1)),
+    "laprop": Case(lambda: adamx.laprop(0.1, weight_decay=0.1)),
     "sgdw": Case(lambda: adamx.sgdw(0.1, 0.9, nesterov=True)),
     "cautious_adamw": Case(lambda: adamx.cautious_adamw(0.1), whole=True),
     "cautious_lion": Case(lambda: adamx.cautious_lion(0.1), whole=True),

@@ -325,6 +325,28 @@ HANDS: dict[str, Hand] = {
         {"mu": [0, 0.5, 0.25 - 0.5 * 2**0.25], "nu": [4, 37 / 4, 111 / 16 + 100]},
         learning_rate=(1.0, 2.0, 4.0),
     ),
+    # v^ = 4, 16: scaled 2/3 and 5/5, so that m = 1/3, 1/6 + 1/2, over 1/2 and 3/4
+    "laprop": Hand(r.laprop, ADAM, [2, 5], [-2 / 3, -16 / 9], {"mu": [1 / 3, 2 / 3], "nu": [1, 7]}),
+    # the average of 2/3 and 2 * 1, of which only the last was doubled
+    "laprop_averaged": Hand(
+        r.laprop,
+        {**ADAM, "weight_decay": 0.5, "rate": "averaged"},
+        [2, 5],
+        [-2 / 3 - 5, -14 / 9 - 10 + 17 / 3],
+        {"mu": [1 / 3, 7 / 6], "nu": [1, 7]},
+        w=10,
+    ),
+    "laprop_uncorrected": Hand(
+        r.laprop,
+        {**ADAM, "eps_root": 3.0, "corrected": False},
+        [2],
+        [-2 / 3],
+        {"mu": [1 / 3], "nu": [1]},
+        learning_rate=(1.0,),
+    ),
+    "laprop_default": Hand(
+        r.laprop, {}, [2], [-1], {"mu": [0.1], "nu": [0.004]}, learning_rate=(1.0,)
+    ),
     "adopt_unclipped": Hand(
         r.adopt,
         {**ADAM, "clipped": False},

@@ -44,7 +44,8 @@ from adamx.formula.values import Static, function_name, value_text
 
 _LETTERS = {
     "mu": "m", "nu": "v", "sum_of_squares": "s", "mu_slow": "slow", "nu_max": "vmax",
-    "mu_scaled": "m", "nu_seeded": "v", "nu_additive": "v", "nu_inf": "v", "nu_mean": "v",
+    "mu_scaled": "m", "mu_normalized": "m",
+    "nu_seeded": "v", "nu_additive": "v", "nu_inf": "v", "nu_mean": "v",
     "nu_deviation": "v", "nu_extrapolated": "v", "trace_of_steps": "trace",
     "mu_correction": "c_m", "nu_correction": "c_v", "bias_correction": "c",
     "nu_row": "R", "nu_col": "C",
