@@ -12,6 +12,7 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     adam          (ema -> bias_correction) / root(ema_of_squares -> bias_correction)
                   -> scale_by_learning_rate
     adamw         adam with add_decayed_weights before the learning rate
+    adam_atan2    adam by atan2_scaling in the place of the quotient
     adamax        adam over decaying_max in the place of the root
     nadam         adam with nesterov_ema in the numerator
     amsgrad       adam with running_max last under the root
@@ -70,6 +71,7 @@ from adamx.optimizers.adabelief import adabelief
 from adamx.optimizers.adafactor import adafactor
 from adamx.optimizers.adagrad import adagrad
 from adamx.optimizers.adam import adam, scale_by_adam
+from adamx.optimizers.adam_atan2 import adam_atan2
 from adamx.optimizers.adam_mini import adam_mini
 from adamx.optimizers.adamax import adamax
 from adamx.optimizers.adamaxw import adamaxw
@@ -109,6 +111,7 @@ from adamx.transforms.adaptive_clip import adaptive_clip
 from adamx.transforms.add_cautious_decayed_weights import add_cautious_decayed_weights
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.additive_average_of_squares import additive_average_of_squares
+from adamx.transforms.atan2_scaling import atan2_scaling
 from adamx.transforms.averages_of_params import ema_of_params, mean_of_params
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.cautious import cautious
@@ -175,6 +178,7 @@ __all__ = [
     "adafactor",
     "adagrad",
     "adam",
+    "adam_atan2",
     "adam_mini",
     "adamax",
     "adamaxw",
@@ -193,6 +197,7 @@ __all__ = [
     "amsgrad",
     "apply_updates",
     "as_pytree",
+    "atan2_scaling",
     "audit",
     "bfloat16",
     "bias_correction",

@@ -581,6 +581,14 @@ FAMILY: dict[str, Member] = {
         r.adopt,
         {**ADAM, "clipped": False},
     ),
+    "adam_atan2": alike(
+        "adam_atan2",
+        {"b1": 0.8, "b2": 0.97, "a": 2.0, "b": 0.5, **DECAY},
+        unlike=tuple(
+            {"b1": 0.8, "b2": 0.97, "a": 2.0, "b": 0.5, **DECAY} | other
+            for other in ({"a": 1.0}, {"b": 1.0}, {"weight_decay": 0.0})
+        ),
+    ),
     "laprop": alike(
         "laprop",
         {**ADAM, "eps_root": 0.02, **DECAY},
@@ -867,6 +875,7 @@ PAIRS: dict[str, Pair] = {
         contrib.ademamix, r.ademamix, {**WELL, "b3": 0.875, "alpha": 2.0, "eps_root": 1e-4, **WD}
     ),
     "adopt": Pair(contrib.adopt, r.adopt, WELL),
+    "adam_atan2": Pair(None, r.adam_atan2, {}),
     "laprop": Pair(None, r.laprop, {}),
     "lamb": Pair(
         optax.lamb,

@@ -107,6 +107,15 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
     "extrapolation": {"factor": SCHEDULED},
     "growing_clip": {"power": POSITIVE},
     "interpolated_ema": {"blend": SCHEDULED_DECAY, "decay": OPEN_DECAY},
+    "adam_atan2": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "weight_decay": RATE,
+        "a": POSITIVE,
+        "b": POSITIVE,
+    },
+    "atan2_scaling": {"a": POSITIVE, "b": POSITIVE},
     "laprop": {
         "learning_rate": RATE,
         "b1": SCHEDULED_DECAY,
@@ -227,7 +236,7 @@ REQUIRED = ("learning_rate", "decay", "blend", "max_norm", "clipping", "threshol
 
 def build(function, **hyperparameters):
     required: dict[str, Any] = {name: 0.5 for name in REQUIRED if name in HYPERPARAMETERS[function]}
-    if function in ("rms_scaling", "delayed_rms_scaling"):
+    if function in ("rms_scaling", "delayed_rms_scaling", "atan2_scaling"):
         required = {"second_moment": adamx.ema_of_squares(0.9)}
     if function == "rectified":
         required |= {"scaling": build("rms_scaling")}

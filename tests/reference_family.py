@@ -337,6 +337,27 @@ def adopt(
     return record.trajectory()
 
 
+def adam_atan2(
+    w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, b1: float = 0.9,
+    b2: float = 0.999, weight_decay: float = 0.0, a: float = 1.0, b: float = 1.0,
+) -> Trajectory:  # fmt: skip
+    """Adam-atan2, Everett et al. 2024.
+
+    ``u_t = a atan2(mu^_t, b sqrt(nu^_t))`` with `adam`'s corrected averages; for a complex mu the
+    angle of its magnitude, in its direction. Decoupled decay. Slots: ``mu``, ``nu``.
+    """
+    record, m, v = Recorder(w), 0.0, 0.0
+    for t, g, lr in steps(gradients, learning_rate):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * square(g)
+        m_hat, v_hat = m / one_minus_power(b1, t), v / one_minus_power(b2, t)
+        length = np.abs(m_hat)
+        direction = m_hat / np.where(length > 0, length, 1.0)
+        u = a * direction * np.arctan2(length, b * np.sqrt(v_hat))
+        record.add(-lr * (u + weight_decay * record.w), mu=m, nu=v)
+    return record.trajectory()
+
+
 def laprop(
     w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, b1: float = 0.9,
     b2: float = 0.999, eps: float = 1e-15, eps_root: float = 0.0, weight_decay: float = 0.0,

@@ -191,6 +191,11 @@ def adopt() -> np.ndarray:
     return ema(np.clip(G / np.maximum(np.sqrt(before(v)), EPS), -bound, bound), B1)
 
 
+def adam_atan2() -> np.ndarray:
+    """An angle in the place of Adam's quotient."""
+    return np.arctan2(mean(G), np.sqrt(mean(G**2, B2))) + at(WD) * W
+
+
 def laprop() -> np.ndarray:
     """The average of scaled gradients."""
     return mean(G / rms(mean(G**2, B2))) + at(WD) * W
@@ -358,6 +363,7 @@ MEMBERS: dict[str, Member] = {
         lambda: (mean(G) + at(ALPHA) * ema(G, B3)) / rms(mean(G**2, B2)) + at(WD) * W, BOTH
     ),
     "adopt": Member(adopt),
+    "adam_atan2": Member(adam_atan2, BOTH),
     "laprop": Member(laprop, BOTH),
     "cautious_adamw": Member(lambda: cautiously(adam(), G) + at(WD) * W, BOTH),
     "cautious_lion": Member(

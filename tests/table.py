@@ -211,6 +211,10 @@ TRANSFORMATIONS: dict[str, Case] = {
     ),
     "adopt": Case(lambda: adamx.adopt(0.1)),
     "laprop": Case(lambda: adamx.laprop(0.1, weight_decay=0.1)),
+    "atan2_scaling": Case(
+        lambda: adamx.atan2_scaling(second_moment=adamx.ema_of_squares(0.9), a=0.5, b=2.0)
+    ),
+    "adam_atan2": Case(lambda: adamx.adam_atan2(0.1, weight_decay=0.1, a=1.27)),
     "sgdw": Case(lambda: adamx.sgdw(0.1, 0.9, nesterov=True)),
     "cautious_adamw": Case(lambda: adamx.cautious_adamw(0.1), whole=True),
     "cautious_lion": Case(lambda: adamx.cautious_lion(0.1), whole=True),

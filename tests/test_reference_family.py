@@ -325,6 +325,30 @@ HANDS: dict[str, Hand] = {
         {"mu": [0, 0.5, 0.25 - 0.5 * 2**0.25], "nu": [4, 37 / 4, 111 / 16 + 100]},
         learning_rate=(1.0, 2.0, 4.0),
     ),
+    # m^ = v^ / 2 = 2, then 4 and 16: the root is as long as m^, or 1 / sqrt(3) of it; at last zero
+    "adam_atan2": Hand(
+        r.adam_atan2,
+        {"b1": 0.5, "b2": 0.75, "a": 3.0, "weight_decay": 0.5},
+        [2, 5],
+        [-3 * np.pi / 4 - 5, -6 * np.pi / 4 - 10 + 3 * np.pi / 4 + 5],
+        ADAM_SLOTS,
+        w=10,
+    ),
+    "adam_atan2_root": Hand(
+        r.adam_atan2,
+        {**HALF, "b": sqrt(3)},
+        [-2j],
+        [1j * np.pi / 6],
+        {"mu": [-1j], "nu": [1]},
+        learning_rate=(1.0,),
+    ),
+    "adam_atan2_default": Hand(
+        r.adam_atan2,
+        {},
+        [0, 2],
+        [0, -2 * np.arctan2(0.2 / 0.19, sqrt(0.004 / 0.001999))],
+        {"mu": [0, 0.2], "nu": [0, 0.004]},
+    ),
     # v^ = 4, 16: scaled 2/3 and 5/5, so that m = 1/3, 1/6 + 1/2, over 1/2 and 3/4
     "laprop": Hand(r.laprop, ADAM, [2, 5], [-2 / 3, -16 / 9], {"mu": [1 / 3, 2 / 3], "nu": [1, 7]}),
     # the average of 2/3 and 2 * 1, of which only the last was doubled

@@ -38,6 +38,7 @@ NUMPY = {
     "min": np.minimum,
     "sign": np.sign,
     "clip": np.clip,
+    "atan2": np.arctan2,
     "orthogonalized": lambda x, steps: newton_schulz(x, int(steps)),
 }
 KNOWN = {*NUMPY, *REDUCTIONS, "symbol", "number"}
