@@ -15,6 +15,7 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     adam_atan2    adam by atan2_scaling in the place of the quotient
     adamax        adam over decaying_max in the place of the root
     nadam         adam with nesterov_ema in the numerator
+    adamc         adamw whose decay has lr / max(lr) as a factor
     amsgrad       adam with running_max last under the root
     adabelief     adam with deviation first under the root
     radam         adam, rectified
@@ -23,6 +24,8 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     adan          adam with an ema of the difference in the numerator, extrapolation under the root
     ademamix      adam with a second, slow ema in the numerator
     laprop        g / root(ema_of_squares -> bias_correction) -> ema -> bias_correction -> ...
+    simplified_.. adam with trace plus g in the numerator
+    mars          adamw behind g plus its difference -> clip_by_norm
     adopt         g / root(the old average of squares) -> growing_clip -> ema -> ...
     lamb          adamw with trust_ratio before the learning rate
     adafactor     g / root(factored_ema_of_squares) -> clip_by_rms -> scale_by_learning_rate
@@ -75,6 +78,7 @@ from adamx.optimizers.adam_atan2 import adam_atan2
 from adamx.optimizers.adam_mini import adam_mini
 from adamx.optimizers.adamax import adamax
 from adamx.optimizers.adamaxw import adamaxw
+from adamx.optimizers.adamc import adamc
 from adamx.optimizers.adamw import adamw
 from adamx.optimizers.adamw_independent import adamw_independent, normalized_weight_decay
 from adamx.optimizers.adan import adan
@@ -86,6 +90,7 @@ from adamx.optimizers.cautious_lion import cautious_lion
 from adamx.optimizers.lamb import lamb
 from adamx.optimizers.laprop import laprop
 from adamx.optimizers.lion import lion
+from adamx.optimizers.mars import mars
 from adamx.optimizers.momentum import momentum
 from adamx.optimizers.muon import muon, muon_adamw
 from adamx.optimizers.nadam import nadam
@@ -95,6 +100,7 @@ from adamx.optimizers.rmsprop import rmsprop, scale_by_rms
 from adamx.optimizers.schedule_free_adamw import schedule_free_adamw
 from adamx.optimizers.sgd import sgd
 from adamx.optimizers.sgdw import sgdw
+from adamx.optimizers.simplified_ademamix import simplified_ademamix
 from adamx.optimizers.stable_adamw import stable_adamw
 from adamx.optimizers.yogi import yogi
 from adamx.scaling import WidthRules, layerwise_decay, width_rules
@@ -116,6 +122,7 @@ from adamx.transforms.averages_of_params import ema_of_params, mean_of_params
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.cautious import cautious
 from adamx.transforms.clip_by_global_norm import clip_by_global_norm
+from adamx.transforms.clip_by_norm import clip_by_norm
 from adamx.transforms.clip_by_rms import clip_by_rms
 from adamx.transforms.clip_by_value import clip_by_value
 from adamx.transforms.decaying_max import decaying_max
@@ -182,6 +189,7 @@ __all__ = [
     "adam_mini",
     "adamax",
     "adamaxw",
+    "adamc",
     "adamw",
     "adamw_independent",
     "adan",
@@ -207,6 +215,7 @@ __all__ = [
     "cautious_lion",
     "chain",
     "clip_by_global_norm",
+    "clip_by_norm",
     "clip_by_rms",
     "clip_by_value",
     "combine",
@@ -234,6 +243,7 @@ __all__ = [
     "layerwise_decay",
     "lion",
     "make_step",
+    "mars",
     "master_weights",
     "masters",
     "mean_of_params",
@@ -276,6 +286,7 @@ __all__ = [
     "sgd",
     "sgdw",
     "sign",
+    "simplified_ademamix",
     "skip_nonfinite",
     "stable_adamw",
     "stacked",

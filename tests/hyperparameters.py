@@ -116,6 +116,34 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
         "b": POSITIVE,
     },
     "atan2_scaling": {"a": POSITIVE, "b": POSITIVE},
+    "adamc": {
+        "b1": SCHEDULED_DECAY,
+        "learning_rate": RATE,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+        "weight_decay": RATE,
+        "max_learning_rate": ABOVE_0,
+    },
+    "clip_by_norm": {"max_norm": POSITIVE},
+    "mars": {
+        "b1": DECAY,
+        "learning_rate": RATE,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+        "weight_decay": RATE,
+        "gamma": POSITIVE,
+    },
+    "simplified_ademamix": {
+        "b1": SCHEDULED_FRACTION,
+        "learning_rate": RATE,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+        "weight_decay": RATE,
+        "alpha": SCHEDULED,
+    },
     "laprop": {
         "learning_rate": RATE,
         "b1": SCHEDULED_DECAY,
@@ -223,12 +251,16 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
     "update_clipping": {"decay": SCHEDULED_DECAY, "eps": POSITIVE},
     "packed8": {"bound": ABOVE_0},
 }
-DERIVED = {("adabelief", "eps_root")}  # what is kept is computed from it
+DERIVED = {
+    ("adabelief", "eps_root"),
+    ("adamc", "max_learning_rate"),
+}  # what is kept is computed from it
+DERIVED |= {("mars", "b1"), ("mars", "gamma")}
 OPTIONAL = {("rmsprop", "momentum"), ("sgd", "momentum")}
 OPTIONAL |= {("adafactor", "clipping_threshold"), ("adafactor", "momentum")}
 OPTIONAL |= {("adafactor", "weight_decay_rate"), ("muon_adamw", "adam_learning_rate")}
 OPTIONAL |= {(name, "consistent_rms") for name in ("muon", "muon_adamw", "scale_by_shape")}
-OPTIONAL |= {("adan", "look_ahead"), ("sgdw", "momentum")}
+OPTIONAL |= {("adamc", "max_learning_rate"), ("adan", "look_ahead"), ("sgdw", "momentum")}
 SCHEDULES = {RATE, SCHEDULED_DECAY, SCHEDULED, SCHEDULED_FRACTION, OPEN_DECAY}
 
 REQUIRED = ("learning_rate", "decay", "blend", "max_norm", "clipping", "threshold", "max_delta")
@@ -244,6 +276,9 @@ def build(function, **hyperparameters):
         required |= {"axes": ()}  # any array
     if function == "muon_adamw":
         required["matrices"] = "*"
+    if function == "adamc":
+        required["max_learning_rate"] = 0.5
+        required["learning_rate"] *= "max_learning_rate" not in hyperparameters  # no larger one
     if function == "packed8":
         required = {"inner": adamx.scale_by_adam(), "bound": 1.0}
     if function == "cautious":

@@ -85,7 +85,12 @@ def test_a_clip_by_rms_reaches_its_threshold_at_any_scale(scale):
 
 
 def test_a_threshold_of_zero_stops_everything():
-    for tx in (adamx.clip_by_value(0.0), adamx.clip_by_rms(0.0), adamx.adaptive_clip(0.0)):
+    for tx in (
+        adamx.clip_by_value(0.0),
+        adamx.clip_by_rms(0.0),
+        adamx.clip_by_norm(0.0),
+        adamx.adaptive_clip(0.0),
+    ):
         for u in (jnp.array([2.0, 0.0]), jnp.array([2j, 0.0])):
             np.testing.assert_array_equal(emitted(tx, u, u), 0)
 

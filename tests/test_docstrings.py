@@ -40,6 +40,8 @@ OTHERWISE = {
     },
     "momentum": {"adafactor": "an average of whole steps, not a sum of gradients"},
     "b1": {
+        "mars": "no schedule",
+        "simplified_ademamix": "of a sum",
         "lion cautious_lion": "weights the output, b2 the slot",
         "schedule_free schedule_free_adamw": "the weight of averaged parameters, in (0, 1]",
         "ratio_bound": "numbers alone have a bound",
@@ -52,6 +54,8 @@ OTHERWISE = {
         "radam": "no schedule",
         "ratio_bound": "numbers alone have a bound",
     },
+    "alpha": {"simplified_ademamix": "of the gradient, where AdEMAMix has a second average"},
+    "max_norm": {"clip_by_norm": "of one array, and no schedule"},
     "b3": {"adan": "squares, where AdEMAMix has a second average of gradients"},
     "decay": {
         "interpolated_ema": "above 0",

@@ -73,7 +73,7 @@ INSIDE: dict[str, list[Any]] = {
     OPEN_DECAY: [5e-324, 1 - 2**-53, lambda _: 0.1],
     SCHEDULED_DECAY: [0, 1 - 2**-53, lambda _: 0.1],
     SCHEDULED: [-1e30, lambda _: 0.1],
-    ABOVE_0: [5e-324, 1e30],
+    ABOVE_0: [1e-30, 1e30],
 }
 # without names in them, so that the message can be compared
 WRONG_KIND: list[Any] = ["0.9", b"0.9", [0.9], (0.9,), {"decay": 0.9}, 0.9 + 0j, slice(None)]
@@ -126,6 +126,18 @@ def test_a_function_that_returns_a_number_has_ranges_too(function):
     for argument, (_, outside) in OF_NUMBERS[function].items():
         with pytest.raises(ValueError, match=f"^{function}: {argument} must be .* got {outside}$"):
             getattr(adamx, function)(**fine | {argument: outside})
+
+
+@pytest.mark.parametrize(
+    ("rate", "largest", "message"),
+    [
+        (lambda _: 0.1, None, r"^adamc: max_learning_rate must be the .* schedule, got None: "),
+        (0.5, 0.25, r"^adamc: max_learning_rate must be .* got 0.25 and learning_rate=0.5$"),
+    ],
+)
+def test_a_decay_that_follows_a_schedule_knows_its_largest_rate(rate, largest, message):
+    with pytest.raises(ValueError, match=message):
+        adamx.adamc(rate, max_learning_rate=largest)
 
 
 @every

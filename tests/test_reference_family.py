@@ -64,6 +64,11 @@ ROWS = np.array([[1.0, 7.0], [2.0, 2.0]])  # mean squares 25 and 4, of both 29/2
 BLOCK = np.array([[5.0], [2.0]])
 ALL = sqrt(29 / 2)
 COLUMNS = np.array([[5 / 2, 53 / 2]])
+_C = 1 / 4 - 0.475 / 4  # gamma b1 / (1 - b1) = 0.475
+MARS = (
+    -2 * (0.95 * 0.025 + 0.05 * _C) / 0.0975
+    / (sqrt((0.99 * 0.0025 + 0.01 * _C**2) / 0.0199) + 1e-8)
+)  # fmt: skip
 LOOKING = 0.95 * 0.05 / (1 - 0.95**2) + 1  # how much longer a first gradient is one step ahead
 PULL = 2 * 5 * LOOKING / (5 * LOOKING + 5)  # times 1/2 sqrt(4)
 PRODUCT = BLOCK**2 * COLUMNS / (29 / 2)
@@ -348,6 +353,88 @@ HANDS: dict[str, Hand] = {
         [0, 2],
         [0, -2 * np.arctan2(0.2 / 0.19, sqrt(0.004 / 0.001999))],
         {"mu": [0, 0.2], "nu": [0, 0.004]},
+    ),
+    # u = 2/3 and 4/5; half of the decay at half of the rate
+    "adamc": Hand(
+        r.adamc,
+        {**ADAM, "weight_decay": 0.5, "max_learning_rate": 2.0},
+        [2, 5],
+        [-2 / 3 - 2.5, -8 / 5 - (10 - 2 / 3 - 2.5)],
+        ADAM_SLOTS,
+        w=10,
+    ),
+    "adamc_constant": Hand(
+        r.adamc,
+        {**ADAM, "weight_decay": 0.5},
+        [2],
+        [-2 / 3 - 5],
+        {"mu": [1], "nu": [1]},
+        w=10,
+        learning_rate=(1.0,),
+    ),
+    # c = 1/2, then 1/4 + 2 (1/4 - 1/2) = -1/4: m^ = 0, v^ = (3/4 1/16 + 1/4 1/16) / (7/16)
+    "mars": Hand(
+        r.mars,
+        {**ADAM, "gamma": 2.0, "weight_decay": 0.5},
+        [1 / 2, 1 / 4],
+        [-1 / 3 - 5, -10 + 1 / 3 + 5],
+        {"mu": [1 / 4, 0], "nu": [1 / 16, 1 / 16], "previous": [1 / 2, 1 / 4]},
+        w=10,
+    ),
+    # 3, 4 has the norm 5
+    "mars_clipped": Hand(
+        r.mars,
+        {**ADAM, "eps": 0.0},
+        [[3, 4]],
+        [[-1, -1]],
+        {"mu": [[0.3, 0.4]], "nu": [[0.09, 0.16]], "previous": [[3, 4]]},
+        w=[0, 0],
+        learning_rate=(1.0,),
+    ),
+    # from zero: 1/2 + 1/2 gamma, not clipped
+    "mars_first": Hand(
+        r.mars,
+        {**ADAM, "gamma": 2.0, "clipped": False, "first": "zero"},
+        [1 / 2],
+        [-3 / 2 / (3 / 2 + 1)],
+        {"mu": [3 / 4], "nu": [9 / 16], "previous": [1 / 2]},
+        learning_rate=(1.0,),
+    ),
+    "mars_default": Hand(
+        r.mars,
+        {},
+        [1 / 2, 1 / 4],
+        [-1 / (1 + 2e-8), MARS],
+        {
+            "mu": [0.025, 0.95 * 0.025 + 0.05 * (1 / 4 - 0.475 / 4)],
+            "nu": [0.0025, 0.99 * 0.0025 + 0.01 * (1 / 4 - 0.475 / 4) ** 2],
+            "previous": [1 / 2, 1 / 4],
+        },
+    ),
+    # v^ = 4, 16; 2 + 2 alpha, then 1 + 5 + 5 alpha
+    "simplified_ademamix": Hand(
+        r.simplified_ademamix,
+        {**ADAM, "alpha": 3.0, "weight_decay": 0.5},
+        [2, 5],
+        [-8 / 3 - 5, -2 * 21 / 5 - 10 + 8 / 3 + 5],
+        {"trace": [2, 6], "nu": [1, 7]},
+        w=10,
+    ),
+    "simplified_ademamix_root": Hand(
+        r.simplified_ademamix,
+        EPS_ROOT,
+        [2],
+        [-1 / 2],
+        {"trace": [2], "nu": [1]},
+        learning_rate=(1.0,),
+    ),
+    # v^: 0.05 * 4 / 0.05, 0.19 / 0.0975
+    "simplified_ademamix_default": Hand(
+        r.simplified_ademamix,
+        {},
+        [2, 0],
+        [-2 / (2 + 1e-8), -2 * 1.98 / (sqrt(0.19 / 0.0975) + 1e-8)],
+        {"trace": [2, 1.98], "nu": [0.2, 0.19]},
     ),
     # v^ = 4, 16: scaled 2/3 and 5/5, so that m = 1/3, 1/6 + 1/2, over 1/2 and 3/4
     "laprop": Hand(r.laprop, ADAM, [2, 5], [-2 / 3, -16 / 9], {"mu": [1 / 3, 2 / 3], "nu": [1, 7]}),
