@@ -34,6 +34,7 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     adam_mini     adamw with ema_of_mean_squares under the root
     stable_adamw  adamw with update_clipping around its scaling
     cautious_...  cautious around adamw's and lion's scaling
+    adamh         adam with hyperball in the place of scale_by_learning_rate
     schedule_free around adamw without its ema of g
 
 `scale_by_path` gives each leaf a factor of its own, such as those of `layerwise_decay` and
@@ -103,7 +104,14 @@ from adamx.optimizers.sgdw import sgdw
 from adamx.optimizers.simplified_ademamix import simplified_ademamix
 from adamx.optimizers.stable_adamw import stable_adamw
 from adamx.optimizers.yogi import yogi
-from adamx.scaling import WidthRules, layerwise_decay, width_rules
+from adamx.scaling import (
+    WidthRules,
+    half_life_rule,
+    layerwise_decay,
+    linear_rule,
+    square_root_rule,
+    width_rules,
+)
 from adamx.state import Adaptation, adapt_state
 from adamx.storage.bfloat16 import bfloat16
 from adamx.storage.choice import stored
@@ -136,7 +144,9 @@ from adamx.transforms.extrapolation import extrapolation
 from adamx.transforms.factored_ema_of_squares import factored_ema_of_squares
 from adamx.transforms.growing_clip import growing_clip
 from adamx.transforms.half_life_schedule import half_life_schedule
+from adamx.transforms.hyperball import hyperball
 from adamx.transforms.interpolated_ema import interpolated_ema
+from adamx.transforms.keep_norm import keep_norm
 from adamx.transforms.nesterov_ema import nesterov_ema
 from adamx.transforms.orthogonalized import orthogonalized
 from adamx.transforms.power_decay_schedule import power_decay_schedule
@@ -234,13 +244,17 @@ __all__ = [
     "from_optax",
     "from_torch",
     "growing_clip",
+    "half_life_rule",
     "half_life_schedule",
+    "hyperball",
     "identity",
     "in_shard_map",
     "interpolated_ema",
+    "keep_norm",
     "lamb",
     "laprop",
     "layerwise_decay",
+    "linear_rule",
     "lion",
     "make_step",
     "mars",
@@ -288,6 +302,7 @@ __all__ = [
     "sign",
     "simplified_ademamix",
     "skip_nonfinite",
+    "square_root_rule",
     "stable_adamw",
     "stacked",
     "state_sharding",

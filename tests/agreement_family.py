@@ -302,6 +302,23 @@ def through_changes(case: Case) -> Measure:
     return Measure(updates, {"mu": mu, "nu": nu})
 
 
+def on_a_sphere(case: Case) -> Measure:
+    """Adam's direction as `by_norms`, and the weights, which are turned: by a root of 12 squares.
+
+    The weights' factor is off by some four roundings of norms and quotients.
+    """
+    adam = Case(case.w, case.g, np.ones(len(case.g)), reference.adam, case.options)
+    plain, u, w = on_magnitudes(adam), np.abs(adam.run.updates), np.abs(case.run.params[:-1])
+    axes = tuple(range(1, u.ndim))
+    lengths, norms, wide = (
+        np.sqrt(np.sum(x**2, axis=axes, keepdims=True)) for x in (w, u, plain.updates)
+    )
+    ratio = lengths / np.where(norms > 0, norms, 1.0)
+    worse = np.where(norms > 0, wide / np.where(norms > 0, norms, 1.0), 0.0)
+    step = at(case.rate, u) * ratio * (plain.updates + u * worse)
+    return Measure(4 * w + 2 * step, plain.slots)
+
+
 def as_it_is(case: Case) -> Measure:
     """A factor and the learning rate: the sum of 12 squares is halved by the root."""
     return Measure(np.abs(case.run.updates))
@@ -633,6 +650,13 @@ FAMILY: dict[str, Member] = {
         "simplified_ademamix",
         {**ADAM, "alpha": 3.0, "eps_root": 0.02, **DECAY},
         unlike=({**ADAM, "eps_root": 0.02, **DECAY},),
+    ),
+    "hyperball": Member(
+        lambda rate: adamx.chain(adamx.scale_by_adam(**ADAM), adamx.hyperball(rate)),
+        r.adamh,
+        ADAM,
+        on_a_sphere,
+        unlike=({**ADAM, "kept": False},),
     ),
     "laprop": alike(
         "laprop",

@@ -144,6 +144,7 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
         "weight_decay": RATE,
         "alpha": SCHEDULED,
     },
+    "hyperball": {"learning_rate": RATE},
     "laprop": {
         "learning_rate": RATE,
         "b1": SCHEDULED_DECAY,

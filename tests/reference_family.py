@@ -423,6 +423,27 @@ def simplified_ademamix(
     return record.trajectory()
 
 
+def adamh(
+    w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, b1: float = 0.9,
+    b2: float = 0.999, eps: float = 1e-8, kept: bool = True,
+) -> Trajectory:  # fmt: skip
+    """AdamH, after arXiv 2606.16899: `adam`'s direction u_t on the sphere of each array.
+
+    ``x = w_{t-1} - lr |w_{t-1}| u_t / |u_t|``, ``w_t = |w_{t-1}| x / |x|``; not kept, x is w_t.
+    Arrays and directions that are zero stay as they are. Slots: ``mu``, ``nu``.
+    """
+    plain = adam(w, gradients, learning_rate=1.0, b1=b1, b2=b2, eps=eps)
+    record = Recorder(w)
+    for t, u, lr in steps(-plain.updates, learning_rate):
+        slots = {name: values[t - 1] for name, values in plain.slots.items()}
+        length, of_u, new = _norm(record.w), _norm(u), record.w
+        if length > 0 and of_u > 0:
+            new = record.w - lr * length * u / of_u
+            new = new * length / _norm(new) if kept else new
+        record.add(new - record.w, **slots)
+    return record.trajectory()
+
+
 def laprop(
     w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, b1: float = 0.9,
     b2: float = 0.999, eps: float = 1e-15, eps_root: float = 0.0, weight_decay: float = 0.0,

@@ -229,6 +229,10 @@ TRANSFORMATIONS: dict[str, Case] = {
     ),
     "clip_by_norm": Case(lambda: adamx.clip_by_norm(0.5), whole=True),
     "mars": Case(lambda: adamx.mars(0.1, gamma=0.5, weight_decay=0.1), whole=True),
+    "keep_norm": Case(adamx.keep_norm, whole=True),
+    "hyperball": Case(
+        lambda: adamx.chain(adamx.scale_by_adam(), adamx.hyperball(_schedule)), whole=True
+    ),
     "sgdw": Case(lambda: adamx.sgdw(0.1, 0.9, nesterov=True)),
     "cautious_adamw": Case(lambda: adamx.cautious_adamw(0.1), whole=True),
     "cautious_lion": Case(lambda: adamx.cautious_lion(0.1), whole=True),

@@ -207,6 +207,34 @@ def test_blocks_are_chosen_by_path_and_kept_small():
     assert jax.tree.map(jnp.shape, by_default) == wanted
 
 
+def test_a_step_on_a_sphere_that_has_no_direction_is_none():
+    """Zero weights and zero updates stay; a step into the centre is taken as it is, to zero."""
+    w = {"zero": jnp.zeros(2), "still": jnp.array([3.0, 4.0]), "centre": jnp.array([3.0, 4.0])}
+    u = {"zero": jnp.ones(2), "still": jnp.zeros(2), "centre": jnp.array([3.0, 4.0])}
+    tx = adamx.hyperball(1.0)
+    moved = jax.tree.map(jnp.add, w, emitted(tx, u, w))
+    for name, expected in {**w, "centre": jnp.zeros(2)}.items():
+        np.testing.assert_array_equal(moved[name], expected)
+    huge = jnp.full(2, 1e30)  # whose norm overflows: no sphere is known
+    assert np.isfinite(emitted(tx, jnp.ones(2), huge)).all()
+    assert emitted(tx, jnp.zeros((0, 3)), jnp.zeros((0, 3))).shape == (0, 3)
+
+
+def test_masters_stay_on_their_sphere():
+    """Beside a bfloat16, which is 2^-8 off; a float32 norm of 64 numbers by a few roundings."""
+    adamh = adamx.chain(adamx.scale_by_adam(), adamx.hyperball(0.25))
+    tx = adamx.master_weights(adamh, "float32")
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.bfloat16)
+    state, lengths, first = tx.init(w), [], w
+    for seed in (1, 2):
+        g = jnp.asarray(np.random.default_rng(seed).normal(size=w.shape), w.dtype)
+        u, state = tx.update(g, state, w)
+        w = adamx.apply_updates(w, u)
+        lengths.append(np.linalg.norm(np.float64(adamx.masters(w, state))))
+    np.testing.assert_allclose(lengths, np.linalg.norm(np.float64(first)), rtol=2 * 40 * 2.0**-24)
+    assert (w != first).mean() > 0.9
+
+
 def test_squares_too_large_for_their_mean_leave_it_finite():
     tx = adamx.ema_of_mean_squares(0.5)
     u = jnp.full(4, 1e19)  # the squares fit, their sum does not

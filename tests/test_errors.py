@@ -107,6 +107,7 @@ def test_the_table_has_every_hyperparameter_of_every_public_function():
     assert takes == {function: set(table) for function, table in HYPERPARAMETERS.items()}
 
 
+BATCHES = {"batch_size": (2, 0), "new_batch_size": (1, -1)}
 OF_NUMBERS: dict[str, dict[str, tuple[float, Any]]] = {
     "normalized_weight_decay": {
         "norm": (0.5, -1),
@@ -115,6 +116,9 @@ OF_NUMBERS: dict[str, dict[str, tuple[float, Any]]] = {
         "epochs": (1, 0),
     },
     "ratio_bound": {"b1": (0.5, 1), "b2": (0.75, -1)},
+    "linear_rule": {"learning_rate": (1, -1), **BATCHES},
+    "square_root_rule": {"learning_rate": (1, -1), **BATCHES},
+    "half_life_rule": {"decay": (0.5, 1), **BATCHES},
 }
 """Functions that return a number: for each argument one in its range, and one out of it."""
 
@@ -197,6 +201,7 @@ def test_what_is_no_number_is_refused_by_the_function_called(function, argument)
 # decays that may not be scheduled, and a word of why
 CONSTANT = {
     ("adabelief", "b2"): "with an eps_root of rms_scaling",
+    ("mars", "b1"): "with a schedule of `scale`",
     ("radam", "b2"): "rho_inf",
     ("rectified", "decay"): "rho_inf",
     ("scheduled_nesterov_ema", "decay"): "nesterov_ema takes any",
