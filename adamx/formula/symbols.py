@@ -153,8 +153,9 @@ class Symbols:
 
         finish = functools.partial(replaced, replace=final)
         of_w, rest = _collected(update)
+        less_w = of_w.op == "-" and of_w.args[1] == ONE  # what is subtracted from the new weights
         return Formula(
-            finish((1 + of_w) * W + rest),
+            finish((of_w.args[0] if less_w else 1 + of_w) * W + rest),
             {finish(k): finish(v) for k, v in self.definitions.items()},
             {finish(k): finish(v) for k, v in self.starts.items()},
             {finish(k): v for k, v in self.values.items()},
