@@ -12,8 +12,10 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     adam          (ema -> bias_correction) / root(ema_of_squares -> bias_correction)
                   -> scale_by_learning_rate
     adamw         adam with add_decayed_weights before the learning rate
+    adam_atan2    adam by atan2_scaling in the place of the quotient
     adamax        adam over decaying_max in the place of the root
     nadam         adam with nesterov_ema in the numerator
+    adamc         adamw whose decay has lr / max(lr) as a factor
     amsgrad       adam with running_max last under the root
     adabelief     adam with deviation first under the root
     radam         adam, rectified
@@ -21,6 +23,9 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     lion          interpolated_ema -> sign -> scale_by_learning_rate
     adan          adam with an ema of the difference in the numerator, extrapolation under the root
     ademamix      adam with a second, slow ema in the numerator
+    laprop        g / root(ema_of_squares -> bias_correction) -> ema -> bias_correction -> ...
+    simplified_.. adam with trace plus g in the numerator
+    mars          adamw behind g plus its difference -> clip_by_norm
     adopt         g / root(the old average of squares) -> growing_clip -> ema -> ...
     lamb          adamw with trust_ratio before the learning rate
     adafactor     g / root(factored_ema_of_squares) -> clip_by_rms -> scale_by_learning_rate
@@ -29,6 +34,7 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
     adam_mini     adamw with ema_of_mean_squares under the root
     stable_adamw  adamw with update_clipping around its scaling
     cautious_...  cautious around adamw's and lion's scaling
+    adamh         adam with hyperball in the place of scale_by_learning_rate
     schedule_free around adamw without its ema of g
 
 `scale_by_path` gives each leaf a factor of its own, such as those of `layerwise_decay` and
@@ -69,9 +75,11 @@ from adamx.optimizers.adabelief import adabelief
 from adamx.optimizers.adafactor import adafactor
 from adamx.optimizers.adagrad import adagrad
 from adamx.optimizers.adam import adam, scale_by_adam
+from adamx.optimizers.adam_atan2 import adam_atan2
 from adamx.optimizers.adam_mini import adam_mini
 from adamx.optimizers.adamax import adamax
 from adamx.optimizers.adamaxw import adamaxw
+from adamx.optimizers.adamc import adamc
 from adamx.optimizers.adamw import adamw
 from adamx.optimizers.adamw_independent import adamw_independent, normalized_weight_decay
 from adamx.optimizers.adan import adan
@@ -81,7 +89,9 @@ from adamx.optimizers.amsgrad import amsgrad
 from adamx.optimizers.cautious_adamw import cautious_adamw
 from adamx.optimizers.cautious_lion import cautious_lion
 from adamx.optimizers.lamb import lamb
+from adamx.optimizers.laprop import laprop
 from adamx.optimizers.lion import lion
+from adamx.optimizers.mars import mars
 from adamx.optimizers.momentum import momentum
 from adamx.optimizers.muon import muon, muon_adamw
 from adamx.optimizers.nadam import nadam
@@ -91,9 +101,17 @@ from adamx.optimizers.rmsprop import rmsprop, scale_by_rms
 from adamx.optimizers.schedule_free_adamw import schedule_free_adamw
 from adamx.optimizers.sgd import sgd
 from adamx.optimizers.sgdw import sgdw
+from adamx.optimizers.simplified_ademamix import simplified_ademamix
 from adamx.optimizers.stable_adamw import stable_adamw
 from adamx.optimizers.yogi import yogi
-from adamx.scaling import WidthRules, layerwise_decay, width_rules
+from adamx.scaling import (
+    WidthRules,
+    half_life_rule,
+    layerwise_decay,
+    linear_rule,
+    square_root_rule,
+    width_rules,
+)
 from adamx.state import Adaptation, adapt_state
 from adamx.storage.bfloat16 import bfloat16
 from adamx.storage.choice import stored
@@ -107,10 +125,12 @@ from adamx.transforms.adaptive_clip import adaptive_clip
 from adamx.transforms.add_cautious_decayed_weights import add_cautious_decayed_weights
 from adamx.transforms.add_decayed_weights import add_decayed_weights
 from adamx.transforms.additive_average_of_squares import additive_average_of_squares
+from adamx.transforms.atan2_scaling import atan2_scaling
 from adamx.transforms.averages_of_params import ema_of_params, mean_of_params
 from adamx.transforms.bias_correction import bias_correction
 from adamx.transforms.cautious import cautious
 from adamx.transforms.clip_by_global_norm import clip_by_global_norm
+from adamx.transforms.clip_by_norm import clip_by_norm
 from adamx.transforms.clip_by_rms import clip_by_rms
 from adamx.transforms.clip_by_value import clip_by_value
 from adamx.transforms.decaying_max import decaying_max
@@ -124,7 +144,9 @@ from adamx.transforms.extrapolation import extrapolation
 from adamx.transforms.factored_ema_of_squares import factored_ema_of_squares
 from adamx.transforms.growing_clip import growing_clip
 from adamx.transforms.half_life_schedule import half_life_schedule
+from adamx.transforms.hyperball import hyperball
 from adamx.transforms.interpolated_ema import interpolated_ema
+from adamx.transforms.keep_norm import keep_norm
 from adamx.transforms.nesterov_ema import nesterov_ema
 from adamx.transforms.orthogonalized import orthogonalized
 from adamx.transforms.power_decay_schedule import power_decay_schedule
@@ -173,9 +195,11 @@ __all__ = [
     "adafactor",
     "adagrad",
     "adam",
+    "adam_atan2",
     "adam_mini",
     "adamax",
     "adamaxw",
+    "adamc",
     "adamw",
     "adamw_independent",
     "adan",
@@ -191,6 +215,7 @@ __all__ = [
     "amsgrad",
     "apply_updates",
     "as_pytree",
+    "atan2_scaling",
     "audit",
     "bfloat16",
     "bias_correction",
@@ -200,6 +225,7 @@ __all__ = [
     "cautious_lion",
     "chain",
     "clip_by_global_norm",
+    "clip_by_norm",
     "clip_by_rms",
     "clip_by_value",
     "combine",
@@ -218,14 +244,20 @@ __all__ = [
     "from_optax",
     "from_torch",
     "growing_clip",
+    "half_life_rule",
     "half_life_schedule",
+    "hyperball",
     "identity",
     "in_shard_map",
     "interpolated_ema",
+    "keep_norm",
     "lamb",
+    "laprop",
     "layerwise_decay",
+    "linear_rule",
     "lion",
     "make_step",
+    "mars",
     "master_weights",
     "masters",
     "mean_of_params",
@@ -268,7 +300,9 @@ __all__ = [
     "sgd",
     "sgdw",
     "sign",
+    "simplified_ademamix",
     "skip_nonfinite",
+    "square_root_rule",
     "stable_adamw",
     "stacked",
     "state_sharding",

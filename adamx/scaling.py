@@ -13,6 +13,12 @@ q the fan-out divided by its,
     from finite to wide, and vectors     1               q              1
     from wide to wide                    1 / r           1              1 / sqrt(r)
     from wide to finite                  1 / r           1 / r          1 / r
+
+Another batch size, k times as large:
+
+    linear rule, for SGD                lr' = k lr           Goyal et al., arXiv 1706.02677
+    square-root rule, for Adam          lr' = sqrt(k) lr     Malladi et al., arXiv 2205.10287
+    half-life in tokens, for b1 and b2  b' = b^k             Marek et al., arXiv 2507.07101
 """
 
 from __future__ import annotations
@@ -20,11 +26,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
 
 from adamx.core import paths
+from adamx.core.checks import DECAY, NonNegative, Positive, Scalar, checked
 from adamx.core.paths import Pattern
 
 
@@ -168,3 +175,90 @@ def _rules(path: str, base: tuple[int, ...], shape: tuple[int, ...]) -> tuple[fl
     if axes[0] == len(shape) - 1:
         return 1.0, ratio, 1.0
     return 1 / ratio, 1 / ratio, 1 / ratio
+
+
+@checked
+def linear_rule(
+    learning_rate: NonNegative, *, batch_size: Positive, new_batch_size: Positive
+) -> Scalar:
+    """Return learning_rate * new_batch_size / batch_size, SGD's learning rate for another batch.
+
+    k steps on small batches and one on a batch k times as large then go equally far, as long as the
+    gradient hardly changes on the way. The source trains ResNet-50 so from 256 up to 8192 images,
+    with a warm-up, and not beyond.
+
+    Args:
+        learning_rate: the rate at `batch_size`, >= 0. 1.0 gives the factor of a schedule.
+        batch_size: the examples or tokens in a step, > 0.
+        new_batch_size: those in a step of the other training, > 0, in the same unit.
+
+    Returns:
+        The learning rate at `new_batch_size`.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> linear_rule(0.5, batch_size=256, new_batch_size=1024)
+        2.0
+    """
+    return learning_rate * (new_batch_size / batch_size)
+
+
+@checked
+def square_root_rule(
+    learning_rate: NonNegative, *, batch_size: Positive, new_batch_size: Positive
+) -> Scalar:
+    """Return learning_rate * sqrt(new_batch_size / batch_size), Adam's rate for another batch.
+
+    Adam divides the gradient by its size, which is noise for the most part: a batch k times as
+    large has noise that is sqrt(k) times as small. Once the noise is small beside the gradient, as
+    it is in large batches, the rule asks for too much. The source changes b1 and b2 as well, in
+    proportion to k in 1 - b; `half_life_rule` is nearly that for a b near 1.
+
+    Args:
+        learning_rate: the rate at `batch_size`, >= 0. 1.0 gives the factor of a schedule.
+        batch_size: the examples or tokens in a step, > 0.
+        new_batch_size: those in a step of the other training, > 0, in the same unit.
+
+    Returns:
+        The learning rate at `new_batch_size`.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> square_root_rule(0.5, batch_size=256, new_batch_size=1024)
+        1.0
+    """
+    return learning_rate * (new_batch_size / batch_size) ** 0.5
+
+
+@checked
+def half_life_rule(
+    decay: Annotated[Scalar, DECAY], *, batch_size: Positive, new_batch_size: Positive
+) -> Scalar:
+    """Return decay ** (new_batch_size / batch_size), which forgets as much in as many tokens.
+
+    The half-life of an average with decay b is ln(1/2) / ln(b) steps, so batch_size times that in
+    tokens. The source keeps that of b2 and so trains language models down to a batch of one; a
+    decay of a batch k times as large is soon near zero.
+
+    Args:
+        decay: b1 or b2 at `batch_size`, in [0, 1): a number.
+        batch_size: the examples or tokens in a step, > 0.
+        new_batch_size: those in a step of the other training, > 0, in the same unit.
+
+    Returns:
+        The decay at `new_batch_size`.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        One step in the place of two, of which each halves:
+
+        >>> half_life_rule(0.5, batch_size=256, new_batch_size=512)
+        0.25
+    """
+    return decay ** (new_batch_size / batch_size)

@@ -167,6 +167,11 @@ PAIRS = {
     "adan": Pair(3e-3, adamx.adan, optax.adan, "optax.adan, which looks ahead by 1 - b2, not b2"),
     "ademamix": Pair(3e-3, adamx.ademamix, contrib.ademamix),
     "adopt": Pair(3e-3, adamx.adopt, contrib.adopt),
+    "adam_atan2": Pair(3e-3, adamx.adam_atan2, optax.adam, "optax.adam"),
+    "adamc": Pair(3e-3, adamx.adamc, optax.adamw),
+    "mars": Pair(3e-3, adamx.mars, optax.adamw, "optax.adamw"),
+    "simplified_ademamix": Pair(1e-3, adamx.simplified_ademamix, contrib.simplified_ademamix),
+    "laprop": Pair(3e-3, adamx.laprop, optax.adamw, "optax.adamw"),
     "lamb": Pair(5e-3, adamx.lamb, optax.lamb),
     "adam_mini": Pair(3e-3, adamx.adam_mini, optax.adamw, "optax.adamw"),
     "adafactor": Pair(

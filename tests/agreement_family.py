@@ -283,6 +283,42 @@ def through_newton_schulz(case: Case) -> Measure:
     return Measure(at(case.rate * scale * 1000, wide) * norms[0] / norms[1] + case.decayed, slots)
 
 
+def through_changes(case: Case) -> Measure:
+    """MARS: the differences are sums here; the norm is as inexact as all that are under it."""
+    options = case.options
+    factor = options["gamma"] * options["b1"] / (1 - options["b1"])
+    before = np.concatenate([case.g[:1], case.g[:-1]])
+    c = np.abs(case.g + factor * (case.g - before))
+    wide = np.abs(case.g) + factor * changes(case.g)
+    axes = tuple(range(1, c.ndim))
+    norms = [np.sqrt(np.sum(x**2, axis=axes, keepdims=True)) for x in (c, wide)]
+    worse = norms[1] / np.where(norms[0] > 0, norms[0], 1.0)
+    wide = (wide + c * worse) / np.maximum(1, norms[0])
+    mu = reference.ema(wide, options["b1"])
+    nu, run = reference.ema_of_squares(wide, options["b2"]), case.run.slots["nu"]
+    root = np.sqrt(r.bias_correction(run, options["b2"]) + options.get("eps_root", 0.0))
+    numerator = r.bias_correction(mu, options["b1"]) * (1 + nu / np.where(run > 0, run, 1.0))
+    updates = at(case.rate, root) * numerator / (root + options["eps"]) + case.decayed
+    return Measure(updates, {"mu": mu, "nu": nu})
+
+
+def on_a_sphere(case: Case) -> Measure:
+    """Adam's direction as `by_norms`, and the weights, which are turned: by a root of 12 squares.
+
+    The weights' factor is off by some four roundings of norms and quotients.
+    """
+    adam = Case(case.w, case.g, np.ones(len(case.g)), reference.adam, case.options)
+    plain, u, w = on_magnitudes(adam), np.abs(adam.run.updates), np.abs(case.run.params[:-1])
+    axes = tuple(range(1, u.ndim))
+    lengths, norms, wide = (
+        np.sqrt(np.sum(x**2, axis=axes, keepdims=True)) for x in (w, u, plain.updates)
+    )
+    ratio = lengths / np.where(norms > 0, norms, 1.0)
+    worse = np.where(norms > 0, wide / np.where(norms > 0, norms, 1.0), 0.0)
+    step = at(case.rate, u) * ratio * (plain.updates + u * worse)
+    return Measure(4 * w + 2 * step, plain.slots)
+
+
 def as_it_is(case: Case) -> Measure:
     """A factor and the learning rate: the sum of 12 squares is halved by the root."""
     return Measure(np.abs(case.run.updates))
@@ -397,6 +433,12 @@ def muon_or_adamw(w: np.ndarray, g: np.ndarray, **options: Any) -> Trajectory:
         return r.muon(w, g, **options)
     rest = {name: x for name, x in options.items() if name in ("learning_rate", "weight_decay")}
     return reference.adamw(w, g, b1=0.8, b2=0.97, eps=1e-3, **rest)
+
+
+def normalized_or_not(w: np.ndarray, g: np.ndarray, **options: Any) -> Trajectory:
+    """AdamC for the real leaf, AdamW for the complex one."""
+    rest = {name: x for name, x in options.items() if name != "max_learning_rate"}
+    return reference.adamw(w, g, **rest) if np.iscomplexobj(w) else r.adamc(w, g, **options)
 
 
 FACTOR: dict[str, Any] = {
@@ -580,6 +622,49 @@ FAMILY: dict[str, Member] = {
         ),
         r.adopt,
         {**ADAM, "clipped": False},
+    ),
+    "adam_atan2": alike(
+        "adam_atan2",
+        {"b1": 0.8, "b2": 0.97, "a": 2.0, "b": 0.5, **DECAY},
+        unlike=tuple(
+            {"b1": 0.8, "b2": 0.97, "a": 2.0, "b": 0.5, **DECAY} | other
+            for other in ({"a": 1.0}, {"b": 1.0}, {"weight_decay": 0.0})
+        ),
+    ),
+    "adamc": Member(
+        lambda rate: adamx.adamc(rate, **ADAM, **DECAY, max_learning_rate=0.2, normalized="a"),
+        normalized_or_not,
+        {**ADAM, **DECAY, "max_learning_rate": 0.2},
+        unlike=({**ADAM, **DECAY, "max_learning_rate": None}, {**ADAM, "max_learning_rate": 0.2}),
+    ),
+    "mars": alike(
+        "mars",
+        {**ADAM, "eps_root": 0.02, "gamma": 0.5, **DECAY},
+        measure=through_changes,
+        unlike=tuple(
+            {**ADAM, "eps_root": 0.02, "gamma": 0.5, **DECAY} | other
+            for other in ({"gamma": 0.0}, {"clipped": False}, {"weight_decay": 0.0})
+        ),
+    ),
+    "simplified_ademamix": alike(
+        "simplified_ademamix",
+        {**ADAM, "alpha": 3.0, "eps_root": 0.02, **DECAY},
+        unlike=({**ADAM, "eps_root": 0.02, **DECAY},),
+    ),
+    "hyperball": Member(
+        lambda rate: adamx.chain(adamx.scale_by_adam(**ADAM), adamx.hyperball(rate)),
+        r.adamh,
+        ADAM,
+        on_a_sphere,
+        unlike=({**ADAM, "kept": False},),
+    ),
+    "laprop": alike(
+        "laprop",
+        {**ADAM, "eps_root": 0.02, **DECAY},
+        unlike=tuple(
+            {**ADAM, "eps_root": 0.02, **DECAY, **other}
+            for other in ({"rate": "averaged"}, {"corrected": False})
+        ),
     ),
     "sgdw": alike("sgdw", {"momentum": 0.8, "nesterov": True, **DECAY}, reference.sgdw),
     "cautious_adamw": alike(
@@ -805,6 +890,7 @@ class Pair:
 
 
 WD = {"weight_decay": 0.1}
+MARS: dict[str, Any] = {"b1": 0.95, "b2": 0.99, "eps": 1e-8, "gamma": 0.025}
 ADAMS: dict[str, Any] = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 PAIRS: dict[str, Pair] = {
     "adamax": Pair(optax.adamax, r.adamax, WELL, defaults=ADAMS),
@@ -859,6 +945,13 @@ PAIRS: dict[str, Pair] = {
         contrib.ademamix, r.ademamix, {**WELL, "b3": 0.875, "alpha": 2.0, "eps_root": 1e-4, **WD}
     ),
     "adopt": Pair(contrib.adopt, r.adopt, WELL),
+    "adam_atan2": Pair(None, r.adam_atan2, {}),
+    "adamc": Pair(None, r.adamc, {}, defaults={"weight_decay": 1e-4}),
+    "mars": Pair(None, r.mars, {}, through_changes, sums=SIZE, defaults=MARS),
+    "simplified_ademamix": Pair(
+        contrib.simplified_ademamix, r.simplified_ademamix, {**WELL, "alpha": 2.0, "eps_root": 1e-4}
+    ),
+    "laprop": Pair(None, r.laprop, {}),
     "lamb": Pair(
         optax.lamb,
         r.lamb,

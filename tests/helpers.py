@@ -56,7 +56,8 @@ def thinned(values: Iterable[Any], keep: int = 2) -> list[Any]:
 
 def by_paper(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state with the slots' names as in the papers, which the references share."""
-    names = {"trace_of_steps": "trace", "mu_scaled": "mu", "nu_inf": "nu", "nu_seeded": "nu"}
+    names = {"trace_of_steps": "trace", "mu_scaled": "mu", "mu_normalized": "mu"}
+    names |= {"nu_inf": "nu", "nu_seeded": "nu"}
     names |= {f"nu_{kind}": "nu" for kind in ("additive", "deviation", "extrapolated", "mean")}
     return {names.get(name, name): x for name, x in state.items()}
 

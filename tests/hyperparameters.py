@@ -107,6 +107,52 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
     "extrapolation": {"factor": SCHEDULED},
     "growing_clip": {"power": POSITIVE},
     "interpolated_ema": {"blend": SCHEDULED_DECAY, "decay": OPEN_DECAY},
+    "adam_atan2": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "weight_decay": RATE,
+        "a": POSITIVE,
+        "b": POSITIVE,
+    },
+    "atan2_scaling": {"a": POSITIVE, "b": POSITIVE},
+    "adamc": {
+        "b1": SCHEDULED_DECAY,
+        "learning_rate": RATE,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+        "weight_decay": RATE,
+        "max_learning_rate": ABOVE_0,
+    },
+    "clip_by_norm": {"max_norm": POSITIVE},
+    "mars": {
+        "b1": DECAY,
+        "learning_rate": RATE,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+        "weight_decay": RATE,
+        "gamma": POSITIVE,
+    },
+    "simplified_ademamix": {
+        "b1": SCHEDULED_FRACTION,
+        "learning_rate": RATE,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+        "weight_decay": RATE,
+        "alpha": SCHEDULED,
+    },
+    "hyperball": {"learning_rate": RATE},
+    "laprop": {
+        "learning_rate": RATE,
+        "b1": SCHEDULED_DECAY,
+        "b2": SCHEDULED_DECAY,
+        "eps": POSITIVE,
+        "eps_root": POSITIVE,
+        "weight_decay": RATE,
+    },
     "lion": {"learning_rate": RATE, "b1": SCHEDULED_DECAY, "b2": OPEN_DECAY, "weight_decay": RATE},
     "seeded_ema_of_squares": {"decay": SCHEDULED_DECAY},
     "sgdw": {"learning_rate": RATE, "momentum": SCHEDULED_FRACTION, "weight_decay": RATE},
@@ -206,12 +252,16 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
     "update_clipping": {"decay": SCHEDULED_DECAY, "eps": POSITIVE},
     "packed8": {"bound": ABOVE_0},
 }
-DERIVED = {("adabelief", "eps_root")}  # what is kept is computed from it
+DERIVED = {
+    ("adabelief", "eps_root"),
+    ("adamc", "max_learning_rate"),
+}  # what is kept is computed from it
+DERIVED |= {("mars", "b1"), ("mars", "gamma")}
 OPTIONAL = {("rmsprop", "momentum"), ("sgd", "momentum")}
 OPTIONAL |= {("adafactor", "clipping_threshold"), ("adafactor", "momentum")}
 OPTIONAL |= {("adafactor", "weight_decay_rate"), ("muon_adamw", "adam_learning_rate")}
 OPTIONAL |= {(name, "consistent_rms") for name in ("muon", "muon_adamw", "scale_by_shape")}
-OPTIONAL |= {("adan", "look_ahead"), ("sgdw", "momentum")}
+OPTIONAL |= {("adamc", "max_learning_rate"), ("adan", "look_ahead"), ("sgdw", "momentum")}
 SCHEDULES = {RATE, SCHEDULED_DECAY, SCHEDULED, SCHEDULED_FRACTION, OPEN_DECAY}
 
 REQUIRED = ("learning_rate", "decay", "blend", "max_norm", "clipping", "threshold", "max_delta")
@@ -219,7 +269,7 @@ REQUIRED = ("learning_rate", "decay", "blend", "max_norm", "clipping", "threshol
 
 def build(function, **hyperparameters):
     required: dict[str, Any] = {name: 0.5 for name in REQUIRED if name in HYPERPARAMETERS[function]}
-    if function in ("rms_scaling", "delayed_rms_scaling"):
+    if function in ("rms_scaling", "delayed_rms_scaling", "atan2_scaling"):
         required = {"second_moment": adamx.ema_of_squares(0.9)}
     if function == "rectified":
         required |= {"scaling": build("rms_scaling")}
@@ -227,6 +277,9 @@ def build(function, **hyperparameters):
         required |= {"axes": ()}  # any array
     if function == "muon_adamw":
         required["matrices"] = "*"
+    if function == "adamc":
+        required["max_learning_rate"] = 0.5
+        required["learning_rate"] *= "max_learning_rate" not in hyperparameters  # no larger one
     if function == "packed8":
         required = {"inner": adamx.scale_by_adam(), "bound": 1.0}
     if function == "cautious":

@@ -337,6 +337,136 @@ def adopt(
     return record.trajectory()
 
 
+def adam_atan2(
+    w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, b1: float = 0.9,
+    b2: float = 0.999, weight_decay: float = 0.0, a: float = 1.0, b: float = 1.0,
+) -> Trajectory:  # fmt: skip
+    """Adam-atan2, Everett et al. 2024.
+
+    ``u_t = a atan2(mu^_t, b sqrt(nu^_t))`` with `adam`'s corrected averages; for a complex mu the
+    angle of its magnitude, in its direction. Decoupled decay. Slots: ``mu``, ``nu``.
+    """
+    record, m, v = Recorder(w), 0.0, 0.0
+    for t, g, lr in steps(gradients, learning_rate):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * square(g)
+        m_hat, v_hat = m / one_minus_power(b1, t), v / one_minus_power(b2, t)
+        length = np.abs(m_hat)
+        direction = m_hat / np.where(length > 0, length, 1.0)
+        u = a * direction * np.arctan2(length, b * np.sqrt(v_hat))
+        record.add(-lr * (u + weight_decay * record.w), mu=m, nu=v)
+    return record.trajectory()
+
+
+def adamc(
+    w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, b1: float = 0.9,
+    b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0, weight_decay: float = 0.0,
+    max_learning_rate: float | None = None,
+) -> Trajectory:  # fmt: skip
+    """AdamC, Defazio 2025, for an array that a normalisation follows: AdamW for a constant rate.
+
+    ``w_t = w_{t-1} - lr_t (u_t + lr_t / max_learning_rate weight_decay w_{t-1})`` with `adam`'s
+    u_t. Slots: ``mu``, ``nu``.
+    """
+    plain = adam(w, gradients, learning_rate=1.0, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    record = Recorder(w)
+    for t, u, lr in steps(-plain.updates, learning_rate):
+        share = 1.0 if max_learning_rate is None else lr / max_learning_rate
+        slots = {name: values[t - 1] for name, values in plain.slots.items()}
+        record.add(-lr * u - lr * share * weight_decay * record.w, **slots)
+    return record.trajectory()
+
+
+def mars(
+    w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, b1: float = 0.95,
+    b2: float = 0.99, eps: float = 1e-8, eps_root: float = 0.0, weight_decay: float = 0.0,
+    gamma: float = 0.025, clipped: bool = True, first: Literal["none", "zero"] = "none",
+) -> Trajectory:  # fmt: skip
+    """MARS-AdamW in its approximate form, Yuan et al. 2024.
+
+    ``c_t = g_t + gamma b1 / (1 - b1) (g_t - g_{t-1})``, divided by its norm where that is above
+    one (clipped), then AdamW on c. The first difference is zero; in the authors' code ("zero") it
+    is from zero. Slots: ``mu``, ``nu``, ``previous`` (the gradient).
+    """
+    record, m, v, previous = Recorder(w), 0.0, 0.0, None
+    for t, g, lr in steps(gradients, learning_rate):
+        if previous is None:
+            previous = g if first == "none" else 0 * g
+        c = g + gamma * b1 / (1 - b1) * (g - previous)
+        previous = g
+        if clipped:
+            c = c / max(1.0, _norm(c))
+        m = b1 * m + (1 - b1) * c
+        v = b2 * v + (1 - b2) * square(c)
+        m_hat, v_hat = m / one_minus_power(b1, t), v / one_minus_power(b2, t)
+        u = m_hat / (np.sqrt(v_hat + eps_root) + eps)
+        record.add(-lr * (u + weight_decay * record.w), mu=m, nu=v, previous=g)
+    return record.trajectory()
+
+
+def simplified_ademamix(
+    w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, b1: float = 0.99,
+    b2: float = 0.95, alpha: float = 0.0, eps: float = 1e-8, eps_root: float = 0.0,
+    weight_decay: float = 0.0,
+) -> Trajectory:  # fmt: skip
+    """Simplified AdEMAMix, Morwani et al. 2025, as in Optax.
+
+    ``trace_t = b1 trace_{t-1} + g_t``, ``u_t = (trace_t + alpha g_t) / (root of nu^_t)`` with
+    `adam`'s denominator. Decoupled decay. Slots: ``trace``, ``nu``.
+    """
+    record, m, v = Recorder(w), 0.0, 0.0
+    for t, g, lr in steps(gradients, learning_rate):
+        m = b1 * m + g
+        v = b2 * v + (1 - b2) * square(g)
+        u = (m + alpha * g) / (np.sqrt(v / one_minus_power(b2, t) + eps_root) + eps)
+        record.add(-lr * (u + weight_decay * record.w), trace=m, nu=v)
+    return record.trajectory()
+
+
+def adamh(
+    w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, b1: float = 0.9,
+    b2: float = 0.999, eps: float = 1e-8, kept: bool = True,
+) -> Trajectory:  # fmt: skip
+    """AdamH, after arXiv 2606.16899: `adam`'s direction u_t on the sphere of each array.
+
+    ``x = w_{t-1} - lr |w_{t-1}| u_t / |u_t|``, ``w_t = |w_{t-1}| x / |x|``; not kept, x is w_t.
+    Arrays and directions that are zero stay as they are. Slots: ``mu``, ``nu``.
+    """
+    plain = adam(w, gradients, learning_rate=1.0, b1=b1, b2=b2, eps=eps)
+    record = Recorder(w)
+    for t, u, lr in steps(-plain.updates, learning_rate):
+        slots = {name: values[t - 1] for name, values in plain.slots.items()}
+        length, of_u, new = _norm(record.w), _norm(u), record.w
+        if length > 0 and of_u > 0:
+            new = record.w - lr * length * u / of_u
+            new = new * length / _norm(new) if kept else new
+        record.add(new - record.w, **slots)
+    return record.trajectory()
+
+
+def laprop(
+    w: ArrayLike, gradients: ArrayLike, *, learning_rate: LearningRate, b1: float = 0.9,
+    b2: float = 0.999, eps: float = 1e-15, eps_root: float = 0.0, weight_decay: float = 0.0,
+    rate: Literal["last", "averaged"] = "last", corrected: bool = True,
+) -> Trajectory:  # fmt: skip
+    """LaProp, Ziyin et al. 2020, Algorithm 1.
+
+    ``nu_t = b2 nu_{t-1} + (1 - b2) |g_t|^2`` and ``mu_t = b1 mu_{t-1} + (1 - b1) g_t /
+    (sqrt(nu_t / (1 - b2^t) + eps_root) + eps)``; the step is ``-lr mu_t / (1 - b1^t)``. The
+    authors' code averages ``lr_t`` times that ("averaged"). corrected=False leaves nu as it is.
+    Decoupled decay as in AdamW. Slots: ``mu``, ``nu``.
+    """
+    record, m, v = Recorder(w), 0.0, 0.0
+    for t, g, lr in steps(gradients, learning_rate):
+        v = b2 * v + (1 - b2) * square(g)
+        second = v / one_minus_power(b2, t) if corrected else v
+        inside = lr if rate == "averaged" else 1.0
+        m = b1 * m + (1 - b1) * inside * g / (np.sqrt(second + eps_root) + eps)
+        u = m / one_minus_power(b1, t) * (lr / inside)
+        record.add(-u - lr * weight_decay * record.w, mu=m, nu=v)
+    return record.trajectory()
+
+
 # --- Caution -------------------------------------------------------------------------------------
 
 

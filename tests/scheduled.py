@@ -191,6 +191,29 @@ def adopt() -> np.ndarray:
     return ema(np.clip(G / np.maximum(np.sqrt(before(v)), EPS), -bound, bound), B1)
 
 
+def adam_atan2() -> np.ndarray:
+    """An angle in the place of Adam's quotient."""
+    return np.arctan2(mean(G), np.sqrt(mean(G**2, B2))) + at(WD) * W
+
+
+def mars() -> np.ndarray:
+    """With b1 = 0.5, so that the difference has the factor gamma = 0.025."""
+    c = G + 0.025 * np.concatenate([0 * G[:1], G[1:] - G[:-1]])
+    c = c / np.maximum(1, norm(c))
+    return mean(c, np.full(STEPS, 0.5)) / rms(mean(c**2, B2)) + at(WD) * W
+
+
+def simplified_ademamix() -> np.ndarray:
+    """A sum of gradients and today's."""
+    total = recurrence(lambda m, g, b: b * m + g, G, B1)
+    return (total + at(ALPHA) * G) / rms(mean(G**2, B2)) + at(WD) * W
+
+
+def laprop() -> np.ndarray:
+    """The average of scaled gradients."""
+    return mean(G / rms(mean(G**2, B2))) + at(WD) * W
+
+
 def cautiously(u: np.ndarray, g: np.ndarray) -> np.ndarray:
     """Only where u and g agree."""
     kept = u * g > 0
@@ -353,6 +376,14 @@ MEMBERS: dict[str, Member] = {
         lambda: (mean(G) + at(ALPHA) * ema(G, B3)) / rms(mean(G**2, B2)) + at(WD) * W, BOTH
     ),
     "adopt": Member(adopt),
+    "adam_atan2": Member(adam_atan2, BOTH),
+    "laprop": Member(laprop, BOTH),
+    "adamc": Member(
+        lambda: adam() + at(LR) / 2 * at(WD) * W, BOTH, fixed={"max_learning_rate": 2.0}
+    ),
+    # the difference is 1.5 at most, a fortieth of it 0.04 beside 0.5
+    "mars": Member(mars, NU, worse=2.0, fixed={"b1": 0.5}),
+    "simplified_ademamix": Member(simplified_ademamix, NU),
     "cautious_adamw": Member(lambda: cautiously(adam(), G) + at(WD) * W, BOTH),
     "cautious_lion": Member(
         lambda: cautiously(np.sign(interpolated()), SIGNED) + at(WD) * W, g=SIGNED

@@ -209,6 +209,29 @@ TRANSFORMATIONS: dict[str, Case] = {
         )
     ),
     "adopt": Case(lambda: adamx.adopt(0.1)),
+    "laprop": Case(lambda: adamx.laprop(0.1, weight_decay=0.1)),
+    "atan2_scaling": Case(
+        lambda: adamx.atan2_scaling(second_moment=adamx.ema_of_squares(0.9), a=0.5, b=2.0)
+    ),
+    "adam_atan2": Case(lambda: adamx.adam_atan2(0.1, weight_decay=0.1, a=1.27)),
+    "simplified_ademamix": Case(
+        lambda: adamx.simplified_ademamix(0.1, alpha=_schedule, weight_decay=0.1), larger=True
+    ),
+    "adamc": Case(
+        lambda: adamx.adamc(
+            _schedule,
+            weight_decay=0.1,
+            mask=_all_but_vectors,
+            max_learning_rate=0.1,
+            normalized="*",
+        )
+    ),
+    "clip_by_norm": Case(lambda: adamx.clip_by_norm(0.5), whole=True),
+    "mars": Case(lambda: adamx.mars(0.1, gamma=0.5, weight_decay=0.1), whole=True),
+    "keep_norm": Case(adamx.keep_norm, whole=True),
+    "hyperball": Case(
+        lambda: adamx.chain(adamx.scale_by_adam(), adamx.hyperball(_schedule)), whole=True
+    ),
     "sgdw": Case(lambda: adamx.sgdw(0.1, 0.9, nesterov=True)),
     "cautious_adamw": Case(lambda: adamx.cautious_adamw(0.1), whole=True),
     "cautious_lion": Case(lambda: adamx.cautious_lion(0.1), whole=True),

@@ -85,7 +85,12 @@ def test_a_clip_by_rms_reaches_its_threshold_at_any_scale(scale):
 
 
 def test_a_threshold_of_zero_stops_everything():
-    for tx in (adamx.clip_by_value(0.0), adamx.clip_by_rms(0.0), adamx.adaptive_clip(0.0)):
+    for tx in (
+        adamx.clip_by_value(0.0),
+        adamx.clip_by_rms(0.0),
+        adamx.clip_by_norm(0.0),
+        adamx.adaptive_clip(0.0),
+    ):
         for u in (jnp.array([2.0, 0.0]), jnp.array([2j, 0.0])):
             np.testing.assert_array_equal(emitted(tx, u, u), 0)
 
@@ -200,6 +205,34 @@ def test_blocks_are_chosen_by_path_and_kept_small():
     by_default = adamx.adam_mini(0.1).init(params)["nu_mean"]
     wanted = {"embed": (1, 3), "query": (1, 1, 4), "norm": (1,), "out": (1, 2)}
     assert jax.tree.map(jnp.shape, by_default) == wanted
+
+
+def test_a_step_on_a_sphere_that_has_no_direction_is_none():
+    """Zero weights and zero updates stay; a step into the centre is taken as it is, to zero."""
+    w = {"zero": jnp.zeros(2), "still": jnp.array([3.0, 4.0]), "centre": jnp.array([3.0, 4.0])}
+    u = {"zero": jnp.ones(2), "still": jnp.zeros(2), "centre": jnp.array([3.0, 4.0])}
+    tx = adamx.hyperball(1.0)
+    moved = jax.tree.map(jnp.add, w, emitted(tx, u, w))
+    for name, expected in {**w, "centre": jnp.zeros(2)}.items():
+        np.testing.assert_array_equal(moved[name], expected)
+    huge = jnp.full(2, 1e30)  # whose norm overflows: no sphere is known
+    assert np.isfinite(emitted(tx, jnp.ones(2), huge)).all()
+    assert emitted(tx, jnp.zeros((0, 3)), jnp.zeros((0, 3))).shape == (0, 3)
+
+
+def test_masters_stay_on_their_sphere():
+    """Beside a bfloat16, which is 2^-8 off; a float32 norm of 64 numbers by a few roundings."""
+    adamh = adamx.chain(adamx.scale_by_adam(), adamx.hyperball(0.25))
+    tx = adamx.master_weights(adamh, "float32")
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.bfloat16)
+    state, lengths, first = tx.init(w), [], w
+    for seed in (1, 2):
+        g = jnp.asarray(np.random.default_rng(seed).normal(size=w.shape), w.dtype)
+        u, state = tx.update(g, state, w)
+        w = adamx.apply_updates(w, u)
+        lengths.append(np.linalg.norm(np.float64(adamx.masters(w, state))))
+    np.testing.assert_allclose(lengths, np.linalg.norm(np.float64(first)), rtol=2 * 40 * 2.0**-24)
+    assert (w != first).mean() > 0.9
 
 
 def test_squares_too_large_for_their_mean_leave_it_finite():

@@ -33,13 +33,19 @@ OWN = {
 
 # For other arguments: functions in which one means something else, and what.
 OTHERWISE = {
-    "learning_rate": {"adamw_independent": "no schedule: that is `multiplier`"},
+    "learning_rate": {
+        "adamw_independent": "no schedule: that is `multiplier`",
+        "linear_rule square_root_rule": "of one batch size",
+    },
     "axes": {
         "factored_ema_of_squares": "two, of rows and of columns, not those to average over",
         "muon muon_adamw orthogonalized scale_by_shape": "of the two sides of a matrix",
     },
     "momentum": {"adafactor": "an average of whole steps, not a sum of gradients"},
+    "batch_size": {"normalized_weight_decay": "of examples, which it counts"},
     "b1": {
+        "mars": "no schedule",
+        "simplified_ademamix": "of a sum",
         "lion cautious_lion": "weights the output, b2 the slot",
         "schedule_free schedule_free_adamw": "the weight of averaged parameters, in (0, 1]",
         "ratio_bound": "numbers alone have a bound",
@@ -52,8 +58,11 @@ OTHERWISE = {
         "radam": "no schedule",
         "ratio_bound": "numbers alone have a bound",
     },
+    "alpha": {"simplified_ademamix": "of the gradient, where AdEMAMix has a second average"},
+    "max_norm": {"clip_by_norm": "of one array, and no schedule"},
     "b3": {"adan": "squares, where AdEMAMix has a second average of gradients"},
     "decay": {
+        "half_life_rule": "of one batch size",
         "interpolated_ema": "above 0",
         "trace": "1 is allowed",
         "rectified": "no schedule, and it is another concept's",

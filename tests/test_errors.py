@@ -73,7 +73,7 @@ INSIDE: dict[str, list[Any]] = {
     OPEN_DECAY: [5e-324, 1 - 2**-53, lambda _: 0.1],
     SCHEDULED_DECAY: [0, 1 - 2**-53, lambda _: 0.1],
     SCHEDULED: [-1e30, lambda _: 0.1],
-    ABOVE_0: [5e-324, 1e30],
+    ABOVE_0: [1e-30, 1e30],
 }
 # without names in them, so that the message can be compared
 WRONG_KIND: list[Any] = ["0.9", b"0.9", [0.9], (0.9,), {"decay": 0.9}, 0.9 + 0j, slice(None)]
@@ -107,6 +107,7 @@ def test_the_table_has_every_hyperparameter_of_every_public_function():
     assert takes == {function: set(table) for function, table in HYPERPARAMETERS.items()}
 
 
+BATCHES = {"batch_size": (2, 0), "new_batch_size": (1, -1)}
 OF_NUMBERS: dict[str, dict[str, tuple[float, Any]]] = {
     "normalized_weight_decay": {
         "norm": (0.5, -1),
@@ -115,6 +116,9 @@ OF_NUMBERS: dict[str, dict[str, tuple[float, Any]]] = {
         "epochs": (1, 0),
     },
     "ratio_bound": {"b1": (0.5, 1), "b2": (0.75, -1)},
+    "linear_rule": {"learning_rate": (1, -1), **BATCHES},
+    "square_root_rule": {"learning_rate": (1, -1), **BATCHES},
+    "half_life_rule": {"decay": (0.5, 1), **BATCHES},
 }
 """Functions that return a number: for each argument one in its range, and one out of it."""
 
@@ -126,6 +130,18 @@ def test_a_function_that_returns_a_number_has_ranges_too(function):
     for argument, (_, outside) in OF_NUMBERS[function].items():
         with pytest.raises(ValueError, match=f"^{function}: {argument} must be .* got {outside}$"):
             getattr(adamx, function)(**fine | {argument: outside})
+
+
+@pytest.mark.parametrize(
+    ("rate", "largest", "message"),
+    [
+        (lambda _: 0.1, None, r"^adamc: max_learning_rate must be the .* schedule, got None: "),
+        (0.5, 0.25, r"^adamc: max_learning_rate must be .* got 0.25 and learning_rate=0.5$"),
+    ],
+)
+def test_a_decay_that_follows_a_schedule_knows_its_largest_rate(rate, largest, message):
+    with pytest.raises(ValueError, match=message):
+        adamx.adamc(rate, max_learning_rate=largest)
 
 
 @every
@@ -185,6 +201,7 @@ def test_what_is_no_number_is_refused_by_the_function_called(function, argument)
 # decays that may not be scheduled, and a word of why
 CONSTANT = {
     ("adabelief", "b2"): "with an eps_root of rms_scaling",
+    ("mars", "b1"): "with a schedule of `scale`",
     ("radam", "b2"): "rho_inf",
     ("rectified", "decay"): "rho_inf",
     ("scheduled_nesterov_ema", "decay"): "nesterov_ema takes any",

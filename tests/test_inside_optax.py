@@ -122,7 +122,8 @@ MASKS = {
 }
 MASKED = ("add_decayed_weights", "add_cautious_decayed_weights", "adamw", "adamaxw", "lion", "sgdw",
           "lamb", "nadamw", "adan", "adam_mini", "stable_adamw", "ademamix", "cautious_adamw",
-          "cautious_lion", "adamw_independent")  # fmt: skip
+          "cautious_lion", "adamw_independent", "laprop", "adam_atan2", "adamc",
+          "mars", "simplified_ademamix")  # fmt: skip
 
 
 def assert_params_are_mapped(tx):

@@ -290,6 +290,7 @@ SCALINGS: dict[str, Callable[[], adamx.Transformation]] = {
     "adagrad": lambda: adamx.rms_scaling(second_moment=adamx.sum_of_squares(), eps=0.0),
     "adam": lambda: adamx.scale_by_adam(eps=0.0),
     "nadam": lambda: adamx.scale_by_adam(eps=0.0, nesterov=True),
+    "adam_atan2": lambda: adamx.adam_atan2(1.0),
 }
 
 
@@ -303,7 +304,9 @@ def test_scaling_forgets_the_unit_of_the_gradient(name: str, g: np.ndarray, c: f
 
 
 @laws
-@pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop", "adagrad", "momentum", "sgd"])
+@pytest.mark.parametrize(
+    "name", ["adam", "adamw", "adam_atan2", "rmsprop", "adagrad", "momentum", "sgd"]
+)
 @given(ordinary)
 def test_step_of_minus_g_is_minus_the_step(name: str, g: np.ndarray) -> None:
     """Exactly: rounding to nearest knows no sign (at parameters 0, so also for AdamW)."""

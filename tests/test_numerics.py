@@ -259,6 +259,17 @@ def test_derivative_of_root_is_true_but_for_zero_where_it_is_zero() -> None:
         np.testing.assert_allclose(jax.jit(jax.vmap(derivative))(x), bend, rtol=2e-15)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_derivative_of_an_angle_is_finite_where_it_is_zero(dtype: str) -> None:
+    """atan2 itself has NaN there; at 1 nothing depends on the magnitude but a phase."""
+    tx = adamx.adam_atan2(1.0)
+
+    def moved(g: jax.Array) -> jax.Array:
+        return jnp.sum(tx.update(g, tx.init(g), g)[0].real)
+
+    assert np.isfinite(jax.grad(moved)(jnp.array([0.0, 1.0], dtype))).all()
+
+
 def test_nothing_over_nothing_is_nothing() -> None:
     n = jnp.array([1.0, -6.0, 0.0, 3.0, -3.0, 0.0])
     d = jnp.array([4.0, 2.0, 5.0, 0.0, 0.0, 0.0])

@@ -64,6 +64,15 @@ ROWS = np.array([[1.0, 7.0], [2.0, 2.0]])  # mean squares 25 and 4, of both 29/2
 BLOCK = np.array([[5.0], [2.0]])
 ALL = sqrt(29 / 2)
 COLUMNS = np.array([[5 / 2, 53 / 2]])
+# u = (-4/11, 3/7), of the norm A; x = (3, 4) + 5 (4/11, -3/7) / A
+_A = np.array([-4 / 11, 3 / 7])
+_X = np.array([3.0, 4.0]) - 5 * _A / sqrt(16 / 121 + 9 / 49)
+A_TURN = 5 * _X / sqrt(_X[0] ** 2 + _X[1] ** 2)
+_C = 1 / 4 - 0.475 / 4  # gamma b1 / (1 - b1) = 0.475
+MARS = (
+    -2 * (0.95 * 0.025 + 0.05 * _C) / 0.0975
+    / (sqrt((0.99 * 0.0025 + 0.01 * _C**2) / 0.0199) + 1e-8)
+)  # fmt: skip
 LOOKING = 0.95 * 0.05 / (1 - 0.95**2) + 1  # how much longer a first gradient is one step ahead
 PULL = 2 * 5 * LOOKING / (5 * LOOKING + 5)  # times 1/2 sqrt(4)
 PRODUCT = BLOCK**2 * COLUMNS / (29 / 2)
@@ -324,6 +333,143 @@ HANDS: dict[str, Hand] = {
         [0, -1, -1 + 2 * 2**0.25],
         {"mu": [0, 0.5, 0.25 - 0.5 * 2**0.25], "nu": [4, 37 / 4, 111 / 16 + 100]},
         learning_rate=(1.0, 2.0, 4.0),
+    ),
+    # m^ = v^ / 2 = 2, then 4 and 16: the root is as long as m^, or 1 / sqrt(3) of it; at last zero
+    "adam_atan2": Hand(
+        r.adam_atan2,
+        {"b1": 0.5, "b2": 0.75, "a": 3.0, "weight_decay": 0.5},
+        [2, 5],
+        [-3 * np.pi / 4 - 5, -6 * np.pi / 4 - 10 + 3 * np.pi / 4 + 5],
+        ADAM_SLOTS,
+        w=10,
+    ),
+    "adam_atan2_root": Hand(
+        r.adam_atan2,
+        {**HALF, "b": sqrt(3)},
+        [-2j],
+        [1j * np.pi / 6],
+        {"mu": [-1j], "nu": [1]},
+        learning_rate=(1.0,),
+    ),
+    "adam_atan2_default": Hand(
+        r.adam_atan2,
+        {},
+        [0, 2],
+        [0, -2 * np.arctan2(0.2 / 0.19, sqrt(0.004 / 0.001999))],
+        {"mu": [0, 0.2], "nu": [0, 0.004]},
+    ),
+    # u = 2/3 and 4/5; half of the decay at half of the rate
+    "adamc": Hand(
+        r.adamc,
+        {**ADAM, "weight_decay": 0.5, "max_learning_rate": 2.0},
+        [2, 5],
+        [-2 / 3 - 2.5, -8 / 5 - (10 - 2 / 3 - 2.5)],
+        ADAM_SLOTS,
+        w=10,
+    ),
+    "adamc_constant": Hand(
+        r.adamc,
+        {**ADAM, "weight_decay": 0.5},
+        [2],
+        [-2 / 3 - 5],
+        {"mu": [1], "nu": [1]},
+        w=10,
+        learning_rate=(1.0,),
+    ),
+    # c = 1/2, then 1/4 + 2 (1/4 - 1/2) = -1/4: m^ = 0, v^ = (3/4 1/16 + 1/4 1/16) / (7/16)
+    "mars": Hand(
+        r.mars,
+        {**ADAM, "gamma": 2.0, "weight_decay": 0.5},
+        [1 / 2, 1 / 4],
+        [-1 / 3 - 5, -10 + 1 / 3 + 5],
+        {"mu": [1 / 4, 0], "nu": [1 / 16, 1 / 16], "previous": [1 / 2, 1 / 4]},
+        w=10,
+    ),
+    # 3, 4 has the norm 5
+    "mars_clipped": Hand(
+        r.mars,
+        {**ADAM, "eps": 0.0},
+        [[3, 4]],
+        [[-1, -1]],
+        {"mu": [[0.3, 0.4]], "nu": [[0.09, 0.16]], "previous": [[3, 4]]},
+        w=[0, 0],
+        learning_rate=(1.0,),
+    ),
+    # from zero: 1/2 + 1/2 gamma, not clipped
+    "mars_first": Hand(
+        r.mars,
+        {**ADAM, "gamma": 2.0, "clipped": False, "first": "zero"},
+        [1 / 2],
+        [-3 / 2 / (3 / 2 + 1)],
+        {"mu": [3 / 4], "nu": [9 / 16], "previous": [1 / 2]},
+        learning_rate=(1.0,),
+    ),
+    "mars_default": Hand(
+        r.mars,
+        {},
+        [1 / 2, 1 / 4],
+        [-1 / (1 + 2e-8), MARS],
+        {
+            "mu": [0.025, 0.95 * 0.025 + 0.05 * (1 / 4 - 0.475 / 4)],
+            "nu": [0.0025, 0.99 * 0.0025 + 0.01 * (1 / 4 - 0.475 / 4) ** 2],
+            "previous": [1 / 2, 1 / 4],
+        },
+    ),
+    # v^ = 4, 16; 2 + 2 alpha, then 1 + 5 + 5 alpha
+    "simplified_ademamix": Hand(
+        r.simplified_ademamix,
+        {**ADAM, "alpha": 3.0, "weight_decay": 0.5},
+        [2, 5],
+        [-8 / 3 - 5, -2 * 21 / 5 - 10 + 8 / 3 + 5],
+        {"trace": [2, 6], "nu": [1, 7]},
+        w=10,
+    ),
+    "simplified_ademamix_root": Hand(
+        r.simplified_ademamix,
+        EPS_ROOT,
+        [2],
+        [-1 / 2],
+        {"trace": [2], "nu": [1]},
+        learning_rate=(1.0,),
+    ),
+    # v^: 0.05 * 4 / 0.05, 0.19 / 0.0975
+    "simplified_ademamix_default": Hand(
+        r.simplified_ademamix,
+        {},
+        [2, 0],
+        [-2 / (2 + 1e-8), -2 * 1.98 / (sqrt(0.19 / 0.0975) + 1e-8)],
+        {"trace": [2, 1.98], "nu": [0.2, 0.19]},
+    ),
+    # u = (-4/7 / (4/7 + 1), 3/4 / (3/4 + 1)); then nothing
+    "adamh": Hand(
+        r.adamh,
+        {"b1": 0.0, "b2": 0.0, "eps": 1.0},
+        [[-4 / 7, 3 / 4], [0, 0]],
+        [[A_TURN[0] - 3, A_TURN[1] - 4], [0, 0]],
+        {"mu": [[-4 / 7, 3 / 4], [0, 0]], "nu": [[16 / 49, 9 / 16], [0, 0]]},
+        w=[3.0, 4.0],
+    ),
+    # v^ = 4, 16: scaled 2/3 and 5/5, so that m = 1/3, 1/6 + 1/2, over 1/2 and 3/4
+    "laprop": Hand(r.laprop, ADAM, [2, 5], [-2 / 3, -16 / 9], {"mu": [1 / 3, 2 / 3], "nu": [1, 7]}),
+    # the average of 2/3 and 2 * 1, of which only the last was doubled
+    "laprop_averaged": Hand(
+        r.laprop,
+        {**ADAM, "weight_decay": 0.5, "rate": "averaged"},
+        [2, 5],
+        [-2 / 3 - 5, -14 / 9 - 10 + 17 / 3],
+        {"mu": [1 / 3, 7 / 6], "nu": [1, 7]},
+        w=10,
+    ),
+    "laprop_uncorrected": Hand(
+        r.laprop,
+        {**ADAM, "eps_root": 3.0, "corrected": False},
+        [2],
+        [-2 / 3],
+        {"mu": [1 / 3], "nu": [1]},
+        learning_rate=(1.0,),
+    ),
+    "laprop_default": Hand(
+        r.laprop, {}, [2], [-1], {"mu": [0.1], "nu": [0.004]}, learning_rate=(1.0,)
     ),
     "adopt_unclipped": Hand(
         r.adopt,

@@ -23,6 +23,7 @@ import adamx
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 STEPS, ULP = 10, 2.0**-23
+SLOW = pytest.mark.slow
 PAGE = Path(__file__).parents[1] / "docs" / "deviations.md"
 COMMON = [name for name in adamx.__all__ if hasattr(optax, name)]
 NEWEST = tuple(map(int, optax.__version__.split(".")[:3])) >= (0, 2, 8)
@@ -164,6 +165,16 @@ def assert_equal(a: np.ndarray, b: np.ndarray) -> None:
     moved = max(1.0, float(np.abs(np.diff(b, axis=0)).max()))
     largest = float(np.abs(b).max())
     np.testing.assert_allclose(a, b, rtol=0, atol=STEPS * ULP * (32 * moved + 2 * largest))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", ["simplified_ademamix", pytest.param("ademamix", marks=SLOW)])
+def test_those_of_contrib_take_the_same_arguments_and_make_the_same_steps(name):
+    ours, theirs = getattr(adamx, name), getattr(optax.contrib, name)
+    alike = [(p.name, p.kind, p.default) for p in parameters(theirs)]
+    assert [(p.name, p.kind, p.default) for p in parameters(ours)][: len(alike)] == alike
+    options = {key: x for key, x in GIVEN.items() if key in inspect.signature(theirs).parameters}
+    assert_equal(*(trajectory(tx(**options, alpha=2.0)) for tx in (ours, theirs)))
 
 
 TRANSFORMATIONS = [

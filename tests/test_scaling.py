@@ -234,3 +234,35 @@ def test_with_them_a_step_moves_the_outputs_alike_at_every_width():
 def test_mistakes_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("k", "linear", "root"),
+    [(1, 0.1, 0.1), (4, 0.4, 0.2), (1 / 256, 0.1 / 256, 0.1 / 16)],
+)
+def test_rates_of_another_batch_by_hand(k, linear, root):
+    sizes = {"batch_size": 256, "new_batch_size": 256 * k}
+    np.testing.assert_allclose(adamx.linear_rule(0.1, **sizes), linear, rtol=1e-15)
+    np.testing.assert_allclose(adamx.square_root_rule(0.1, **sizes), root, rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("decay", "k", "expected"),
+    [
+        (0.9, 1, 0.9),
+        (0.9, 3, 0.729),
+        (0.81, 1 / 2, 0.9),
+        (0.0, 2, 0.0),
+        # ln 0.95 = -0.051293294; a 512th of it is -1.00182e-4, and exp of that 0.99989982
+        (0.95, 1 / 512, 0.99989982),
+    ],
+)
+def test_decays_of_another_batch_by_hand(decay, k, expected):
+    found = adamx.half_life_rule(decay, batch_size=512, new_batch_size=512 * k)
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+
+
+def test_an_average_at_another_batch_forgets_in_as_many_tokens():
+    """Two steps on batches of 1 and one on a batch of 2 leave the same of what was before."""
+    b = adamx.half_life_rule(0.5, batch_size=2, new_batch_size=1)
+    np.testing.assert_allclose(b * b, 0.5, rtol=1e-15)

@@ -93,6 +93,8 @@ ALL = adamx.chain(
         )
     ),
     adamx.clip_by_rms(0.5),
+    adamx.clip_by_norm(0.5),
+    adamx.keep_norm(),
     adamx.add_decayed_weights(0.1, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
     adamx.trust_ratio(),
     adamx.scale_by_learning_rate(0.1),

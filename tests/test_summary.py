@@ -38,6 +38,7 @@ NUMPY = {
     "min": np.minimum,
     "sign": np.sign,
     "clip": np.clip,
+    "atan2": np.arctan2,
     "orthogonalized": lambda x, steps: newton_schulz(x, int(steps)),
 }
 KNOWN = {*NUMPY, *REDUCTIONS, "symbol", "number"}
@@ -239,6 +240,7 @@ def test_adamw_prints_the_line_of_the_notes():
         ),
         (adamx.lamb(0.1), "w_t <- w_{t-1} - lr*r_t u_t"),
         (adamx.set_to_zero(), "w_t <- w_{t-1}"),
+        (adamx.keep_norm(), "w_t <- r_t w_{t-1} + r_t g_t"),
         (adamx.sgd(optax.constant_schedule(0.1)), "w_t <- w_{t-1} - lr_t g_t"),
         (
             adamx.chain(adamx.add_decayed_weights(0.1), adamx.sgd(0.5, 0.9)),

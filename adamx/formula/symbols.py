@@ -44,7 +44,8 @@ from adamx.formula.values import Static, function_name, value_text
 
 _LETTERS = {
     "mu": "m", "nu": "v", "sum_of_squares": "s", "mu_slow": "slow", "nu_max": "vmax",
-    "mu_scaled": "m", "nu_seeded": "v", "nu_additive": "v", "nu_inf": "v", "nu_mean": "v",
+    "mu_scaled": "m", "mu_normalized": "m",
+    "nu_seeded": "v", "nu_additive": "v", "nu_inf": "v", "nu_mean": "v",
     "nu_deviation": "v", "nu_extrapolated": "v", "trace_of_steps": "trace",
     "mu_correction": "c_m", "nu_correction": "c_v", "bias_correction": "c",
     "nu_row": "R", "nu_col": "C",
@@ -152,8 +153,9 @@ class Symbols:
 
         finish = functools.partial(replaced, replace=final)
         of_w, rest = _collected(update)
+        less_w = of_w.op == "-" and of_w.args[1] == ONE  # what is subtracted from the new weights
         return Formula(
-            finish((1 + of_w) * W + rest),
+            finish((of_w.args[0] if less_w else 1 + of_w) * W + rest),
             {finish(k): finish(v) for k, v in self.definitions.items()},
             {finish(k): finish(v) for k, v in self.starts.items()},
             {finish(k): v for k, v in self.values.items()},

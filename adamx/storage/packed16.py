@@ -31,7 +31,7 @@ class packed16(Pair):
         inner: the concept with the slots `mu` and `nu`, such as `scale_by_adam()`; `nu` is never
             negative. Slots whose names go on after that, as `nu_deviation` does, will do.
         name: the slot of the words: uint32, shaped like the parameter. None means the format's
-            name, and what follows nu: "packed16", "packed16_deviation".
+            name, and what follows mu and nu: "packed16", "packed16_deviation".
 
     Raises:
         ValueError: if `inner` does not have `mu` and `nu`.

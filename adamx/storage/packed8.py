@@ -96,7 +96,7 @@ class packed8(Pair):
         bound: the largest |mu| / sqrt(nu), to which larger ratios are limited. `ratio_bound`
             computes it from the decays.
         name: the slot of the words: uint16, shaped like the parameter. None means the format's
-            name, and what follows nu: "packed8", "packed8_deviation".
+            name, and what follows mu and nu: "packed8", "packed8_deviation".
 
     Raises:
         ValueError: if `inner` does not have `mu` and `nu`, or the bound is not positive.

@@ -2,8 +2,9 @@
 
     word = encode(mu, nu)
 
-The word's slot is named after the format and after what `nu` averages, as each slot of adamx has
-one meaning by its name: words of another format, or of another method, are never read as these.
+The word's slot is named after the format and after what `mu` and `nu` average, as each slot of
+adamx has one meaning by its name: words of another format, or of another method, are never read as
+these.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Pair(Storage):
     @property
     def word(self) -> str:
         """The name of the word's slot."""
-        return vars(self)["name"] or type(self).__name__ + self._two[1].removeprefix("nu")
+        mu, nu = self._two
+        after = mu.removeprefix("mu") + nu.removeprefix("nu")
+        return vars(self)["name"] or type(self).__name__ + after
 
     def pair(self, slots: Slots) -> tuple[jax.Array, jax.Array]:
         """Return mu and nu; raise unless they are float32."""
