@@ -57,7 +57,7 @@ class clip_by_zscore(Transformation):
     Attributes:
         sigma: how many standard deviations above the mean a usual value is at most, >= 0.
         decay: weight of the past, in [0, 1): a number, array or schedule.
-        warmup: how many steps only look, >= 1. Mean and variance start as those of their norms.
+        warmup: how many steps clip nothing, >= 1.
         name: how the names of the entries begin, where a chain has two of it.
 
     Raises:
@@ -91,8 +91,9 @@ class clip_by_zscore(Transformation):
         norm = global_norm(leaves, step.shards)
         mean, variance, steps = self._history(step, norm)
         clips, above = steps >= self.warmup, norm - mean
-        beyond = clips & (above > self.sigma * root(variance))
-        limit = mean + self.sigma**2 * variance / jnp.where(beyond, above, 1)
+        usual = self.sigma * root(variance)
+        beyond = clips & (above > usual)
+        limit = mean + usual * (usual / jnp.where(beyond, above, 1))
         factor = jnp.where(beyond, limit / jnp.where(beyond, norm, 1), 1)
         decay, weight = scheduled_decay(self, step.count)
         # one norm after the other gives the mean and variance of all in the warm-up

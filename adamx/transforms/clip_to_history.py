@@ -1,9 +1,9 @@
 """Clip the norm of each array to a multiple of its own moving average.
 
     n_t = |u_t|,    the norm of one array
+    h_t  = min(n_1, ..., n_t),    u'_t = u_t                       t <= warmup
+    h_t  = decay h_{t-1} + (1 - decay) min(n_t, factor h_{t-1})    t > warmup
     u'_t = u_t min(1, factor h_{t-1} / n_t)                        t > warmup
-    h_t = decay h_{t-1} + (1 - decay) min(n_t, factor h_{t-1})     t > warmup
-    h_t = min(h_{t-1}, n_t),    h_0 = infinity                     t <= warmup, which clips nothing
 
 No number in the unit of the gradients has to be chosen: each array is compared with itself, and a
 spike enters its average clipped. The paper clips by the global norm in the warm-up, which is a
@@ -17,7 +17,6 @@ Source: Wang et al. (2025), AdaGC, https://arxiv.org/abs/2502.11034
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -30,7 +29,7 @@ from adamx.core.norms import norm
 from adamx.core.schedules import scheduled_decay
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
-from adamx.formula.expressions import Expr, T, call, last, reduced, where
+from adamx.formula.expressions import ONE, Expr, T, call, last, reduced, where
 from adamx.formula.symbols import Symbols
 
 
@@ -40,15 +39,16 @@ class clip_to_history(Transformation):
     Before `adamw` it clips the gradient. After the scaling by the second moment, as in
     `chain(scale_by_adam(), clip_to_history(), scale_by_learning_rate(1e-3))`, it clips the update.
     It acts on one array, so it may be used anywhere; `clip_by_zscore` compares the norm of the
-    whole tree. An infinite norm makes an array 0 after the warm-up, NaN stays.
+    whole tree. An infinite norm makes an array 0 after the warm-up, NaN stays. An array without an
+    average, whose norms were all 0, is not clipped.
 
     Attributes:
-        factor: the largest |u| / h, >= 0. Below 1 the average, and with it the updates, would fall
-            in every step.
+        factor: the largest |u| / h, >= 0. It should be above 1: below, the average, and with it the
+            updates, falls in every step.
         decay: weight of the past, in [0, 1): a number, array or schedule.
-        warmup: how many steps only look, >= 1; the average then starts at their smallest norm.
+        warmup: how many steps clip nothing, >= 1.
         name: the slot that keeps the average: real, float32 or wider, with the parameter's number
-            of axes, each of size 1, in the unit of the updates; infinite before the first step.
+            of axes, each of size 1, in the unit of the updates; 0 as long as there is none.
 
     Raises:
         TypeError: if `warmup` is not a whole number.
@@ -77,8 +77,7 @@ class clip_to_history(Transformation):
 
     def slots(self, param: jax.Array) -> Slots:
         # a reduction gives the slot of a sharded parameter to all of its devices
-        start = placed_like(zeros(param), param).real.sum(keepdims=True)
-        return {self.name: start + jnp.inf}
+        return {self.name: placed_like(zeros(param), param).real.sum(keepdims=True)}
 
     def scalars(self, step: Step) -> Any:
         return step.count > self.warmup, *scheduled_decay(self, step.count)
@@ -87,15 +86,15 @@ class clip_to_history(Transformation):
         clips, decay, weight = step.scalars
         before, size = slots[self.name], norm(u, shard=step.shard)
         later = average(before, jnp.minimum(size, self.factor * before), decay, weight)
-        # a leaf that joins an older run has no average yet
-        later = jnp.where(clips & jnp.isfinite(before), later, jnp.minimum(before, size))
+        later = jnp.where(clips, later, jnp.minimum(before, size))
+        later = jnp.where(before > 0, later, size)
         return {self.name: jnp.where((size > 0) & jnp.isfinite(size), later, before)}
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         clips, *_ = step.scalars
-        size, largest = norm(u, shard=step.shard), self.factor * step.old[self.name]
-        over = clips & (size > largest)
-        return u * jnp.where(over, largest / jnp.where(over, size, 1), 1)
+        size, before = norm(u, shard=step.shard), step.old[self.name]
+        over = clips & (before > 0) & (size > self.factor * before)
+        return u * jnp.where(over, self.factor * before / jnp.where(over, size, 1), 1)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         u, h = symbols.named(u), symbols.slot(self.name)
@@ -104,5 +103,6 @@ class clip_to_history(Transformation):
         later = Expr(">", (T, symbols.number("warmup", float(self.warmup))))
         largest = c * last(h)
         average = b * last(h) + (1 - b) * call("min", size, largest)
-        symbols.define(h, where(later, average, call("min", last(h), size)), math.inf)
+        smallest = where(Expr(">", (T, ONE)), call("min", last(h), size), size)
+        symbols.define(h, where(later, average, smallest), 0)
         return u * where(later, call("min", 1, largest / size), 1)

@@ -46,7 +46,8 @@ class skip_spikes(guard):
     recorded scalars stay as they are, bit for bit. The state counts it in `spikes` (int32, all so
     far) and `consecutive_spikes` (int32, 0 after a step that is no spike; it counts on after
     `max_consecutive`). `recent_norms` and `recent_losses` are the last taken values, newest first
-    (float32 [window], infinite where there is none yet).
+    (float32 [window], 0 where there is none yet; a value that is 0 or not finite does not enter).
+    To change `window` in the middle of a run, leave the two out of what `adapt_state` gets.
 
     Skipped values do not enter the history, so a lasting change of level, as when another kind of
     data begins, looks like a spike that never ends: without a limit no step is taken any more. With
@@ -81,7 +82,7 @@ class skip_spikes(guard):
         (-0.0, 1, 2)
         >>> updates, state = tx.update(jnp.array([4.0]), state, loss=0.5)
         >>> float(updates[0]), state["recent_norms"], state["recent_losses"][0]
-        (-4.0, Array([ 4.,  3.,  1., inf], dtype=float32), Array(0.5, dtype=float32))
+        (-4.0, Array([4., 3., 1., 0.], dtype=float32), Array(0.5, dtype=float32))
     """
 
     window: int = 128
@@ -96,8 +97,7 @@ class skip_spikes(guard):
         self._set(window=whole_number("skip_spikes", "window", self.window))
 
     def start(self) -> State:
-        # never entered, infinity says that there is no value yet, in a state carried over too
-        empty = {name: jnp.full([self.window], jnp.inf, jnp.float32) for name in (NORMS, LOSSES)}
+        empty = {name: jnp.zeros([self.window], jnp.float32) for name in (NORMS, LOSSES)}
         return super().start() | empty
 
     def judged(
@@ -113,13 +113,13 @@ class skip_spikes(guard):
                 x = value.astype(recent.dtype)
                 good &= _is_usual(x, recent, self.sigma)
                 later = jnp.concatenate([x[None], recent[:-1]])
-                entered[name] = jnp.where(jnp.isfinite(x), later, recent)
+                entered[name] = jnp.where((x != 0) & jnp.isfinite(x), later, recent)
         return good, entered
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         symbols.remark(
             f"a step whose loss or |g_t| is above those of the last {self.window} by "
-            f"{value_text(self.sigma)} standard deviations changes nothing"
+            f"{value_text(self.sigma).removesuffix(".0")} standard deviations changes nothing"
         )
         return super().formula(u, symbols)
 
@@ -131,11 +131,12 @@ def _is_usual(x: jax.Array, recent: jax.Array, sigma: Any) -> jax.Array:
     rounding, in units of the largest, so that no square overflows. Those to NaN and infinity are
     NaN, and compare as False.
     """
-    known = jnp.isfinite(recent)
+    known = recent != 0
     number = jnp.sum(known, dtype=jnp.int32)
     apart = jnp.where(known, recent - x, 0)
     largest = jnp.max(jnp.abs(apart))
-    apart = apart / jnp.where(largest == 0, 1, largest)
+    unit = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
+    apart = apart * unit * unit  # 1 / 3e38 would be subnormal, and count as 0
     share = 1 / jnp.maximum(number, 1).astype(recent.dtype)
     mean = share * jnp.sum(apart)
     variance = share * jnp.sum(jnp.where(known, jnp.square(apart - mean), 0))
