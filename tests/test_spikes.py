@@ -298,6 +298,6 @@ def test_it_prints_its_arguments():
     tx = adamx.skip_spikes(adamx.sgd(0.1), 64, max_consecutive=5)
     inner = "chain(scale_by_learning_rate(0.1))"
     assert repr(tx) == f"skip_spikes({inner}, window=64, max_consecutive=5)"
-    assert "above those of the last 64 by 6 standard deviations" in str(
+    assert "above those of the last 64 by 6.0 standard deviations" in str(
         adamx.summary(tx, {"w": jnp.zeros(3)})
     )

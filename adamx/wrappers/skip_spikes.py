@@ -119,7 +119,7 @@ class skip_spikes(guard):
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         symbols.remark(
             f"a step whose loss or |g_t| is above those of the last {self.window} by "
-            f"{value_text(self.sigma).removesuffix(".0")} standard deviations changes nothing"
+            f"{value_text(self.sigma)} standard deviations changes nothing"
         )
         return super().formula(u, symbols)
 
