@@ -33,10 +33,10 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
 
 `scale_by_path` gives each leaf a factor of its own, such as those of `layerwise_decay` and
 `width_rules`.
-`skip_nonfinite`, `skip_spikes`, `accumulate`, `monitor` and `master_weights` wrap a whole optimizer,
-`by_path` gives each group of parameters its own, `stacked` takes layers stacked for a scan as arrays
-of their own, `in_shard_map` takes shards as parts of whole arrays, and a `Storage` is the format of
-the slots in the state.
+`skip_nonfinite`, `skip_spikes`, `accumulate`, `monitor` and `master_weights` wrap a whole
+optimizer, `by_path` gives each group of parameters its own, `stacked` takes layers stacked for a
+scan as arrays of their own, `in_shard_map` takes shards as parts of whole arrays, and a `Storage`
+is the format of the slots in the state.
 
 Every transformation is an `optax.GradientTransformationExtraArgs`, and `chain` takes any Optax
 transformation as a stage.

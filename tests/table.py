@@ -237,7 +237,9 @@ TRANSFORMATIONS: dict[str, Case] = {
     ),
     "skip_spikes": Case(
         lambda: adamx.skip_spikes(
-            adamx.chain(adamx.clip_by_global_norm(1.0), adamx.adamw(_schedule)), 4, max_consecutive=2
+            adamx.chain(adamx.clip_by_global_norm(1.0), adamx.adamw(_schedule)),
+            4,
+            max_consecutive=2,
         ),
         kind="a guard with a history",
         whole=True,

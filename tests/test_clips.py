@@ -279,7 +279,10 @@ def test_a_clip_by_the_zscore_is_its_formula_in_float64():
     """The deviations are a third of the norms, so that their squares lose 6 times as many ULP."""
     norms = np.exp(0.3 * np.random.default_rng(0).normal(size=80)).astype(np.float32)
     norms[[3, 20, 21, 50]] *= 6
-    gradients = {"w": norms[:, None] * np.float32([0.6, 0.0]), "b": norms * np.float32(-0.8)}
+    gradients = {
+        "w": norms[:, None] * np.array([0.6, 0.0], np.float32),
+        "b": norms * np.float32(-0.8),
+    }
     updates, states = run_of(adamx.clip_by_zscore(2.0, 0.9, warmup=8), gradients)
     wide = np.hypot(gradients["w"][:, 0].astype(float), gradients["b"].astype(float))
     wanted, means, variances = reference_family.zclip(wide, 2.0, 0.9, 8)
@@ -318,7 +321,7 @@ def test_a_clip_acts_on_the_gradient_before_adam_and_on_the_update_after_it(name
 
 @pytest.mark.parametrize("name", HISTORIES)
 def test_what_is_not_finite_leaves_a_history_as_it_is(name):
-    g = np.float32([1.0, 1.2, 0.9, 1.1, 1.0, np.inf, 1e30, np.nan, 1.0])[:, None]
+    g = np.array([1.0, 1.2, 0.9, 1.1, 1.0, np.inf, 1e30, np.nan, 1.0])[:, None]
     updates, states = run_of(HISTORIES[name](), {"w": np.repeat(g, 2, 1)})
     for entry in states.values():
         rows = np.asarray(jax.tree.leaves(entry)[0])
@@ -347,7 +350,7 @@ def test_a_history_begins_where_it_joins_an_older_run(name):
 def test_the_papers_warm_up_is_a_clip_that_ends():
     ends = adamx.clip_by_global_norm(lambda t: jnp.where(t < 2, 1.0, jnp.inf))
     tx = adamx.chain(ends, adamx.clip_to_history(2.0, 0.5, warmup=2))
-    updates, states = run_of(tx, {"w": np.float32([[3, 4], [0.3, 0.4], [3, 4], [0.5, 0]])})
+    updates, states = run_of(tx, {"w": np.array([[3, 4], [0.3, 0.4], [3, 4], [0.5, 0]])})
     lengths = np.linalg.norm(updates["w"], axis=-1)
     np.testing.assert_allclose(lengths, [1.0, 0.5, 1.0, 0.5], rtol=4 * ULP)
     found = states["norm_average"]["w"][:, 0]

@@ -102,7 +102,9 @@ def test_nothing_is_skipped_before_half_the_window_is_filled_and_the_loss_has_it
     assert int(run(tx, [1.0], state, loss=9e9)["spikes"]) == 0  # the first loss
     state = run(tx, [1.0, 1.0], state, loss=2.0)
     assert int(run(tx, [1.0], state, loss=2.01)["spikes"]) == 1
-    assert int(run(tx, [1.0], state)["spikes"]) == 0 == int(run(tx, [1.0], state, loss=None)["spikes"])
+    assert (
+        int(run(tx, [1.0], state)["spikes"]) == 0 == int(run(tx, [1.0], state, loss=None)["spikes"])
+    )
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e17])
@@ -154,7 +156,8 @@ def test_a_lasting_change_of_level_is_learnt_with_a_limit_and_never_without():
         assert int(total[-1]) == skipped
         expected = 30 if limit is None else 0
         assert int(in_a_row[-1]) == expected
-        assert limit is None or int(in_a_row[128 + 10 + 3]) == 14 and int(in_a_row[128 + 14]) == 0
+        if limit:  # ten are skipped, and four taken that are spikes all the same
+            assert [int(in_a_row[128 + i]) for i in (9, 13, 14)] == [10, 14, 0]
 
 
 @quick

@@ -143,6 +143,6 @@ class clip_by_zscore(Transformation):
         """Return the history before this step; zeros before the first."""
         if not step.state:
             return _History(jnp.zeros_like(norm), jnp.zeros_like(norm), jnp.zeros([], jnp.int32))
-        mean, variance, steps = self._names
-        found = (errors.scalar(step.state, name).astype(norm.dtype) for name in (mean, variance))
-        return _History(*found, errors.counter(step.state, steps))
+        *moments, steps = self._names
+        mean, variance = (errors.scalar(step.state, name).astype(norm.dtype) for name in moments)
+        return _History(mean, variance, errors.counter(step.state, steps))

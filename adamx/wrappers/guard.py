@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class guard(Wrapper):
     """
 
     if TYPE_CHECKING:  # each subclass says where it stands among its arguments
-        max_consecutive: int | None
+        max_consecutive: ClassVar[int | None]
 
     counters = ("", "")
 

@@ -74,7 +74,7 @@ class skip_nonfinite(guard):
         Array([-0.5, -1. ], dtype=float32)
     """
 
-    max_consecutive: int | None = None
+    max_consecutive: int | None = None  # pyright: ignore
 
     counters = ("skipped", "consecutive_skipped")
 

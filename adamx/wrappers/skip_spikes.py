@@ -87,7 +87,7 @@ class skip_spikes(guard):
 
     window: int = 128
     sigma: NonNegative = 6.0
-    max_consecutive: int | None = None
+    max_consecutive: int | None = None  # pyright: ignore
 
     counters = ("spikes", "consecutive_spikes")
     measures_norm = True  # pyright: ignore
