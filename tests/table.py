@@ -241,7 +241,6 @@ TRANSFORMATIONS: dict[str, Case] = {
             4,
             max_consecutive=2,
         ),
-        kind="a guard with a history",
         whole=True,
     ),
     "accumulate": Case(lambda: adamx.accumulate(adamx.adamw(_schedule), 2), kind="an accumulation"),

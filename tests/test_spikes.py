@@ -181,12 +181,17 @@ def test_a_skipped_step_changes_nothing_but_its_counters():
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+FAST = {"master_weights", "monitor, skip_nonfinite, masters"}
 OTHERS = [name for name in OUTSIDE if "skip_spikes" not in name]
 
 
 @quick
 @pytest.mark.parametrize(
-    "name", [*OTHERS, *(pytest.param(f"{name} inside", marks=pytest.mark.slow) for name in OTHERS)]
+    "name",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in (*OTHERS, *(f"{name} inside" for name in OTHERS))
+    ],
 )
 def test_other_wrappers_around_it_and_inside_leave_its_decisions_alone(name):
     """The parameters of a run with a spike are those of the run without that step."""
@@ -248,14 +253,21 @@ SIZE = 2**16
     [
         (adamx.skip_spikes, None, 44),
         (lambda tx: adamx.skip_nonfinite(adamx.skip_spikes(tx)), adamx.clip_by_global_norm(1), 44),
-        (lambda tx: adamx.skip_spikes(adamx.skip_nonfinite(tx)), adamx.clip_by_zscore(), 44),
-        (
+        pytest.param(
+            lambda tx: adamx.skip_spikes(adamx.skip_nonfinite(tx)),
+            adamx.clip_by_zscore(),
+            44,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             lambda tx: adamx.skip_nonfinite(adamx.monitor(adamx.skip_spikes(tx), every=100)),
-            adamx.clip_by_global_norm(1), 44,
+            adamx.clip_by_global_norm(1),
+            44,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["alone", "in a guard, around a clip", "around both", "with a monitor between"],
-)  # fmt: skip
+)
 def test_guards_and_clips_read_the_gradient_once_more_in_all(around, clip, moved):
     params = {"w": jnp.zeros(SIZE)}
     tx = around(adamx.adamw(0.1) if clip is None else adamx.chain(clip, adamx.adamw(0.1)))

@@ -77,7 +77,6 @@ def test_each_kind_has_one_example_and_what_acts_around_others_has_one():
         adamx.packed8,
         adamx.schedule_free,
         adamx.skip_nonfinite,
-        adamx.skip_spikes,
     }
 
 
