@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
@@ -45,7 +44,7 @@ class Settings:
         warmup: of the two clips that compare with the past.
     """
 
-    model: Model = Model((64,), (), seeds=5, steps=300)
+    model: Model
     rate: float = 2.0**-7
     good: int = 50
     often: int = 50
@@ -54,11 +53,10 @@ class Settings:
     warmup: int = 25
 
 
-QUICK = Settings(
-    Model((16,), (), seeds=2, steps=12, layers=1, batch=2, unseen=4), good=6, often=3, window=4,
-    warmup=2,
-)  # fmt: skip
-CLEAN, RANDOM, LARGE = "no bad batch", "random characters", "gradients × 1000"
+FULL = Settings(Model((64,), (), seeds=5, steps=300))
+SMALL = Model((16,), (), seeds=2, steps=12, layers=1, batch=2, unseen=4)
+QUICK = Settings(SMALL, good=6, often=3, window=4, warmup=2)
+CLEAN, RANDOM, LARGE = "no bad batch", "random characters", "1000 times the gradient"
 
 
 def methods(settings: Settings) -> dict[str, Callable[[Any], Any]]:
@@ -193,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> Table:
     parser.add_argument("--output", type=Path, default=Path("spikes.png"), help="the picture")
     parser.add_argument("--markdown", type=Path, help="a page with <!-- spikes --> to write into")
     options = parser.parse_args(argv)
-    settings = QUICK if options.quick else Settings()
+    settings = QUICK if options.quick else FULL
     if options.markdown and not SECTION.search(options.markdown.read_text()):
         parser.error(f"argument --markdown: no section <!-- spikes --> in {options.markdown}")
     around = methods(settings)

@@ -111,6 +111,7 @@ def test_nothing_is_skipped_before_half_the_window_is_filled_and_the_loss_has_it
 def test_equal_values_are_no_spike_and_only_ratios_count(size):
     """Whatever the rounding of their mean: 0.1 has no exact sum. A norm ends at 1e19."""
     values = [0.1 * size] * 5 + [0.2 * size, 0.1 * size]
+    spread = [size * x for x in (0.1, 0.2, 0.1, 0.2, 0.4, 0.9)]  # the deviation is 0.05, then 0.11
     tx = adamx.skip_spikes(adamx.sgd(1.0), 6, 6.0)
     state = tx.init(jnp.zeros(1))
     seen = []
@@ -118,6 +119,11 @@ def test_equal_values_are_no_spike_and_only_ratios_count(size):
         state = run(tx, [1.0], state, loss=x)
         seen.append(int(state["spikes"]))
     assert seen == [0, 0, 0, 0, 0, 1, 1]
+    state, seen = tx.init(jnp.zeros(1)), []
+    for x in spread:
+        state = run(tx, [1.0], state, loss=x)
+        seen.append(int(state["spikes"]))
+    assert seen == [0, 0, 0, 0, 0, 1]
     if size == 1.0:
         assert int(run(tx, values)["spikes"]) == 1
 
