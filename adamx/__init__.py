@@ -39,10 +39,10 @@ applies one after the other, and in a fan-out such as `rms_scaling` several read
 
 `scale_by_path` gives each leaf a factor of its own, such as those of `layerwise_decay` and
 `width_rules`.
-`skip_nonfinite`, `accumulate`, `monitor` and `master_weights` wrap a whole optimizer, `by_path`
-gives each group of parameters its own, `stacked` takes layers stacked for a scan as arrays of their
-own, `in_shard_map` takes shards as parts of whole arrays, and a `Storage` is the format of the
-slots in the state.
+`skip_nonfinite`, `skip_spikes`, `accumulate`, `monitor` and `master_weights` wrap a whole
+optimizer, `by_path` gives each group of parameters its own, `stacked` takes layers stacked for a
+scan as arrays of their own, `in_shard_map` takes shards as parts of whole arrays, and a `Storage`
+is the format of the slots in the state.
 
 Every transformation is an `optax.GradientTransformationExtraArgs`, and `chain` takes any Optax
 transformation as a stage.
@@ -133,6 +133,8 @@ from adamx.transforms.clip_by_global_norm import clip_by_global_norm
 from adamx.transforms.clip_by_norm import clip_by_norm
 from adamx.transforms.clip_by_rms import clip_by_rms
 from adamx.transforms.clip_by_value import clip_by_value
+from adamx.transforms.clip_by_zscore import clip_by_zscore
+from adamx.transforms.clip_to_history import clip_to_history
 from adamx.transforms.decaying_max import decaying_max
 from adamx.transforms.delayed_rms_scaling import delayed_rms_scaling
 from adamx.transforms.deviation import deviation
@@ -174,6 +176,7 @@ from adamx.wrappers.in_shard_map import in_shard_map
 from adamx.wrappers.master_weights import master_weights
 from adamx.wrappers.monitor import monitor, statistics
 from adamx.wrappers.skip_nonfinite import skip_nonfinite
+from adamx.wrappers.skip_spikes import skip_spikes
 
 __version__ = "0.1.0"
 
@@ -228,6 +231,8 @@ __all__ = [
     "clip_by_norm",
     "clip_by_rms",
     "clip_by_value",
+    "clip_by_zscore",
+    "clip_to_history",
     "combine",
     "compare",
     "decaying_max",
@@ -302,6 +307,7 @@ __all__ = [
     "sign",
     "simplified_ademamix",
     "skip_nonfinite",
+    "skip_spikes",
     "square_root_rule",
     "stable_adamw",
     "stacked",

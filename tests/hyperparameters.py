@@ -199,6 +199,8 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
     },
     "adaptive_clip": {"clipping": POSITIVE, "eps": POSITIVE},
     "clip_by_rms": {"threshold": POSITIVE},
+    "clip_by_zscore": {"sigma": POSITIVE, "decay": SCHEDULED_DECAY},
+    "clip_to_history": {"factor": POSITIVE, "decay": SCHEDULED_DECAY},
     "clip_by_value": {"max_delta": POSITIVE},
     "ema_of_mean_squares": {"decay": SCHEDULED_DECAY},
     "factored_ema_of_squares": {"decay": SCHEDULED_DECAY, "eps": POSITIVE},

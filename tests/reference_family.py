@@ -803,3 +803,54 @@ def adaptive_clip(
     g_norm = np.sqrt(np.sum(square(g), axis=axis, keepdims=True))
     largest = clipping * np.maximum(np.sqrt(np.sum(square(w), axis=axis, keepdims=True)), eps)
     return np.where(g_norm > largest, g * (largest / np.where(g_norm > 0, g_norm, 1.0)), g)
+
+
+# --- Clips by the history of a norm, of a run's gradients -----------------------------------------
+
+
+def clip_to_history(
+    gradients: np.ndarray, factor: float, decay: float, warmup: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One array's clip in AdaGC, Wang et al. 2025; also return the average after each step.
+
+    A norm that is 0 or not finite is left out of the average, which is 0 without any norm.
+    """
+    average, clipped, averages = 0.0, [], []
+    for t, g in enumerate(gradients, 1):
+        size = float(np.sqrt(np.sum(square(g))))
+        scale = 1.0
+        if t > warmup and average > 0:
+            scale = min(1.0, factor * average / size) if size > 0 else 1.0
+        if 0 < size < math.inf:
+            if average == 0:
+                average = size
+            elif t <= warmup:
+                average = min(average, size)
+            else:
+                average = decay * average + (1 - decay) * scale * size
+        clipped.append(scale * g)
+        averages.append(average)
+    return np.array(clipped), np.array(averages)
+
+
+def zclip(
+    norms: np.ndarray, sigma: float, decay: float, warmup: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ZClip's norms after the clip, Kumar et al. 2025, with means and variances after each step."""
+    seen: list[float] = []
+    mean = variance = 0.0
+    found = []
+    for norm in norms:
+        clipped = norm
+        if len(seen) < warmup:
+            seen.append(norm)
+            mean, variance = float(np.mean(seen)), float(np.var(seen))
+        else:
+            z = (norm - mean) / math.sqrt(variance)
+            if z > sigma:
+                clipped = mean + sigma**2 / z * math.sqrt(variance)
+            mean = decay * mean + (1 - decay) * clipped
+            variance = decay * variance + (1 - decay) * (clipped - mean) ** 2
+        found.append((clipped, mean, variance))
+    clipped, means, variances = np.array(found).T
+    return clipped, means, variances

@@ -257,6 +257,14 @@ TRANSFORMATIONS: dict[str, Case] = {
         ),
         whole=True,
     ),
+    "skip_spikes": Case(
+        lambda: adamx.skip_spikes(
+            adamx.chain(adamx.clip_by_global_norm(1.0), adamx.adamw(_schedule)),
+            4,
+            max_consecutive=2,
+        ),
+        whole=True,
+    ),
     "accumulate": Case(lambda: adamx.accumulate(adamx.adamw(_schedule), 2), kind="an accumulation"),
     "monitor": Case(
         lambda: adamx.monitor(adamx.adamw(_schedule), every=2), kind="a monitor", whole=True
@@ -368,6 +376,8 @@ TRANSFORMATIONS: dict[str, Case] = {
     "clip_by_value": Case(lambda: adamx.clip_by_value(0.5)),
     "clip_by_rms": Case(lambda: adamx.clip_by_rms(0.5), whole=True),
     "adaptive_clip": Case(lambda: adamx.adaptive_clip(0.1), whole=True),
+    "clip_to_history": Case(lambda: adamx.clip_to_history(1.0, 0.5, warmup=1), whole=True),
+    "clip_by_zscore": Case(lambda: adamx.clip_by_zscore(0.5, 0.5, warmup=2), whole=True),
     "trust_ratio": Case(lambda: adamx.trust_ratio(0.5, eps=1e-3), whole=True),
     "update_clipping": Case(
         lambda: adamx.update_clipping(adamx.scale_by_rms(0.9), 0.9), whole=True
@@ -448,6 +458,7 @@ OUTSIDE: dict[str, Any] = {
     "monitor": lambda tx: adamx.monitor(tx, every=100, groups=("*",)),
     "master_weights": adamx.master_weights,
     "skip_nonfinite": adamx.skip_nonfinite,
+    "skip_nonfinite, skip_spikes": lambda tx: adamx.skip_nonfinite(adamx.skip_spikes(tx)),
     "monitor, skip_nonfinite, masters": lambda tx: adamx.monitor(
         adamx.skip_nonfinite(adamx.master_weights(tx)), every=100, groups=("*",)
     ),

@@ -250,6 +250,41 @@ def test_every_recorded_run_of_pytorch_is_on_the_family_page(family: Any) -> Non
     assert listed == family.old_members.TORCH.keys() - left
 
 
+# --- Bad batches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_bad_batches_are_planted_alike_and_what_they_cost_is_drawn_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spikes: Any = importlib.import_module("spikes")
+    page, picture = tmp_path / "page.md", tmp_path / "spikes.png"
+    page.write_text("before\n<!-- spikes -->\nold\n<!-- /spikes -->\nafter\n")
+    drawn: list[Any] = []
+    draw = spikes.draw
+    monkeypatch.setattr(spikes, "draw", lambda *given: (drawn.append(given[0]), draw(*given)))
+    made = spikes.main(["--quick", "--output", str(picture), "--markdown", str(page)])
+    assert picture.stat().st_size > 10_000
+    text = page.read_text()
+    assert text.startswith("before\n<!-- spikes -->\n\n|") and text.endswith("-->\nafter\n")
+    assert "old" not in text and len(made.rows) == len(spikes.COLORS) == 5
+    (found,), settings = drawn, spikes.QUICK
+    for kinds in found.values():
+        clean, random, large = kinds.values()
+        for seed in range(settings.model.seeds):
+            bad = spikes.planted(settings, seed)
+            assert bad.any() and not bad[: settings.good].any()
+            assert np.array_equal(np.isnan(random.losses[seed]), bad)
+            first = int(bad.argmax()) + 1  # until then all see the same
+            assert np.array_equal(clean.losses[seed, :first], large.losses[seed, :first])
+            assert clean.after[seed] != random.after[seed]
+    # a thousand times the gradient is nothing to a clip, costs Adam, and is skipped
+    assert (found["adam"][spikes.LARGE].after != found["adam"][spikes.CLEAN].after).all()
+    np.testing.assert_array_equal(found["adam"][spikes.LARGE].skipped, 0)
+    bad = [spikes.planted(settings, seed).sum() for seed in range(settings.model.seeds)]
+    np.testing.assert_array_equal(found["skip_spikes"][spikes.LARGE].skipped, bad)
+
+
 # --- The best rate at three widths ---------------------------------------------------------------
 
 

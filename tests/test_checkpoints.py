@@ -107,7 +107,8 @@ def test_every_optimizer_is_among_the_cases():
         if getattr(adamx, name).__module__.startswith("adamx.optimizers.")
         and not name.startswith(("scale_by", "normalized"))
     }
-    wrappers = {"accumulate", "by_path", "master_weights", "skip_nonfinite", "schedule_free"}
+    wrappers = {"accumulate", "by_path", "master_weights", "schedule_free"}
+    wrappers |= {"skip_nonfinite", "skip_spikes"}
     missing = {
         name for name in optimizers | wrappers if not any(map(re.compile(name).match, CASES))
     }

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference_family
 
 import adamx
 from adamx.core import norms
@@ -264,3 +265,140 @@ def test_flags_are_counted_alike_in_two_sums(shape, monkeypatch):
         monkeypatch.setattr(norms, "_COUNTED_BY_INT32", limit)
         found = norms.count(flags, jnp.float32)
         assert found.dtype == jnp.float32 and int(found) == np.asarray(flags).sum()
+
+
+# -------------------------------------------------------------------------- clips by the history
+
+ULP = 2.0**-23
+
+
+def run_of(tx, gradients):
+    """Return (updates, states) of a run, each with a leading axis of steps."""
+
+    def step(state, g):
+        u, state = tx.update(g, state)
+        return state, (u, state)
+
+    first = tx.init(jax.tree.map(lambda g: jnp.zeros_like(g[0]), gradients))
+    return jax.jit(lambda g: jax.lax.scan(step, first, g)[1])(gradients)
+
+
+def spiky(shape, number=60):
+    generator = np.random.default_rng(number)
+    g = generator.normal(size=(number, *shape)).astype(np.float32)
+    g[generator.uniform(size=number) < 0.15] *= 8
+    return g
+
+
+def test_a_clip_to_history_is_its_formula_in_float64():
+    """A norm is off by 4 ULP, a step by 4 more, of which the average keeps ten steps' worth."""
+    gradients = {"w": spiky((3, 4)), "b": spiky(())}
+    gradients["w"][2] = gradients["w"][30] = 0  # in the warm-up and after it
+    gradients["w"][0] = 0  # as behind weights that start at zero
+    gradients["b"][:] = np.abs(gradients["b"])
+    tx = adamx.clip_to_history(1.5, 0.9, warmup=5)
+    updates, states = run_of(tx, gradients)
+    for leaf, g in gradients.items():
+        wanted, averages = reference_family.clip_to_history(g.astype(float), 1.5, 0.9, 5)
+        sizes = np.abs(g).reshape(60, -1).sum(-1)
+        clipped = np.abs(wanted).reshape(60, -1).sum(-1) < 0.999 * sizes
+        assert clipped.sum() > 5 and not clipped[:5].any()
+        np.testing.assert_allclose(updates[leaf], wanted, rtol=80 * ULP)
+        found = states["norm_average"][leaf].reshape(60)
+        np.testing.assert_allclose(found, averages, rtol=80 * ULP)
+
+
+def test_a_clip_by_the_zscore_is_its_formula_in_float64():
+    """The deviations are a third of the norms, so that their squares lose 6 times as many ULP."""
+    norms = np.exp(0.3 * np.random.default_rng(0).normal(size=80)).astype(np.float32)
+    norms[[3, 20, 21, 50]] *= 6
+    gradients = {
+        "w": norms[:, None] * np.array([0.6, 0.0], np.float32),
+        "b": norms * np.float32(-0.8),
+    }
+    updates, states = run_of(adamx.clip_by_zscore(2.0, 0.9, warmup=8), gradients)
+    wide = np.hypot(gradients["w"][:, 0].astype(float), gradients["b"].astype(float))
+    wanted, means, variances = reference_family.zclip(wide, 2.0, 0.9, 8)
+    assert 4 < (wanted < 0.999 * wide).sum() < 20 and (wanted == wide)[:8].all()
+    for name, expected, ulps in (("mean", means, 40), ("variance", variances, 240)):
+        np.testing.assert_allclose(states[f"norm_{name}"], expected, rtol=ulps * ULP)
+    for leaf, g in gradients.items():
+        factor = (wanted / wide).reshape(-1, *([1] * (g.ndim - 1)))
+        np.testing.assert_allclose(updates[leaf], factor * g, rtol=240 * ULP)
+    np.testing.assert_array_equal(states["norm_steps"], np.minimum(np.arange(1, 81), 8))
+
+
+HISTORIES = {
+    "array": lambda: adamx.clip_to_history(1.1, 0.9, warmup=4),
+    "tree": lambda: adamx.clip_by_zscore(1.0, 0.9, warmup=4),
+}
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+def test_a_clip_acts_on_the_gradient_before_adam_and_on_the_update_after_it(name):
+    gradients, clip, adam = {"w": spiky((5,), 20)}, HISTORIES[name](), adamx.scale_by_adam(0.0, 0.9)
+    alone, memory = run_of(adam, gradients)
+    shorter, _ = run_of(clip, gradients)
+    first, states = run_of(adamx.chain(clip, adam), gradients)
+    wanted, inside = run_of(adam, shorter)
+    # the programs differ, and with them the last bits, which Adam's quotient keeps
+    np.testing.assert_allclose(first["w"], wanted["w"], rtol=1e-5)
+    np.testing.assert_allclose(states["mu"]["w"], inside["mu"]["w"], rtol=1e-5, atol=1e-6)
+    after, states = run_of(adamx.chain(adam, clip), gradients)
+    np.testing.assert_allclose(states["nu"]["w"], memory["nu"]["w"], rtol=1e-6)
+    wanted, _ = run_of(clip, alone)
+    np.testing.assert_allclose(after["w"], wanted["w"], rtol=1e-5)
+    lengths = [np.linalg.norm(x["w"], axis=-1) for x in (alone, after)]
+    assert (lengths[1] < 0.99 * lengths[0]).sum() >= 2
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+def test_what_is_not_finite_leaves_a_history_as_it_is(name):
+    g = np.array([1.0, 1.2, 0.9, 1.1, 1.0, np.inf, 1e30, np.nan, 1.0])[:, None]
+    updates, states = run_of(HISTORIES[name](), {"w": np.repeat(g, 2, 1)})
+    for entry in states.values():
+        rows = np.asarray(jax.tree.leaves(entry)[0])
+        if rows.dtype != np.int32:
+            assert np.isfinite(rows).all()
+            for t in (5, 6, 7):
+                np.testing.assert_array_equal(rows[t], rows[4])
+    out = np.asarray(updates["w"])
+    assert np.isnan(out[[5, 7]]).all() and (out[6] == 0).all() and np.isfinite(out[8]).all()
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+def test_a_history_begins_where_it_joins_an_older_run(name):
+    inner, params = adamx.sgd(1.0), jnp.zeros(2)
+    state = inner.init(params) | {"count": jnp.int32(1000)}
+    tx = adamx.chain(HISTORIES[name](), inner)
+    state, adaptation = adamx.adapt_state(tx, params, state)
+    assert all(path.startswith("norm_") for path in adaptation.filled)
+    for size in (3.0, 4.0):
+        updates, state = tx.update(jnp.full(2, size), state)
+        assert updates[0] == -3.0 if size == 3.0 else updates[0] < -3.2
+    again = tx.update(jnp.full(2, 1.0), state)[0]
+    np.testing.assert_array_equal(again, -1.0)
+
+
+def test_the_papers_warm_up_is_a_clip_that_ends():
+    ends = adamx.clip_by_global_norm(lambda t: jnp.where(t < 2, 1.0, jnp.inf))
+    tx = adamx.chain(ends, adamx.clip_to_history(2.0, 0.5, warmup=2))
+    updates, states = run_of(tx, {"w": np.array([[3, 4], [0.3, 0.4], [3, 4], [0.5, 0]])})
+    lengths = np.linalg.norm(updates["w"], axis=-1)
+    np.testing.assert_allclose(lengths, [1.0, 0.5, 1.0, 0.5], rtol=4 * ULP)
+    found = states["norm_average"]["w"][:, 0]
+    np.testing.assert_allclose(found, [1.0, 0.5, 0.75, 0.625], rtol=4 * ULP)
+
+
+def test_two_clips_by_the_zscore_keep_their_own_histories():
+    with pytest.raises(ValueError, match="two stages keep 'norm_"):
+        adamx.chain(adamx.clip_by_zscore(), adamx.scale_by_adam(), adamx.clip_by_zscore())
+    second = adamx.clip_by_zscore(name="update_norm")
+    state = adamx.chain(adamx.clip_by_zscore(), second).init(jnp.zeros(2))
+    assert {"norm_mean", "update_norm_mean", "norm_steps", "update_norm_steps"} < state.keys()
+
+
+@pytest.mark.parametrize("function", [adamx.clip_to_history, adamx.clip_by_zscore])
+def test_a_warm_up_is_a_number_of_steps(function):
+    with pytest.raises(ValueError, match=f"{function.__name__}: warmup must be a whole number"):
+        function(warmup=0)

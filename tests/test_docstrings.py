@@ -83,6 +83,7 @@ OTHERWISE = {
         "zeros": "of an array, by the parameter's dtype",
     },
     "initial": {"ema": "an average of gradients may be negative"},
+    "factor": {"clip_to_history": "of a norm, and no schedule"},
     "threshold": {"clip_by_rms": "of an array, where RAdam has one of steps"},
     "moments": {"stored": "explains the names"},
 }

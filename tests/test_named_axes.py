@@ -207,6 +207,8 @@ def all_reduces(tx):
 
 def test_a_clip_and_a_guard_add_one_number_over_the_devices_and_elementwise_methods_none():
     assert all_reduces(guarded()) == 1
+    both = adamx.skip_nonfinite(adamx.skip_spikes(adamx.chain(CLIP(), adamx.momentum(0.1))))
+    assert all_reduces(both) == 1
     assert all_reduces(adamx.adamw(0.1)) == 0
 
 

@@ -330,7 +330,7 @@ def test_slots_and_scalars_are_all_of_the_state(name):
     state_of = jax.eval_shape(tx.init, params)
     state = jax.tree.leaves(state_of)
     assert found.bytes["slots"] + found.scalars == sum(x.size * x.dtype.itemsize for x in state)
-    assert found.scalars <= (40 if "monitor" not in state_of else 80)
+    assert found.scalars <= (80 if {"monitor", "recent_norms"} & state_of.keys() else 40)
 
 
 def test_nothing_is_allocated():
@@ -354,6 +354,8 @@ def test_nothing_is_allocated():
             adamx.skip_nonfinite(adamx.chain(adamx.clip_by_global_norm(1.0), adamx.adamw(0.1))),
             jnp.float32, 8, 32,
         ),
+        (adamx.skip_spikes(adamx.adamw(0.1)), jnp.float32, 8, 32),
+        (adamx.chain(adamx.clip_by_zscore(), adamx.adamw(0.1)), jnp.float32, 8, 32),
         (adamx.master_weights(adamx.adamw(0.1)), jnp.bfloat16, 10, 26),
         (optax.adamw(0.1), jnp.float32, 8, 28),
         (adamx.set_to_zero(), jnp.float32, 0, 0),

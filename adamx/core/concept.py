@@ -156,6 +156,15 @@ class Concept(Value):
         return tuple(jax.eval_shape(lambda leaf: _first_of_own(self, [leaf], _FIRST), scalar))
 
     @property
+    def measures_norm(self) -> bool:
+        """Whether it begins with the norm of the whole tree of updates that come in.
+
+        A guard around it then judges by the same sum of squares (`sum_of_all_squares`), so that
+        both share one reading of the gradients. The first child gets the updates that come in.
+        """
+        return not self.scoped and any(child.measures_norm for child in self.children[:1])
+
+    @property
     def adjustables(self) -> dict[str, adjustable]:
         """The concept's own arguments that are read from the state, by field."""
         fields = ((name, getattr(self, name)) for name in ranges_of(type(self)))

@@ -15,6 +15,7 @@ import jax
 import optax
 
 from adamx.core import errors, lifting
+from adamx.core.checks import ranges_of
 from adamx.core.concept import Slots, disjoint
 from adamx.core.foreign import as_concept
 from adamx.core.kernel import slots_like
@@ -31,7 +32,8 @@ class Wrapper(Transformation):
 
     A subclass may also define `slots(param)` (arrays kept for each leaf, as for a concept),
     `start()` (other entries of the state) and `between()` (a cheaper program for the calls between
-    two full steps).
+    two full steps). Where the optimizer inside does not get the updates that come in, it says
+    `measures_norm = False`.
 
     Attributes:
         tx: the whole optimizer, an adamx or Optax transformation.
@@ -68,7 +70,8 @@ class Wrapper(Transformation):
 
     @classmethod
     def check_argument(cls, name: str, value: Any) -> None:
-        pass  # `as_concept` checks it
+        if name in ranges_of(cls):  # `as_concept` checks the transformation
+            ranges_of(cls)[name].check(cls.__name__, name, value)
 
     @property
     def inner(self) -> Transformation:

@@ -32,7 +32,7 @@ from adamx.formula.values import factory_name
 from adamx.inspect.leaf import Leaf, bytes_of, some
 from adamx.inspect.mistakes import likely_mistakes
 from adamx.wrappers.by_path import by_path
-from adamx.wrappers.skip_nonfinite import skip_nonfinite
+from adamx.wrappers.guard import guard
 
 _FOREIGN = ""  # the name of the state of an Optax transformation
 
@@ -204,7 +204,7 @@ def summary(
     entries = state if isinstance(tx, Transformation) else {_FOREIGN: state}
     slots, scalars = _slots(concept, entries, paths, shapes, treedef)
     formulas = {b: derived(b) for b in dict.fromkeys(bound) if b is not None}
-    guarded = any_of(concept, lambda part: isinstance(part, skip_nonfinite))
+    guarded = any_of(concept, lambda part: isinstance(part, guard))
     leaves = []
     shardings = [getattr(leaf, "sharding", None) for leaf in given]
     for path, shape, variant, own, where in zip(

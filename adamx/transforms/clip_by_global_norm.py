@@ -56,6 +56,8 @@ class clip_by_global_norm(Transformation):
     max_norm: Rate
     recorded_as: str | None
 
+    measures_norm = True  # pyright: ignore
+
     def __init__(self, max_norm: ScalarOrSchedule, record: bool | str = False) -> None:
         """Check max_norm and settle the name of the recorded norm."""
         self._set(max_norm=max_norm)

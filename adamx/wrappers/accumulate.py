@@ -101,6 +101,8 @@ class accumulate(Wrapper):
     every: int
     weighted: bool = False
 
+    measures_norm = False  # pyright: ignore  # that of a mean, not of the gradient that comes in
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (isinstance(self.every, numbers.Integral) and self.every >= 1):
