@@ -253,6 +253,7 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
     "trust_ratio": {"trust_coefficient": POSITIVE, "eps": POSITIVE},
     "update_clipping": {"decay": SCHEDULED_DECAY, "eps": POSITIVE},
     "packed8": {"bound": ABOVE_0},
+    "skip_spikes": {"sigma": POSITIVE},
 }
 DERIVED = {
     ("adabelief", "eps_root"),
@@ -284,6 +285,8 @@ def build(function, **hyperparameters):
         required["learning_rate"] *= "max_learning_rate" not in hyperparameters  # no larger one
     if function == "packed8":
         required = {"inner": adamx.scale_by_adam(), "bound": 1.0}
+    if function == "skip_spikes":
+        required = {"tx": adamx.sgd(0.5)}
     if function == "cautious":
         required = {"inner": adamx.ema(0.9)}
     if function == "extrapolation":  # it reads what a difference keeps

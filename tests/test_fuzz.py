@@ -131,6 +131,7 @@ USUAL = {
     "rate": [0.1, 1e-3, 0.0, 1.0],
     "finite": [0.5, -0.5, 1.0, 0.0],
     "open decay": [0.5, 0.9, 0.99],
+    "above 0": [1.0, 0.5, 3.0],
 }
 """By the kind of hyperparameter."""
 SCHEDULED = {"scheduled decay": "decay", "scheduled fraction": "fraction", "scheduled": "finite"}
@@ -145,6 +146,7 @@ ENDS = {
     "rate": [5e-324, 1e-30, 1e10],
     "finite": [1e-30, -1e30, 3e38],
     "open decay": [5e-324, 1e-30, *NEARLY_ONE],
+    "above 0": [1e-30, 1e30],
 }
 
 

@@ -76,7 +76,6 @@ def test_each_kind_has_one_example_and_what_acts_around_others_has_one():
         adamx.monitor,
         adamx.named,
         adamx.packed16,
-        adamx.packed8,
         adamx.schedule_free,
         adamx.skip_nonfinite,
     }

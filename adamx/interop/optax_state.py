@@ -60,6 +60,7 @@ _FIELDS: dict[str, dict[str, str]] = {
     },
     "ScaleByAmsgradState": {**_COUNTED, **_MOMENTS, "nu_max": "nu_max"},
     "ScaleByBeliefState": {**_COUNTED, **_MOMENTS},
+    "ScaleBySimplifiedAdEMAMixState": {"t": _COUNT, "m": "trace", "n": "nu"},
     "ScaleByLionState": {**_COUNTED, "mu": "mu"},
     "ScaleByRStdDevState": _MOMENTS,
     "ScaleByRStdDevWithCountState": {**_COUNTED, **_MOMENTS},

@@ -71,8 +71,8 @@ def simplified_ademamix(
 
         >>> import jax.numpy as jnp
         >>> tx, w = simplified_ademamix(0.5, alpha=2.0, eps=0.0), jnp.zeros(1)
-        >>> tx.update(jnp.array([4.0]), tx.init(w), w)[0].round(3)
-        Array([-1.5], dtype=float32)
+        >>> print(f"{tx.update(jnp.array([4.0]), tx.init(w), w)[0][0]:.3f}")
+        -1.500
     """
     scaling = rms_scaling(
         combine(operator.add, trace(b1), scale(alpha)),
