@@ -11,6 +11,9 @@ from helpers import thinned
 
 import adamx
 
+# what is tested does not depend on optimised code, and compiling takes most of the time
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 ULP = 2.0**-23
 
 
@@ -348,3 +351,13 @@ def test_lower_shows_the_program_that_the_call_would_run():
     assert "sqrt" not in adding and "sqrt" in closing
     abstract = jax.eval_shape(lambda: (params, state, params))
     assert "sqrt" in step.lower(*abstract).as_text()
+
+
+@pytest.mark.parametrize("wrong", [object(), np.array([True]), np.array([1])])
+def test_a_sum_that_is_none_is_refused_also_where_there_is_no_gradient(wrong):
+    tx, params = adamx.accumulate(adamx.sgd(0.1), 2), {"b": jnp.ones(1), "w": jnp.ones(1)}
+    state = tx.init(params)
+    state["accumulated"]["b"] = wrong
+    for grads in ({"b": None, "w": params["w"]}, params):
+        with pytest.raises(TypeError, match=r"leaf 'b': state\['accumulated'\]"):
+            jax.eval_shape(lambda g=grads: tx.update(g, state, params))

@@ -27,6 +27,9 @@ from flax.training.train_state import TrainState
 
 import adamx
 
+# what is tested does not depend on optimised code, and compiling takes most of the time
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "clients.md").read_text()
 SECTION = re.compile(r"\A(.+?)\n.*?^```python\n(.*?)^```$", re.M | re.S)

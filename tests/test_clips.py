@@ -14,6 +14,9 @@ from adamx.core import norms
 from adamx.core.arithmetic import real_times_complex
 from adamx.core.norms import norm, rms
 
+# what is tested does not depend on optimised code, and compiling takes most of the time
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 def emitted(tx, u, w=None):
     return tx.update(u, tx.init(u), w)[0]

@@ -15,6 +15,9 @@ import pytest
 
 import adamx
 
+# what is tested does not depend on optimised code, and compiling takes most of the time
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 @pytest.fixture(autouse=True)
 def standard_promotion():

@@ -17,7 +17,7 @@ import optax
 import pytest
 from helpers import assert_close, draw, spec
 from jax.sharding import NamedSharding, PartitionSpec
-from table import TRANSFORMATIONS, of_each_kind
+from table import TRANSFORMATIONS, of_every_other_kind
 
 import adamx
 from adamx.core.checks import ranges_of
@@ -75,7 +75,7 @@ WAYS = {
 
 
 @pytest.mark.usefixtures("promotion_of_foreign_stages")
-@of_each_kind
+@of_every_other_kind(0)
 def test_it_takes_the_steps_of_a_run_that_began_then(name):
     tx = TRANSFORMATIONS[name].make()
     expected = None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from table import TRANSFORMATIONS, of_each_kind
+from table import TRANSFORMATIONS, of_each_kind, of_every_other_kind
 
 import adamx
 
@@ -70,7 +70,7 @@ def narrowed(state):
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, state)
 
 
-@of_each_kind
+@of_every_other_kind(1)
 def test_a_state_that_was_cast_is_refused_with_slot_and_dtypes(name):
     tx = TRANSFORMATIONS[name].make()
     state = tx.init(start())

@@ -11,6 +11,9 @@ import pytest
 
 import adamx
 
+# what is tested does not depend on optimised code, and compiling takes most of the time
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 LR, B1, B2, EPS = 0.1, 0.9, 0.99, 1e-2
 
 

@@ -37,6 +37,9 @@ from scheduled import (
 
 import adamx
 
+# what is tested does not depend on optimised code, and compiling takes most of the time
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 @functools.cache
 def run_in_float64() -> Any:

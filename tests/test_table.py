@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import draw
-from table import TRANSFORMATIONS, every, of_each_kind
+from table import TRANSFORMATIONS, every, of_every_other_kind
 
 import adamx
 from adamx.core.concept import any_of, parts
 from adamx.formula.expressions import replaced, symbol
 from adamx.inspect.summary import derived
 from adamx.storage.moments import without_storages
+
+# what is tested does not depend on optimised code, and compiling takes most of the time
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 promoted = pytest.mark.usefixtures("promotion_of_foreign_stages")
 
@@ -46,7 +49,7 @@ def first_element(tx, grads, state, params):
 
 
 @promoted
-@of_each_kind
+@of_every_other_kind(0)
 def test_the_line_says_whether_an_update_depends_on_a_whole_leaf_or_tree(name):
     tx = TRANSFORMATIONS[name].make()
     grads = draw(PARAMS, 1)

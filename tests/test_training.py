@@ -10,6 +10,9 @@ import pytest
 
 import adamx
 
+# what is tested does not depend on optimised code, and compiling takes most of the time
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 def start():
     return {"w": jnp.array([[1.0, -2.0], [3.0, 4.0]]), "b": jnp.array([0.5, 0.0])}

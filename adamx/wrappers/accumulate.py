@@ -21,9 +21,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamx.core import errors
-from adamx.core.arithmetic import real_dtype, real_times_complex, zeros
+from adamx.core.arithmetic import is_inexact, real_dtype, real_times_complex, zeros
 from adamx.core.concept import Slots
 from adamx.core.leaves import Leaves
 from adamx.core.lifting import Between, State
@@ -174,11 +175,18 @@ def _added(weighted: bool, leaves: Leaves, step: Step) -> tuple[list[Any], State
     weight = _weight(weighted, step.extra)
     total = list(before)
     for i, (path, u) in enumerate(zip(leaves.paths, leaves.values, strict=True)):
-        # a tree, if the gradients have None in the place of a whole branch
-        total[i] = jax.tree.map(lambda a: jnp.where(first, 0, a), before[i])
         if u is not None:
             slots = {} if before[i] is None else {SUM: before[i]}
             errors.check_slots(path, slots, {SUM: jax.eval_shape(zeros, u)})
+        for a in jax.tree.leaves(before[i]):
+            if not (isinstance(a, jax.Array | np.ndarray) and is_inexact(a)):
+                raise TypeError(
+                    f"adamx: leaf {path!r}: state[{SUM!r}] must be an array of floating numbers, "
+                    f"got {errors.describe(a)}: is it the state that init returned?"
+                )
+        # a tree, if the gradients have None in the place of a whole branch
+        total[i] = jax.tree.map(lambda a: jnp.where(first, 0, a), before[i])
+        if u is not None:
             total[i] = total[i] + _times(weight, u.astype(total[i].dtype))
     if weight is None:
         return step.select(total, before), {}
