@@ -4,6 +4,7 @@ Dtype promotion has to be written out and arrays of different rank may not meet,
 than what users run: what passes here passes there. Warnings are errors (see pyproject.toml).
 """
 
+import importlib.util
 import os
 
 import jax
@@ -18,8 +19,10 @@ pytest.register_assert_rewrite("agreement", "agreement_family", "helpers", "reco
 collect_ignore = ["data/record_torch.py", "typed.py"]
 
 # Most of a test's time is compiling, and XLA's older emitters of loops compile for a CPU in a third
-# of the time of those that it takes by itself. With XLA_FLAGS= (empty) the tests use the latter.
-if jax.__version_info__ >= (0, 10):  # an older XLA does not know the first of the two
+# of the time of those that it takes by itself. With XLA_FLAGS= (empty) the tests use the latter. An
+# older XLA does not know the first of the two flags, nor do the compilers of GPU and TPU.
+others = any(map(importlib.util.find_spec, ("libtpu", "jax_cuda12_plugin")))
+if jax.__version_info__ >= (0, 10) and not others:
     os.environ.setdefault(
         "XLA_FLAGS",
         "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
