@@ -107,8 +107,9 @@ def sum_of_all_squares(leaves: Sequence[jax.Array], shards: Sequence[Shard] = ()
         14.0
     """
     dtype = real_dtype(compute_dtype(*(u.dtype for u in leaves)))
-    sums = [jnp.abs(jnp.sum(_minus_squares(u))).astype(dtype) for u in leaves]
-    return total_of_all(sums, leaves, shards) if sums else jnp.zeros([], dtype)
+    sums = [jnp.sum(_minus_squares(u)).astype(dtype) for u in leaves]
+    # once, of the total: devices add one number, and not one for each array
+    return jnp.abs(total_of_all(sums, leaves, shards)) if sums else jnp.zeros([], dtype)
 
 
 def _minus_squares(x: jax.Array) -> jax.Array:
