@@ -125,7 +125,10 @@ def _aged(
         if (own := to.get(BEGAN, {}).get(path)) is not None:
             return own[name]
         x = errors.entry(to, name)
-        return x[groups[0].label(path, found[path])] if isinstance(x, Mapping) else x
+        for group in groups:  # the outer ones first
+            if name in group.state_names() and isinstance(x, Mapping):
+                x = x[group.label(path, found[path])]
+        return x
 
     entries = beginnings(tx, params, paths, state["count"])
     for path, entry in entries.items():

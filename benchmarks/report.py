@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -197,3 +199,18 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def section(page: Path, name: str) -> re.Match[str] | None:
+    """Find the part of a page that a command writes: `<!-- name -->` to `<!-- /name -->`."""
+    marks = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    return re.search(marks, page.read_text(), re.DOTALL)
+
+
+def write_section(page: Path, name: str, table: Table) -> None:
+    """Put a table, without its heading, into a part of a page."""
+    found = section(page, name)
+    assert found is not None, name
+    rows = table.markdown().partition("\n\n")[2]
+    text = found.string
+    page.write_text(f"{text[: found.end(1)]}\n{rows}\n{text[found.start(2) :]}")

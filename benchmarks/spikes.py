@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import matplotlib as mpl
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from report import Table
+from report import Table, section, write_section
 from rich.console import Console
 from rich.progress import track
 from widths import CHARACTERS, STYLE, batches, first_weights, loss, spread
@@ -181,7 +180,6 @@ def smooth(x: np.ndarray, number: int = 10) -> np.ndarray:
 
 
 COLORS = ("#555555", "#E69F00", "#56B4E9", "#0072B2", "#D55E00")
-SECTION = re.compile(r"(<!-- spikes -->\n).*?(<!-- /spikes -->)", re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> Table:
@@ -192,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> Table:
     parser.add_argument("--markdown", type=Path, help="a page with <!-- spikes --> to write into")
     options = parser.parse_args(argv)
     settings = QUICK if options.quick else FULL
-    if options.markdown and not SECTION.search(options.markdown.read_text()):
+    if options.markdown and not section(options.markdown, "spikes"):
         parser.error(f"argument --markdown: no section <!-- spikes --> in {options.markdown}")
     around = methods(settings)
     found = {name: trained(around[name], settings) for name in track(around, "bad batches")}
@@ -200,9 +198,7 @@ def main(argv: Sequence[str] | None = None) -> Table:
     Console().print(made.rich())
     draw(found, settings, options.output)
     if options.markdown:
-        rows = made.markdown().partition("\n\n")[2]  # the page has a heading of its own
-        text = options.markdown.read_text()
-        options.markdown.write_text(SECTION.sub(lambda m: f"{m[1]}\n{rows}\n{m[2]}", text))
+        write_section(options.markdown, "spikes", made)
     return made
 
 

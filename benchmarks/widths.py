@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import numpy as np
 import optax
 from convergence_tasks import entropy, source
 from matplotlib.figure import Figure
-from report import Table
+from report import Table, section, write_section
 from rich.console import Console
 from rich.progress import track
 
@@ -252,7 +251,6 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-SECTION = re.compile(r"(<!-- widths -->\n).*?(<!-- /widths -->)", re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> Table:
@@ -263,16 +261,14 @@ def main(argv: Sequence[str] | None = None) -> Table:
     parser.add_argument("--markdown", type=Path, help="a page with <!-- widths --> to write into")
     options = parser.parse_args(argv)
     settings = QUICK if options.quick else Settings()
-    if options.markdown and not SECTION.search(options.markdown.read_text()):
+    if options.markdown and not section(options.markdown, "widths"):
         parser.error(f"argument --markdown: no section <!-- widths --> in {options.markdown}")
     found = measured(settings)
     made = table(found, settings)
     Console().print(made.rich())
     draw(found, settings, options.output)
     if options.markdown:
-        rows = made.markdown().partition("\n\n")[2]  # the page has a heading of its own
-        text = options.markdown.read_text()
-        options.markdown.write_text(SECTION.sub(lambda m: f"{m[1]}\n{rows}\n{m[2]}", text))
+        write_section(options.markdown, "widths", made)
     return made
 
 

@@ -73,7 +73,7 @@ INSIDE: dict[str, list[Any]] = {
     OPEN_DECAY: [5e-324, 1 - 2**-53, lambda _: 0.1],
     SCHEDULED_DECAY: [0, 1 - 2**-53, lambda _: 0.1],
     SCHEDULED: [-1e30, lambda _: 0.1],
-    ABOVE_0: [1e-30, 1e30],
+    ABOVE_0: [5e-324, 1e30],
 }
 # without names in them, so that the message can be compared
 WRONG_KIND: list[Any] = ["0.9", b"0.9", [0.9], (0.9,), {"decay": 0.9}, 0.9 + 0j, slice(None)]

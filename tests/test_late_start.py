@@ -204,6 +204,21 @@ def test_a_leaf_goes_on_after_a_pause_as_if_there_had_been_none(name):
     assert int(again["count"]) - int(again["began"]["new"]["count"]) == age
 
 
+def test_a_leaf_goes_on_with_what_its_group_recorded_in_two_stages_of_groups():
+    def adam(b1):
+        return adamx.scale_by_adam(b1=lambda step: b1 * rising(step), b2=0.9)
+
+    tx = adamx.chain(
+        adamx.by_path({"old": adamx.scale(2.0)}, default=adamx.scale(1.0)),
+        adamx.by_path({"new": adam(0.5)}, default=adam(0.9)),
+    )
+    _, before = follow(tx, tx.init(PARAMS), range(N))
+    state = adamx.reset(tx, before, PARAMS, "new", to=before)
+    expected, _ = follow(tx, before, LATER)
+    found, _ = follow(tx, state, LATER)
+    assert_close(of(found, "new"), of(expected, "new"))
+
+
 def test_a_state_to_go_back_to_is_an_earlier_one():
     tx = adamx.adamw(0.1)
     _, later = follow(tx, tx.init(PARAMS), range(N))

@@ -117,6 +117,11 @@ def test_data_may_be_written_by_hand():
             "tx[0].learning_rate is piece",
         ),
         (lambda: adamx.chain(optax.adam(0.1), adamx.scale(2.0)), "tx[0].tx is chain"),
+        # made of what its functions hold it would be another function
+        (
+            lambda: adamx.chain(optax.inject_hyperparams(optax.sgd)(0.1), adamx.scale(2.0)),
+            "tx[0].tx is inject_hyperparams",
+        ),
         (
             lambda: adamx.stacked(adamx.ema(0.9), {(lambda p, x: x.ndim == 2): 1}),
             "tx.leading[0][0][0] is <lambda>",
@@ -133,6 +138,11 @@ def test_what_cannot_be_written_is_named(make, where, standard_promotion):
     ("data", "error", "said"),
     [
         ({"_target_": "os.getcwd"}, ValueError, "'os.getcwd', which is not a public function"),
+        (
+            {"_target_": "adamx.core.paths.text", "pattern": "a"},
+            ValueError,
+            "not a public function",
+        ),
         ({"_target_": "adamx.adamv"}, ValueError, "'adamx.adamv', which cannot be imported"),
         ({"learning_rate": 0.1}, TypeError, "must describe a transformation"),
         ([], TypeError, "must describe a transformation"),

@@ -32,7 +32,8 @@ from adamx.formula.values import factory_name, function_name, value_text
 TARGET, ARGS, PARTIAL = "_target_", "_args_", "_partial_"
 OBJECT = "hydra.utils.get_object"
 
-_CALLED = ("adamx.", "optax.", "jax.numpy.", "jax.sharding.PartitionSpec", "numpy.", "re.compile")
+_HOMES = ("adamx", "optax", "jax.numpy", "numpy")
+_CALLED = ("jax.sharding.PartitionSpec", "re.compile")
 
 
 def to_dict(tx: Any) -> dict[str, Any]:
@@ -70,8 +71,9 @@ def from_dict(data: Mapping[str, Any]) -> Any:
     """Return the transformation that such data describes.
 
     It may be written by hand, too: `{"_target_": "adamx.adamw", "learning_rate": 1e-3}`. It calls
-    public functions of adamx, Optax and `jax.numpy` only, but imports the module of each function
-    that the data names, as every config system does: read no data that you do not trust.
+    functions in the namespaces of adamx, Optax, `jax.numpy` and NumPy only, but imports the module
+    of each function that the data names, as every config system does: read no data that you do not
+    trust.
 
     Args:
         data: what `to_dict` returned, also after JSON or YAML.
@@ -82,8 +84,8 @@ def from_dict(data: Mapping[str, Any]) -> Any:
 
     Raises:
         TypeError: if `data` is not a mapping that describes a transformation.
-        ValueError: if a `_target_` is not a public function of adamx, Optax or `jax.numpy`, a path
-            leads to nothing, or the function that is called raises it.
+        ValueError: if a `_target_` is none of these functions, a path leads to nothing, or the
+            function that is called raises it.
 
     Example:
         >>> import adamx
@@ -256,10 +258,11 @@ def _made(data: Any, where: str, shared: dict[Any, Any]) -> Any:
     args = _made(data.get(ARGS, []), where, shared)
     if target == "builtins.dict":
         return {key: value for key, value in args[0]}
-    if not data.get(PARTIAL) and not str(target).startswith(_CALLED):
+    public = str(target).rpartition(".")[0] in _HOMES or target in _CALLED
+    if not data.get(PARTIAL) and not public:
         raise ValueError(
             f"from_dict: {where} has the {TARGET} {target!r}, which is not a public function of "
-            "adamx, Optax or jax.numpy: hydra.utils.instantiate calls any function"
+            "adamx, Optax, jax.numpy or NumPy: hydra.utils.instantiate calls any function"
         )
     call = functools.partial(_imported(target, where), *args, **kwargs)
     if data.get(PARTIAL):

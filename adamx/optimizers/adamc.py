@@ -95,7 +95,8 @@ def adamc(
             "decay is multiplied by learning_rate / max_learning_rate"
         )
     both: tuple[Any, Any] = learning_rate, max_learning_rate
-    if all(isinstance(rate, numbers.Real) for rate in both) and both[0] > both[1]:
+    constant = all(isinstance(rate, numbers.Real) for rate in both)
+    if constant and both[0] > both[1]:
         raise ValueError(
             "adamc: max_learning_rate must be the largest learning rate, got "
             f"{max_learning_rate!r} and learning_rate={learning_rate!r}"
@@ -105,7 +106,9 @@ def adamc(
         return scale(factor) if normalized is None else scale_by_path({normalized: factor})
 
     decay = [set_to_zero(), add_decayed_weights(weight_decay, mask)]
-    if max_learning_rate is not None:
+    if constant:
+        decay += [of_normalized(both[0] / both[1])]
+    elif max_learning_rate is not None:
         decay += [of_normalized(learning_rate), of_normalized(1 / max_learning_rate)]
     steps = combine(operator.add, scale_by_adam(b1, b2, eps, eps_root, mu_dtype), chain(*decay))
     return chain(stored(steps, moments, decays=(b1, b2)), scale_by_learning_rate(learning_rate))
