@@ -6,13 +6,14 @@
 
 The bytes are those that any step has to move, counted in the arrays, not those that its kernels do
 move: a step that passes over its arrays twice reaches half. Each candidate is measured interleaved
-with Optax and with a copy from device to device, whose bandwidth is the highest that can be
-reached. PyTorch's fused AdamW and FlashOptim take part if they are installed.
+with Optax's step of the same method and with a copy from device to device, whose bandwidth is the
+highest that can be reached. PyTorch's fused AdamW and FlashOptim take part if they are installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.metadata
@@ -69,24 +70,31 @@ class Candidate:
         init: makes the state from the parameters.
         step: jitted: (params, state, grads) -> (params, state), the first two donated.
         dtype: of parameters and gradients.
+        peer: the name of Optax's step of the same method, which is timed beside it.
+        again: bytes a parameter that have to be read twice, since a norm comes before the step.
     """
 
     init: Callable[[Any], Any]
     step: Any
     dtype: Any = jnp.float32
+    peer: str = OPTAX
+    again: int = 0
 
-    def compiled(self, shapes: Any) -> jax.stages.Compiled:
-        """Return the step compiled for parameters of these shapes."""
-        return self.step.lower(shapes, jax.eval_shape(self.init, shapes), shapes).compile()
+    def lowered(self, shapes: Any) -> jax.stages.Lowered:
+        """Return the step traced for parameters of these shapes, to be compiled."""
+        return self.step.lower(shapes, jax.eval_shape(self.init, shapes), shapes)
 
 
 def candidates() -> dict[str, Candidate]:
     """Return the candidates by name, except PyTorch, which does not run in JAX."""
 
-    def of(tx: optax.GradientTransformation, dtype: Any = jnp.float32) -> Candidate:
-        return Candidate(tx.init, adamx.make_step(tx), dtype)
+    def of(tx: Any, dtype: Any = jnp.float32, peer: str = OPTAX, again: int = 0) -> Candidate:
+        return Candidate(tx.init, adamx.make_step(tx), dtype, peer, again)
 
     adamw, masters = functools.partial(adamx.adamw, 1e-3), adamx.master_weights
+    clipped = adamx.chain(adamx.clip_by_global_norm(1.0), adamw())
+    optax_clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    clip, guard, lamb = "optax, clip", "optax, clip and guard", "optax, lamb"
     found = {
         "float32": of(adamw()),
         "packed16": of(adamw(moments="packed16")),
@@ -96,6 +104,12 @@ def candidates() -> dict[str, Candidate]:
             masters(adamw(moments="packed8"), "remainder8"), jnp.bfloat16
         ),
         OPTAX: of(optax.adamw(1e-3)),
+        "clip": of(clipped, peer=clip, again=4),
+        clip: of(optax_clipped, peer=clip, again=4),
+        "clip and guard": of(adamx.skip_nonfinite(clipped), peer=guard, again=4),
+        guard: of(optax.apply_if_finite(optax_clipped, 3), peer=guard, again=4),
+        "lamb": of(adamx.lamb(1e-3), peer=lamb, again=12),
+        lamb: of(optax.lamb(1e-3), peer=lamb, again=12),
     }
     if importlib.util.find_spec("flashoptim_jax"):
         found["FlashOptim, float32"] = flash(None, jnp.float32)
@@ -234,7 +248,8 @@ COLUMNS = (
     "finite",
 )
 NOTE = """\
-bytes/param: the bytes that a step has to read and write; GB/s: these bytes by the time; of the
+bytes/param: the bytes that a step has to read and write, the gradient twice where its norm comes
+first; GB/s: these bytes by the time; of the
 copy's: this by the bandwidth of a copy of as many bytes (2 GiB read at most) in the same rounds.
 From the compiled program: the kernels that it starts, how many of them are fusions, the bytes that
 they move, copies of whole parameters, and temporary bytes. finite: whether all
@@ -242,15 +257,21 @@ parameters were finite after the last step.""".replace("\n", " ")
 
 
 def steps(parameters: int, leaves: int, settings: Settings, meter: Meter) -> Table:
-    """Measure every candidate on one tree, each interleaved with Optax and with a copy."""
+    """Measure every candidate on one tree, interleaved with its peer of Optax and with a copy."""
     taking_part = candidates()
-    theirs = taking_part[OPTAX]
-    beside = like(parameters, leaves, theirs.dtype)
-    baseline = theirs.compiled(beside)
+    trees = {name: like(parameters, leaves, x.dtype) for name, x in taking_part.items()}
+    lowered = [x.lowered(trees[name]) for name, x in taking_part.items()]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = dict(
+            zip(taking_part, pool.map(jax.stages.Lowered.compile, lowered), strict=True)
+        )
 
-    def timed(name: str, loop: Loop, moved: int) -> list[str]:
+    def looped(name: str) -> Loop:
+        return running(taking_part[name], trees[name], programs[name], settings)
+
+    def timed(name: str, peer: str, loop: Loop, moved: int) -> list[str]:
         copying, copied = copy_loop(moved, settings.seconds)
-        loops = {name: loop, AGAIN: running(theirs, beside, baseline, settings), COPY: copying}
+        loops = {name: loop, AGAIN: looped(peer), COPY: copying}
         times = meter(f"{parameters:,} in {leaves}: {name}", loops, settings.rounds)
         share = ratio(times[COPY] / copied, times[name] / moved)
         return [
@@ -262,20 +283,19 @@ def steps(parameters: int, leaves: int, settings: Settings, meter: Meter) -> Tab
 
     def row(name: str, candidate: Candidate | None) -> list[str]:
         """Return the cells of a candidate; None is PyTorch's fused AdamW, in float32."""
-        measured = candidate or theirs
+        measured = candidate or taking_part[OPTAX]
         shapes = like(parameters, leaves, measured.dtype)
         state = jax.eval_shape(measured.init, shapes)
-        moved = must_move(shapes, state)
+        moved = must_move(shapes, state) + measured.again * elements(shapes)
         first = [name, f"{moved / elements(shapes):.4g}"]
         copied = min(moved, 2 * LARGEST_COPY)
         if bytes_of(shapes, state, shapes) + 16 * parameters + copied > 0.9 * memory():
             return [*first, "does not fit", *["-"] * (len(COLUMNS) - 3)]
         if candidate is None:
-            cells = timed(name, torch_step(shapes, settings), moved)
+            cells = timed(name, OPTAX, torch_step(shapes, settings), moved)
             return [*first, *cells, *["-"] * (len(COLUMNS) - 6)]
-        compiled = candidate.compiled(shapes)
-        loop = running(candidate, shapes, compiled, settings)
-        cells = timed(name, loop, moved)
+        compiled, loop = programs[name], looped(name)
+        cells = timed(name, candidate.peer, loop, moved)
         program = read_program(compiled, shapes)
         finite = all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(loop.carry[0]))
         return [
@@ -304,10 +324,10 @@ def markdown(tables: Sequence[Table], settings: Settings) -> str:
         versions["flashoptim-jax"] = importlib.metadata.version("flashoptim-jax")
     facts = "\n".join(f"- {name}: {value}" for name, value in versions.items())
     how = f"""\
-In each of {settings.rounds} rounds a candidate, Optax and a copy are each measured once, in
-shuffled order: steps in place, one after the other, and the wait for the last. `time / optax` is
-the median over the rounds, with the quartiles in brackets; in Optax's own row it is the time of a
-second copy of Optax, and shows the resolution."""
+In each of {settings.rounds} rounds a candidate, Optax's step of the same method and a copy are each
+measured once, in shuffled order: steps in place, one after the other, and the wait for the last.
+`time / optax` is the median over the rounds, with the quartiles in brackets; in Optax's own rows it
+is the time of a second copy of Optax, and shows the resolution."""
     command = "python benchmarks/accelerator.py --markdown docs/accelerator.md"
     return "\n".join(
         [

@@ -21,7 +21,7 @@ collect_ignore = ["data/record_torch.py", "typed.py"]
 # Most of a test's time is compiling, and XLA's older emitters of loops compile for a CPU in a third
 # of the time of those that it takes by itself. With XLA_FLAGS= (empty) the tests use the latter. An
 # older XLA does not know the first of the two flags, nor do the compilers of GPU and TPU.
-others = any(map(importlib.util.find_spec, ("libtpu", "jax_cuda12_plugin")))
+others = any(map(importlib.util.find_spec, ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")))
 if jax.__version_info__ >= (0, 10) and not others:
     os.environ.setdefault(
         "XLA_FLAGS",

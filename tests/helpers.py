@@ -1,5 +1,6 @@
 """Trees: filled with numbers, described, compared; and which cases of many are fast."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 
 def draw(tree, seed=0):
@@ -46,6 +48,28 @@ def assert_close(a, b, ulps=32):
         np.testing.assert_allclose(x, y, rtol=0, atol=ulps * eps * largest)
 
     jax.tree.map(check, a, b)
+
+
+def devices(number: int) -> list[Any]:
+    """Return so many devices; skip the test where there are fewer, as beside a single GPU."""
+    found = jax.devices()
+    if len(found) < number:
+        pytest.skip(f"needs {number} devices, and here there are {len(found)}")
+    return found[:number]
+
+
+def on_cpu(why: str) -> None:
+    """Skip the test where JAX runs on another platform, with the reason."""
+    if jax.default_backend() != "cpu":
+        pytest.skip(f"holds on a CPU: {why}")
+
+
+def mesh_of(
+    shape: tuple[int, ...], names: tuple[str, ...], kind: AxisType = AxisType.Auto
+) -> jax.sharding.Mesh:
+    """Return a mesh of devices; skip the test where there are too few."""
+    kinds = (kind,) * len(shape)
+    return jax.make_mesh(shape, names, kinds, devices=devices(math.prod(shape)))
 
 
 def thinned(values: Iterable[Any], keep: int = 2) -> list[Any]:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close
-from jax.sharding import AxisType, NamedSharding
+from helpers import assert_close, mesh_of
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adamx
@@ -103,7 +103,7 @@ def test_it_runs_in_inject_hyperparams():
 
 def test_rows_and_columns_lie_where_their_parameter_does_and_steps_are_those_of_one_device():
     """A square matrix and a kernel too; the sums over devices are in another order."""
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    mesh = mesh_of((2, 2), ("x", "y"))
     where = {"square": P("x", "y"), "kernel": P(None, "x", "y"), "vector": P("y")}
     shapes = {"square": (4, 4), "kernel": (8, 2, 6), "vector": (4,)}
     tx = adamx.adafactor(0.1, 4, momentum=0.5)

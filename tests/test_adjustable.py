@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import mesh_of
 from scheduled import (
     MEMBERS,
     STEPS,
@@ -293,7 +294,7 @@ def test_a_rate_is_set_in_an_optimizer_of_flax_nnx():
 
 
 def test_a_rate_is_set_in_a_sharded_state():
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of((8,), ("x",))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     w = jax.device_put(jnp.zeros(8), place)
     tx = adamx.sgd(adjustable(0.5))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 import adamx
@@ -173,7 +174,7 @@ def test_a_guard_sees_one_bad_element_among_many_wherever_it_is(size, value):
 
 
 def test_a_guard_sees_a_bad_element_on_any_device():
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of((2,), ("data",))
     for place in (0, 3):
         bad = jnp.ones(4).at[place].set(jnp.nan)
         bad = jax.device_put(bad, NamedSharding(mesh, PartitionSpec("data")))

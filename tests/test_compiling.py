@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, thinned
+from helpers import assert_close, devices, mesh_of, thinned
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from table import TRANSFORMATIONS, of_each_kind
 
@@ -52,15 +52,17 @@ def start() -> dict[str, Any]:
 # ------------------------------------------------------------------------------ a step, once
 
 
-def on_mesh(devices, kind):
-    mesh = jax.make_mesh((devices,), ("data",), (kind,), devices=jax.devices()[:devices])
-    spec = lambda x: PartitionSpec("data") if x.shape[0] == 8 else PartitionSpec()  # noqa: E731
-    return lambda x: jax.device_put(x, NamedSharding(mesh, spec(x)))
+def on_mesh(number, kind):
+    def put(x):
+        spec = PartitionSpec("data") if x.shape[0] == 8 else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh_of((number,), ("data",), kind), spec))
+
+    return put
 
 
 PLACES: dict[str, Any] = {
     "committed": lambda x: jax.device_put(x, jax.devices()[0]),
-    "another device": lambda x: jax.device_put(x, jax.devices()[3]),
+    "another device": lambda x: jax.device_put(x, devices(4)[3]),
     "host": np.asarray,
     "uncommitted": lambda x: x,
     "mesh of 1": on_mesh(1, AxisType.Auto),

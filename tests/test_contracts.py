@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, draw, spec, thinned
+from helpers import assert_close, draw, mesh_of, spec, thinned
 from jax.sharding import NamedSharding, PartitionSpec
 from table import TRANSFORMATIONS, every, of_each_kind, of_every_other_kind
 
@@ -353,7 +353,7 @@ def test_multi_steps_takes_the_mean_gradient(name):
 @of_each_kind
 def test_runs_under_shard_map(name):
     tx = TRANSFORMATIONS[name].make()
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of((2,), ("data",))
     params = example()
     state = tx.init(params)
     split = PartitionSpec() if TRANSFORMATIONS[name].whole else PartitionSpec("data")
@@ -373,7 +373,7 @@ def test_runs_under_shard_map(name):
 @of_each_kind
 def test_slots_of_sharded_parameters_are_sharded_alike(name):
     tx = TRANSFORMATIONS[name].make()
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of((2,), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     params = jax.device_put(draw({"w": jnp.zeros((4, 3))}), sharding)
     state = tx.init(params)

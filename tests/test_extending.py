@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import thinned
+from helpers import mesh_of, thinned
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adamx
@@ -228,7 +228,7 @@ def test_lookahead_is_optaxs():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_a_slot_of_another_shape_is_sharded_along_the_axes_it_shares(kind):
-    mesh = jax.make_mesh((2, 4), ("x", "y"), (kind,) * 2)
+    mesh = mesh_of((2, 4), ("x", "y"), kind)
     tx = factored()
 
     def put(shape, *spec):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, draw, spec
+from helpers import assert_close, devices, draw, mesh_of, spec
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from table import TRANSFORMATIONS, of_every_other_kind
 
@@ -135,7 +135,7 @@ def test_new_rows_have_the_masters_of_their_parameters(keep):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_slots_are_where_init_puts_them(kind):
     """From the host, from one device, and from the same mesh; 8 rows become 12 on four devices."""
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    mesh = mesh_of((4, 2), ("x", "y"), kind)
     where = {"embed": PartitionSpec("x", "y"), "w": PartitionSpec()}
 
     def put(tree):
@@ -148,7 +148,7 @@ def test_slots_are_where_init_puts_them(kind):
     one = tx.update(old, one, old)[1]
     same = jax.jit(tx.init)(put(old))
     same = tx.update(put(old), same, put(old))[1]
-    for saved in (one, jax.tree.map(np.asarray, one), jax.device_put(one, jax.devices()[1]), same):
+    for saved in (one, jax.tree.map(np.asarray, one), jax.device_put(one, devices(2)[1]), same):
         state, report = adamx.adapt_state(tx, put(params), saved, rows={"embed": 0})
         assert report.grown == ("mu/embed", "nu_mean/embed")
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(first), strict=True):

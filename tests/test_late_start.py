@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, draw, spec
+from helpers import assert_close, draw, mesh_of, spec
 from jax.sharding import NamedSharding, PartitionSpec
 from table import TRANSFORMATIONS, of_every_other_kind
 
@@ -325,7 +325,7 @@ def test_before_the_first_step_no_leaf_is_late():
 
 
 def test_it_has_a_sharding_and_lies_where_its_parameters_do():
-    mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,))
+    mesh = mesh_of((2,), ("x",))
     where = NamedSharding(mesh, PartitionSpec())
     params, tx = jax.device_put(PARAMS, where), adamx.adam(0.1)
     late = adamx.reset(tx, late_state(tx), params, "new")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import mesh_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from reference_family import newton_schulz
@@ -117,7 +118,7 @@ def test_sides_may_be_axes_of_kernels_and_other_axes_are_stacked():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_over_devices_the_steps_are_those_of_one(kind):
     """Divided along either side, both, a stacked axis, or two mesh axes at once."""
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2)
+    mesh = mesh_of((2, 2), ("x", "y"), kind)
     specs = {"a": P("x"), "b": P(None, "y"), "c": P("x", "y"), "d": P(("x", "y")), "e": P("y", "x")}
     shapes = {"a": (4, 6), "b": (4, 6), "c": (6, 4), "d": (4, 3), "e": (2, 4, 3)}
     axes = lambda path, leaf: (leaf.ndim - 2, leaf.ndim - 1)  # noqa: E731
@@ -143,7 +144,7 @@ def test_over_devices_the_steps_are_those_of_one(kind):
 
 
 def test_where_a_shard_is_not_known_it_says_so():
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    mesh = mesh_of((2,), ("x",))
     g, tx = jnp.ones((4, 3)), adamx.orthogonalized()
 
     def update(tx: Any) -> Any:

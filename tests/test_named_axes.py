@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import draw
+from helpers import devices, draw, mesh_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from table import TRANSFORMATIONS
@@ -22,8 +22,8 @@ SHAPES = {"w": (4, 6), "u": (3, 4), "r": (5,)}
 SIZE = 41  # elements in all
 
 
-def mesh_of(kind=AxisType.Auto):
-    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+def grid(kind=AxisType.Auto):
+    return mesh_of((2, 2), ("data", "model"), kind)
 
 
 def numbers(seed, shapes=SHAPES, dtype=jnp.float32):
@@ -34,14 +34,12 @@ def numbers(seed, shapes=SHAPES, dtype=jnp.float32):
 
 
 def placed(tree, specs=SPECS, mesh=None):
-    return {
-        n: jax.device_put(x, NamedSharding(mesh or mesh_of(), specs[n])) for n, x in tree.items()
-    }
+    return {n: jax.device_put(x, NamedSharding(mesh or grid(), specs[n])) for n, x in tree.items()}
 
 
 def sharded(tx, params, specs=SPECS, mesh=None, **options):
     """Return the update inside shard_map, with the specs of the state that docs recommend."""
-    mesh = mesh or mesh_of()
+    mesh = mesh or grid()
     of_state = adamx.state_sharding(tx, placed(params, specs, mesh))
     of_state = jax.tree.map(lambda x: x.spec, of_state)
     put = (specs, of_state, specs)
@@ -135,13 +133,14 @@ def one_step(tx):
 
 def in_mesh(tx, kind):
     specs = {"w": P("data"), "u": P(None, "model"), "r": P()}
-    mesh, grads = mesh_of(kind), numbers(1)
+    mesh, grads = grid(kind), numbers(1)
     update = sharded(adamx.in_shard_map(tx, specs), grads, specs, mesh)
     grads = placed(grads, specs, mesh)
     return update(grads, jax.jit(tx.init)(grads), grads)
 
 
 def in_pmap(tx):
+    devices(2)
     grads, inside = numbers(1), adamx.in_shard_map(tx, {"r": P(), "*": P("rows")})
     cut = {n: x if n == "r" else x[:, None] for n, x in grads.items()}  # a row on each device
     cut |= {"w": cut["w"].reshape(2, 2, 6), "u": grads["u"].reshape(2, 2, 3)}
@@ -181,7 +180,7 @@ def test_it_runs_wherever_an_axis_has_a_name(way):
 
 
 def test_axes_that_the_compiler_divides_are_not_summed_over():
-    mesh, grads = mesh_of(), {"w": jnp.arange(8.0).reshape(4, 2)}
+    mesh, grads = grid(), {"w": jnp.arange(8.0).reshape(4, 2)}
     specs = {"w": P("data", "model")}
     tx = adamx.in_shard_map(CLIP(), specs)
     update = jax.shard_map(

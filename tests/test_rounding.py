@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from helpers import mesh_of
 
 import adamx
 from adamx.core.rounding import add_noise, random_bits, round_stochastically, step_key
@@ -168,7 +169,7 @@ def test_apply_updates_repeats_itself_in_any_sharding():
     updates = {"w": jnp.full((64, 6), 1e-3)}
     apply = jax.jit(lambda p, u: adamx.apply_updates(p, u, rounding="stochastic", count=3))
     alone = apply(params, updates)
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of((2,), ("data",))
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     split = apply(*jax.device_put((params, updates), where))
     np.testing.assert_array_equal(alone["w"], split["w"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import thinned
+from helpers import devices, mesh_of, thinned
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from table import TRANSFORMATIONS, every, of_each_kind
@@ -41,8 +41,8 @@ OPTIMIZERS = {
 }
 
 
-def mesh_of(kind=AxisType.Auto):
-    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+def grid(kind=AxisType.Auto):
+    return mesh_of((4, 2), ("data", "model"), kind)
 
 
 def numbers(seed, dtype=jnp.float32):
@@ -55,7 +55,7 @@ def placed(layout, kind=AxisType.Auto, dtype=jnp.float32):
     """Return the parameters in a layout, and the axis for the slots."""
     matrix, vector, over = LAYOUTS[layout]
     specs = {"w": matrix, "b": vector}
-    mesh = mesh_of(kind)
+    mesh = grid(kind)
     params = numbers(0, dtype)
     return {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in params.items()}, over
 
@@ -177,9 +177,9 @@ def test_collectives_are_found():
     def sums(x, y):
         return jnp.sum(x), jnp.sum(y, 1)  # which XLA makes one operation of, with two results
 
-    rows = NamedSharding(mesh_of(), P("data"))
+    rows = NamedSharding(grid(), P("data"))
     x, y = (jax.device_put(jnp.ones(shape), rows) for shape in ((8,), (8, 4)))
-    y = jax.device_put(y, NamedSharding(mesh_of(), P(None, "data")))
+    y = jax.device_put(y, NamedSharding(grid(), P(None, "data")))
     found = collectives(jax.jit(sums).lower(x, y).compile().as_text())
     assert found == [("all-reduce", "f32[8]"), ("all-reduce", "f32[]")]
 
@@ -214,7 +214,7 @@ def test_a_state_made_without_a_word_lies_beside_its_parameters(kind, compiled):
     for name in ("packed16", "remainder", "accumulated"):
         for key, param in params.items():
             assert state[name][key].sharding.is_equivalent_to(param.sharding, param.ndim)
-    everywhere = NamedSharding(mesh_of(kind), P())
+    everywhere = NamedSharding(grid(kind), P())
     for name in ("count", "learning_rate", "micro_step"):
         assert state[name].sharding.is_equivalent_to(everywhere, 0)
 
@@ -239,7 +239,7 @@ def test_optax_puts_a_compiled_state_on_one_device():
 @every
 def test_state_sharding_tells_where_a_state_lies(name):
     tx = TRANSFORMATIONS[name].make()
-    mesh = mesh_of()
+    mesh = grid()
     params = {"w": jax.device_put(jnp.ones((4, 3)), NamedSharding(mesh, P("data")))}
     told, shapes = adamx.state_sharding(tx, params), jax.eval_shape(tx.init, params)
     jax.tree.map(lambda where, x: where.shard_shape(x.shape), told, shapes)  # raises if it cannot
@@ -268,7 +268,7 @@ def test_state_sharding_is_for_any_transformation_of_optax_too():
 
 
 def test_all_of_the_state_is_on_the_device_of_parameters_on_one():
-    device = jax.devices()[3]
+    device = devices(4)[3]
     params = jax.device_put({"w": jnp.ones((4, 4)), "b": jnp.ones(())}, device)
     told = adamx.state_sharding(adamx.adamw(1e-3), params)
     assert {where.device_set == {device} for where in jax.tree.leaves(told)} == {True}
@@ -276,7 +276,7 @@ def test_all_of_the_state_is_on_the_device_of_parameters_on_one():
 
 
 def test_state_sharding_tells_slots_from_parameters_of_the_same_name():
-    mesh = mesh_of()
+    mesh = grid()
     row, column = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "model"))
     params = {"w": jax.device_put(jnp.ones((4, 4)), row)}
     params["mu"] = {"w": jax.device_put(jnp.ones((4, 4)), column)}
@@ -292,7 +292,7 @@ def test_a_slot_that_is_shorter_along_an_axis_is_whole_there():
 
 
 def test_zero1_divides_the_first_dimension_that_can_be():
-    mesh = mesh_of()
+    mesh = grid()
 
     def spec(shape, before, over: Any = "data"):
         where = NamedSharding(mesh, before)
@@ -324,7 +324,7 @@ def test_zero1_divides_the_first_dimension_that_can_be():
 @pytest.mark.usefixtures("quick_compiler", "promotion_of_foreign_stages")
 def test_a_step_keeps_the_slots_divided_on_a_mesh_of_either_kind(name, kind):
     """Also a slot that is shorter than its parameter, which is whole along the divided axis."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    mesh = mesh_of((4, 2), ("data", "model"), kind)
     tx, everywhere = TRANSFORMATIONS[name].make(), NamedSharding(mesh, P())
     params = jax.device_put({"w": jnp.ones((16, 8)), "b": jnp.ones(8)}, everywhere)
     where = adamx.state_sharding(tx, params, over="data")
@@ -352,7 +352,7 @@ def test_slots_can_lie_in_the_memory_of_the_host(name):
     make, rounding = ON_HOST[name]
     tx, (params, _) = make(), placed("fsdp")
     on_host = adamx.state_sharding(tx, params, memory_kind="pinned_host")
-    scalar = {"b": jax.device_put(jnp.ones(()), NamedSharding(mesh_of(), P()))}
+    scalar = {"b": jax.device_put(jnp.ones(()), NamedSharding(grid(), P()))}
     stays = adamx.state_sharding(adamx.adamw(1e-2), scalar, memory_kind="pinned_host")
     assert stays["mu"]["b"] == scalar["b"].sharding
     kept = jax.jit(tx.init)(params)
@@ -395,7 +395,7 @@ def test_a_data_parallel_training_ends_where_that_of_one_device_does(layout):
     of_state = adamx.state_sharding(tx, params, over=over)
     state = jax.jit(tx.init, out_shardings=of_state)(params)
     spread = jax.jit(train, out_shardings=(of_params, of_state))
-    rows = NamedSharding(mesh_of(), P("data"))
+    rows = NamedSharding(grid(), P("data"))
     ours = jax.device_put(x, rows), jax.device_put(y, rows)
     for _ in range(steps):
         alone, kept = single(alone, kept, jnp.asarray(x), jnp.asarray(y))
@@ -438,7 +438,7 @@ def test_a_state_from_the_host_goes_where_its_parameters_are(kind, saved_by):
     tx, fresh = adamx.adamw(1e-3, moments=moments), adamx.adamw(1e-3).init(params)
     wanted = tx.init(params)
     theirs = optax.adamw(1e-3).init(params)
-    for saved in (jax.device_get(fresh), jax.device_put(jax.device_get(fresh), jax.devices()[3])):
+    for saved in (jax.device_get(fresh), jax.device_put(jax.device_get(fresh), devices(4)[3])):
         state, _ = adamx.adapt_state(tx, params, saved, saved_by=saved_by)
         assert_like(state, wanted)
     if saved_by is None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, draw, numbers_of_programs
+from helpers import assert_close, devices, draw, mesh_of, numbers_of_programs
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from table import TRANSFORMATIONS
@@ -350,7 +350,7 @@ def test_a_step_moves_no_more_bytes(make):
     ids=["another axis", "the layers", "slots over the layers"],
 )
 def test_however_it_is_sharded_it_is_the_same(kind, spec, over):
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+    mesh = mesh_of((2, 2), ("data", "model"), kind)
     rates = jnp.array([0.1, 0.2, 0.3, 0.4])
     tx = adamx.stacked(adamx.adam_mini(rates, weight_decay=0.1), {"*": 1})
     params, grads = (draw({"w": jnp.zeros((4, 8, 6))}, seed) for seed in (0, 1))
@@ -374,7 +374,7 @@ def test_however_it_is_sharded_it_is_the_same(kind, spec, over):
 def test_slots_are_on_the_device_of_their_parameter():
     tx = adamx.stacked(adamx.adam_mini(0.1), {"layers/*": 1})
     paths = leaves_by_path(example())
-    where = {path: jax.devices()[1 + i] for i, path in enumerate(paths)}
+    where = {path: device for path, device in zip(paths, devices(1 + len(paths))[1:], strict=True)}
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: jax.device_put(
             x, where[jax.tree_util.keystr(path, simple=True, separator="/")]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -468,7 +469,7 @@ def test_a_run_repeats_bit_for_bit_after_a_restart_and_in_any_sharding(name):
     params, state = jax.tree.map(jnp.asarray, on_disk)
     assert_same(run(params, state, grads[3:]), whole)
 
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of((2,), ("data",))
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     split, split_grads = jax.device_put((start, grads), where)
     assert_same(run(split, tx.init(split), split_grads), whole)

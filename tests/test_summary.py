@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from helpers import mesh_of
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from reference_family import newton_schulz
 from table import TRANSFORMATIONS, every
 
@@ -448,7 +449,7 @@ def sharded(mesh: Any) -> Any:
     ids=["smaller slots", "packed8", "a group that is frozen", "Optax"],
 )
 def test_bytes_on_a_device_are_those_of_the_arrays_there(tx):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    mesh = mesh_of((4, 2), ("x", "y"))
     params = {n: jax.device_put(jnp.ones(x.shape), x.sharding) for n, x in sharded(mesh).items()}
     found = adamx.summary(tx, params)
 

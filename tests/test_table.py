@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import draw
+from helpers import devices, draw
 from table import TRANSFORMATIONS, every, of_every_other_kind
 
 import adamx
@@ -166,7 +166,7 @@ def pairs_of_kinds():
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(("old", "new"), [*pairs_of_kinds()])
 def test_a_state_that_was_adapted_is_like_a_fresh_one(old, new):
-    device = jax.devices()[1]
+    device = devices(2)[1]
     params = jax.device_put(PARAMS, device)
     old, new = TRANSFORMATIONS[old].make(), TRANSFORMATIONS[new].make()
     state, _ = adamx.adapt_state(new, params, old.init(params), saved_by=old)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import numbers_of_programs, thinned
+from helpers import mesh_of, numbers_of_programs, thinned
 from table import OUTSIDE
 
 import adamx
@@ -329,7 +329,7 @@ def test_a_run_resumes_in_the_middle_of_a_weighted_sum():
 
 
 def test_sharded_sums_are_the_same():
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of((8,), ("x",))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     tx = adamx.accumulate(adamx.sgd(0.1, 0.9), 8, weighted=True)
     w, g = jnp.linspace(-1, 1, 32), jnp.linspace(0.5, 2, 32)

@@ -58,6 +58,30 @@ def widen(x: Any, compute: DTypeLike) -> Any:
     return jnp.asarray(x).astype(real_dtype(compute) if real else compute)
 
 
+def narrowed(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Cast to a slot's dtype, such that what is read from the slot next has been rounded.
+
+    XLA for GPU takes a cast and the cast back for nothing at all, and would go on with the number
+    as it was before. To reduce the precision to the dtype's own, which changes no number, keeps it
+    from that.
+
+    Example:
+        >>> narrowed(jnp.array([1 + 2.0**-9]), jnp.bfloat16)
+        Array([1], dtype=bfloat16)
+    """
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype)
+    if not narrow or (narrow.bits >= 32 and x.dtype == dtype):
+        return x.astype(dtype)
+
+    def same(x: jax.Array) -> jax.Array:
+        return x
+
+    def rounded(x: jax.Array) -> jax.Array:
+        return jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant)
+
+    return jax.lax.platform_dependent(x.astype(dtype), cpu=same, tpu=same, default=rounded)
+
+
 def real_times_complex(compute: DTypeLike) -> contextlib.AbstractContextManager[Any]:
     """Let real scalars meet complex arrays where the user has set strict dtype promotion.
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamx.core.paths import flatten
+from adamx.core.paths import flatten, leaves_by_path
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
@@ -31,7 +31,7 @@ def is_of_jax(dtype: np.dtype) -> bool:
 
 def describe(x: Any) -> str:
     """Describe a leaf for a message: dtype and shape of an array, the type of anything else."""
-    if isinstance(x, _ARRAYS):
+    if isinstance(x, (*_ARRAYS, jax.ShapeDtypeStruct)):
         return f"{x.dtype}{list(x.shape)}"
     if isinstance(x, dict):
         return f"a dict with {sorted(x)[:4]}"
@@ -259,31 +259,29 @@ def _as_wide(x: Any, start: Any) -> bool:
     return here == there or wide >= 32
 
 
-def check_foreign_shapes(name: str, state: Any, fresh: Any) -> None:
-    """Raise if an entry of a foreign stage's state has another shape than in a fresh one."""
-    given, wanted = _shapes(state), _shapes(fresh)
+def check_foreign_leaves(name: str, state: Any, fresh: Any) -> None:
+    """Raise if a leaf of a foreign stage's state is another kind or shape than in a fresh one."""
+    given, wanted = leaves_by_path(state), leaves_by_path(fresh)
     for path in wanted.keys() & given.keys():
-        if given[path] != wanted[path]:
-            raise _misfit(name, path, given[path], wanted[path])
+        x, like = given[path], wanted[path]
+        if (_kind(x), jnp.shape(x)) != (_kind(like), jnp.shape(like)):
+            raise _misfit(name, path, describe(x), describe(like))
 
 
 def check_foreign_tree(name: str, state: Any, fresh: Any) -> None:
     """Raise if a foreign stage's state has other entries than a fresh one."""
-    given, wanted = _shapes(state), _shapes(fresh)
+    given, wanted = leaves_by_path(state), leaves_by_path(fresh)
     for path in {**wanted, **given}:
-        if (path in given) != (path in wanted):
-            raise _misfit(name, path, given.get(path, "none"), wanted.get(path, "none"))
+        if path not in given:
+            raise _misfit(name, path, "missing", describe(wanted[path]))
+        if path not in wanted:
+            raise _misfit(name, path, describe(given[path]), "none")
 
 
-def _shapes(tree: Any) -> dict[str, list[int]]:
-    paths, leaves, _ = flatten(tree)
-    return {p: [*jnp.shape(x)] for p, x in zip(paths, leaves, strict=True) if x is not None}
-
-
-def _misfit(name: str, path: str, given: Any, wanted: Any) -> ValueError:
+def _misfit(name: str, path: str, given: str, wanted: str) -> ValueError:
     return ValueError(
-        f"adamx: leaf {path!r} of state[{name!r}] has shape {given} where these parameters need "
-        f"{wanted}: is it the state or the gradient of another model?"
+        f"adamx: leaf {path!r} of state[{name!r}] is {given} where these parameters need {wanted}: "
+        "is it the state or the gradient of another model?"
     )
 
 
@@ -299,11 +297,12 @@ def check_unique(names: Sequence[str]) -> None:
 
 
 def _kind(x: Any) -> Any:
-    """Return the kind of numbers that a leaf holds, None if it holds none."""
+    """Return the kind of numbers that a leaf holds, None if it is no array and no number."""
     if not isinstance(x, (*_ARRAYS, jax.ShapeDtypeStruct, numbers.Number)):
         return None
     kinds = (jnp.floating, jnp.complexfloating, jnp.integer)
-    return next((kind for kind in kinds if jnp.issubdtype(jnp.result_type(x), kind)), None)
+    dtype = jnp.result_type(x)
+    return next((kind for kind in kinds if jnp.issubdtype(dtype, kind)), str(dtype))
 
 
 def check_disjoint(names: Iterable[str], more: Iterable[str]) -> None:

@@ -78,17 +78,11 @@ class named(Transformation):
         return {name: state for name in self.state_names()}
 
     def update_tree(self, leaves: Leaves, step: Step) -> tuple[Leaves, State]:
-        tx = optax.with_extra_args_support(self.tx)
         params, updates = leaves.params_tree(), leaves.tree(leaves.values)
-        fresh = jax.eval_shape(tx.init, updates if params is None else params)
+        fresh = jax.eval_shape(self.tx.init, updates if params is None else params)
         state = errors.entry(step.state, self.name) if self.state_names() else fresh
-        errors.check_foreign_shapes(self.name, state, fresh)
-        try:
-            updates, new = tx.update(updates, state, params, **step.extra)
-        except (AttributeError, TypeError, ValueError):  # perhaps since the trees do not fit
-            self._check_kept(leaves, state, fresh)
-            errors.check_foreign_tree(self.name, state, fresh)
-            raise
+        errors.check_foreign_leaves(self.name, state, fresh)
+        updates, new = self._updated(leaves, updates, params, state, fresh, step.extra)
         self._check_kept(leaves, state, new)
         if step.taken is not None:
             self._check_selectable(new, state)
@@ -96,6 +90,20 @@ class named(Transformation):
         values = self._values(leaves, updates)
         values = [None if u is None else step.emitted(u) for u in values]
         return leaves.with_values(values), {name: state for name in self.state_names()}
+
+    def _updated(
+        self, leaves: Leaves, updates: Any, params: Any, state: Any, fresh: Any, extra: Any
+    ) -> tuple[Any, Any]:
+        """Return what the transformation does; if it raises, say what does not fit, if anything."""
+        tx = optax.with_extra_args_support(self.tx)
+        try:
+            return tx.update(updates, state, params, **extra)
+        except (AttributeError, TypeError, ValueError) as error:
+            failed = error
+        self._check_kept(leaves, state, fresh)
+        errors.check_foreign_tree(self.name, state, fresh)
+        leaves.check_shapes()
+        raise failed
 
     def _check_kept(self, leaves: Leaves, old: Any, new: Any) -> None:
         """Raise if the state loses an entry in a step where a leaf has no update."""

@@ -20,6 +20,7 @@ from adamx.core.arithmetic import (
     compute_dtype,
     divided_like,
     is_inexact,
+    narrowed,
     real_times_complex,
     widen,
 )
@@ -115,7 +116,7 @@ def leaf_kernel(
         here = LeafStep(step.count, own, inner, old, param, came, shard)
         with real_times_complex(compute):
             new = accumulated(concept, u, old, here)
-            new = {name: x.astype(slots[name].dtype) for name, x in new.items()}
+            new = {name: narrowed(x, slots[name].dtype) for name, x in new.items()}
             stored = slots | step.select(new, {name: slots[name] for name in new})
             out = emitted(concept, u, seen(stored), here)
         return step.emitted(out.astype(compute)), stored
