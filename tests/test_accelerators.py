@@ -5,6 +5,7 @@ The figures are the same with jax 0.10 and 0.12.
 
 import functools
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,37 @@ def test_a_step_moves_what_it_must(name, where):
     start = 1 + ahead.DEVICES.index(where) * len(ahead.COLUMNS)
     there = on_the_page()[name][start : start + len(ahead.COLUMNS)]
     assert ahead.cells(program) == there, "run benchmarks/ahead_of_time.py anew"
+
+
+class InHalf(adamx.Storage):
+    """A storage such as a user writes."""
+
+    def encode(self, slots, bits):
+        return {name: x.astype(jnp.float16) for name, x in slots.items()}
+
+    def decode(self, stored):
+        return {name: x.astype(jnp.float32) for name, x in stored.items()}
+
+
+@pytest.mark.parametrize("where", ahead.DEVICES)
+@pytest.mark.parametrize(
+    ("tx", "kept"),
+    [
+        (adamx.ema(0.9, jnp.bfloat16), "bf16"),
+        (adamx.ema(0.9, jnp.float16), "f16"),
+        (adamx.bfloat16(adamx.ema(0.9), nearest=True), "bf16"),
+        (InHalf(adamx.ema(0.9)), "f16"),
+    ],
+    ids=str,
+)
+def test_the_update_is_made_of_the_slot_as_it_is_kept(tx, kept, where):
+    """XLA for GPU takes a cast and the cast back for nothing, unless it is told otherwise."""
+    case = ahead.Case(lambda: tx, step=lambda tx: jax.jit(tx.update, donate_argnums=(1,)))
+    grads, state, _ = case.arguments(ahead.device(where))
+    text = case.step(tx).lower(grads, state).compile().as_text()
+    widened = [line for line in text.splitlines() if re.search(r"= f32\[.* convert\(", line)]
+    # the slot of the step before is widened, and the new one again after it was narrowed
+    assert len(widened) == 2 and f"{kept}[{ahead.SIZE}]" in text
 
 
 def test_rows_and_columns_of_a_matrix_are_not_padded_to_tiles_of_a_tpu():

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import operator
+import re
 from typing import Any
 
 import equinox as eqx
@@ -348,6 +349,21 @@ def test_multi_steps_takes_the_mean_gradient(name):
     # the mean is accumulated in another order: a ULP of the gradient, at most 16 of the update
     # where it is a difference such as u - ema
     assert_close(got, wanted)
+
+
+@of_each_kind
+def test_every_result_takes_the_place_of_an_argument(name):
+    """Nothing is at another address in the next step, of which a GPU would have to be told."""
+    tx, params = TRANSFORMATIONS[name].make(), example()
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, params)
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+    places = re.findall(r"tf\.aliasing_output = (\d+)", lowered.as_text())
+    assert sorted(map(int, places)) == [*range(len(jax.tree.leaves((params, state))))]
 
 
 @of_each_kind

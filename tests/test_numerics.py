@@ -469,7 +469,8 @@ def test_updates_of_16_bit_gradients_are_true(name: str, dtype: np.dtype) -> Non
     the scaled methods: see the next test.
 
     Nothing is exempt where float32 holds the true value. It holds no bfloat16 below 1.2e-38 (see
-    `flushed`), and no trace of many times 3.4e38: there the update is finite, and has its sign.
+    `flushed`), or only to the few bits that are left there, where the device keeps such numbers;
+    and no trace of many times 3.4e38: there the update is finite, and has its sign.
     """
     _, method = OPTIMIZERS[name]
     limited, g = is_limited(name, dtype), table_of(name, dtype)
@@ -485,6 +486,7 @@ def test_updates_of_16_bit_gradients_are_true(name: str, dtype: np.dtype) -> Non
     assert np.all(np.isfinite(emitted))
     assert np.all(np.abs(wanted) <= float(ml_dtypes.finfo(dtype).max))
     sums = np.maximum(np.abs(run.slots.get("trace", 0.0)), np.abs(run.updates) / RATE)
+    few_bits = np.maximum.accumulate((np.abs(gradients) > 0) & (np.abs(gradients) < SMALLEST))
     exempt = np.maximum.accumulate(sums) > LARGEST
     assert np.any(exempt) == (dtype == BFLOAT16 and name in ("sgd_momentum", "sgd_nesterov"))
     assert np.all(np.sign(emitted[exempt]) == np.sign(wanted[exempt]))
@@ -493,7 +495,7 @@ def test_updates_of_16_bit_gradients_are_true(name: str, dtype: np.dtype) -> Non
     exponent = np.floor(np.log2(np.maximum(np.abs(wanted), float(info.tiny))))
     ulp = float(info.eps) * 2.0**exponent
     bound = 0.5 * ulp + 2 * (10 + 9 * t) * 2.0**-24 * measure
-    assert np.max(np.where(exempt, 0, np.abs(emitted - wanted) / bound)) <= 1
+    assert np.max(np.where(exempt | few_bits, 0, np.abs(emitted - wanted) / bound)) <= 1
     for slot, true in run.slots.items():
         kept = state[slot]
         assert kept.dtype == np.float32

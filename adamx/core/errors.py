@@ -164,7 +164,7 @@ def scalar(state: Mapping[str, Any], name: str) -> Any:
 
 def check_recorded(name: str, value: Any, new: jax.Array) -> None:
     """Raise unless a state's entry is an array like the new one that replaces it."""
-    same_kind = _kind(value) is _kind(new) and jnp.shape(value) == new.shape
+    same_kind = _kind(value) == _kind(new) and jnp.shape(value) == new.shape
     if not same_kind or (_kind(new) is jnp.floating and not _as_wide(value, new)):
         raise ValueError(
             f"adamx: state[{name!r}] is {describe(value)}, expected {describe(new)}: it was made "
@@ -228,7 +228,7 @@ def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]
                 f"adamx: leaf {path!r} has an update, but state[{name!r}] is None there: the leaf "
                 "was None (or frozen) at init; adapt_state(tx, params, state) fills it in"
             )
-        if _kind(slots[name]) is not _kind(start):
+        if _kind(slots[name]) != _kind(start):
             raise TypeError(
                 f"adamx: leaf {path!r}: state[{name!r}] is {describe(slots[name])} where this "
                 f"gradient needs {start.dtype}: is it the state or the gradient of another model?"

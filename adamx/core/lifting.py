@@ -216,7 +216,7 @@ def _recorded_in(step: Step, scalars: Slots) -> Slots:
         errors.check_recorded(name, before[name], x)
         check_alike(name, before[name], x)
         scalars[name] = x.astype(jnp.result_type(before[name]))
-    return step.select(scalars, before)
+    return step.in_place_of(before, scalars)
 
 
 def init(tx: Stage, params: Any) -> State:

@@ -73,12 +73,12 @@ class Audit:
         advice: what to change, in sentences; empty if there is nothing to change.
 
     Example:
-        SGD reads w, g and the count, and writes w, the count and the learning rate:
+        SGD reads w, g, the count and the learning rate, and writes all but g:
 
         >>> import adamx, jax.numpy as jnp
         >>> tx, w = adamx.sgd(0.1), jax.ShapeDtypeStruct((1000,), jnp.float32)
         >>> found = audit(adamx.make_step(tx), w, jax.eval_shape(tx.init, w), w)
-        >>> found.floor_bytes == (4000 + 4000 + 4) + (4000 + 4 + 4)
+        >>> found.floor_bytes == (4000 + 4000 + 4 + 4) + (4000 + 4 + 4)
         True
     """
 

@@ -126,8 +126,8 @@ def effective_length(decay: Scalar, count: jax.Array) -> jax.Array:
     Example:
         With decay 1/2, after two steps: 3 - 2 * 2 * (1/4) / (3/4) = 5/3
 
-        >>> print(effective_length(0.5, jnp.array([1, 2, 100])).round(3))
-        [1.    1.667 3.   ]
+        >>> [round(float(x), 4) for x in effective_length(0.5, jnp.array([1, 2, 100]))]
+        [1.0, 1.6667, 3.0]
     """
     if isinstance(decay, jax.Array | np.ndarray):
         rate = jnp.where(decay > 0, -jnp.log1p(jnp.where(decay > 0, decay, 0.5) - 1), jnp.inf)

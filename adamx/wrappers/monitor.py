@@ -137,8 +137,8 @@ class monitor(Wrapper):
             if leaves.paths:
                 now = measure() if self.every == 1 else jax.lax.cond(due, measure, lambda: before)
             since_now = jnp.where(due, 0, since_now)
-        own = step.select({STATISTICS: now, SINCE: since_now}, {STATISTICS: before, SINCE: since})
-        return out, entries | own
+        old, new = {STATISTICS: before, SINCE: since}, {STATISTICS: now, SINCE: since_now}
+        return out, entries | step.in_place_of(old, new)
 
     def between(self) -> Between | None:
         if self.every == 1:
