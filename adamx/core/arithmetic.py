@@ -59,7 +59,7 @@ def widen(x: Any, compute: DTypeLike) -> Any:
 
 
 def narrowed(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Cast to a slot's dtype, such that what is read from the slot next has been rounded.
+    """Cast to a dtype, such that what reads the result has rounded numbers.
 
     XLA for GPU takes a cast and the cast back for nothing at all, and would go on with the number
     as it was before. To reduce the precision to the dtype's own, which changes no number, keeps it

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adamx.core.arithmetic import compute_dtype
+from adamx.core.arithmetic import compute_dtype, narrowed
 from adamx.core.concept import Slots
 from adamx.core.leaves import take_apart
 from adamx.storage.remainder import join
@@ -61,7 +61,7 @@ def rounded(master: jax.Array, dtype: DTypeLike) -> jax.Array:
     """
     largest = float(jnp.finfo(dtype).max)
     limited = jnp.clip(master, -largest, largest)
-    return jnp.where(jnp.isinf(master), master, limited).astype(dtype)
+    return narrowed(jnp.where(jnp.isinf(master), master, limited), dtype)
 
 
 def masters(params: Any, state: Mapping[str, Any]) -> Any:
