@@ -1,6 +1,6 @@
 """AdamW's step on an accelerator: how much of the memory's bandwidth it reaches, and its peers.
 
-    python benchmarks/accelerator.py [--quick] [--markdown docs/accelerator.md]
+    python benchmarks/accelerator.py [--quick] [--markdown docs/on-a-gpu.md]
 
     bandwidth = (parameters, state and gradients read, parameters and state written) / time
 
@@ -53,8 +53,8 @@ class Settings:
     """
 
     sizes: tuple[int, ...] = (10**6, 10**8, 10**9)
-    leaves: tuple[int, ...] = (1, 150, 2000)
-    rounds: int = 30
+    leaves: tuple[int, ...] = (1, 150)
+    rounds: int = 15
     seconds: float = 0.05
     seed: int = 0
 
@@ -311,7 +311,8 @@ def steps(parameters: int, leaves: int, settings: Settings, meter: Meter) -> Tab
     rows = [row(name, candidate) for name, candidate in taking_part.items()]
     if torch_takes_part():
         rows.append(row(TORCH, None))
-    return Table(f"{parameters:,} parameters in {leaves} arrays", NOTE, COLUMNS, rows)
+    arrays = f"{leaves} arrays" if leaves > 1 else "one array"
+    return Table(f"{parameters:,} parameters in {arrays}", NOTE, COLUMNS, rows)
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -327,11 +328,15 @@ def markdown(tables: Sequence[Table], settings: Settings) -> str:
 In each of {settings.rounds} rounds a candidate, Optax's step of the same method and a copy are each
 measured once, in shuffled order: steps in place, one after the other, and the wait for the last.
 `time / optax` is the median over the rounds, with the quartiles in brackets; in Optax's own rows it
-is the time of a second copy of Optax, and shows the resolution."""
-    command = "python benchmarks/accelerator.py --markdown docs/accelerator.md"
+is the time of a second copy of Optax, and shows the resolution.
+
+Many small arrays take as long as the host needs to hand them over, one after the other: more slots
+are more arrays. PyTorch's step is a few kernels for all of them. Layers that are
+[stacked for a scan](scaling-up.md) are few arrays."""
+    command = "python benchmarks/accelerator.py --markdown docs/on-a-gpu.md"
     return "\n".join(
         [
-            "# AdamW's step on an accelerator",
+            "# Steps measured on a GPU",
             "",
             f"Written by `{command}` (seed {settings.seed}), not by hand.",
             "",

@@ -432,3 +432,36 @@ def test_a_mask_that_misses_a_path_or_has_one_more_says_which(params):
         tx = adamx.chain(adamx.add_decayed_weights(0.5, mask=nnx.State(wrong)))
         with pytest.raises(ValueError, match=said):
             tx.init(containers()[params])
+
+
+WRONG: dict[str, Any] = {
+    "integers": lambda x: x.astype(int),
+    "booleans": lambda x: x > 0,
+    "complex numbers": lambda x: x + 0j,
+    "a string": lambda _: "w",
+    "an object": lambda _: object(),
+    "a key": lambda _: jax.random.key(0),
+    "another shape": lambda x: x[None],
+    "None": lambda _: None,
+    "a branch": lambda x: {"v": x},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("path", ["b", "w"])
+def test_a_wrong_leaf_in_the_state_of_a_stage_is_named(wrong, path):
+    """Whether the stage would fail at it, with an error of its own, or not."""
+    tx = adamx.chain(adamx.named("mean", optax.ema(0.5)), adamx.scale_by_learning_rate(0.1))
+    params = {"b": jnp.ones([]), "w": jnp.ones(3)}
+    state = tx.init(params)
+    ema = state["mean"].ema
+    state["mean"] = state["mean"]._replace(ema=ema | {path: WRONG[wrong](ema[path])})
+    with pytest.raises(ValueError, match=rf"^adamx: leaf 'ema/{path}.*' of state\['mean'\] is "):
+        tx.update(params, state, params)
+
+
+def test_a_gradient_of_another_shape_is_named_where_a_stage_fails_at_it():
+    tx = adamx.chain(optax.ema(0.5), adamx.scale_by_learning_rate(0.1))
+    params = {"b": jnp.ones([]), "w": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"^adamx: leaf 'w' has an update of shape \[3, 2\]"):
+        tx.update(params | {"w": jnp.ones((3, 2))}, tx.init(params), params)

@@ -264,7 +264,7 @@ def check_foreign_leaves(name: str, state: Any, fresh: Any) -> None:
     given, wanted = leaves_by_path(state), leaves_by_path(fresh)
     for path in wanted.keys() & given.keys():
         x, like = given[path], wanted[path]
-        if (_kind(x), jnp.shape(x)) != (_kind(like), jnp.shape(like)):
+        if _kind(x) != _kind(like) or jnp.shape(x) != jnp.shape(like):
             raise _misfit(name, path, describe(x), describe(like))
 
 
