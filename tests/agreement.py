@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import reference
+from pytorch import composed
 from recordings import TORCH
 from reference import Trajectory
 
@@ -307,27 +308,7 @@ def assert_close(actual: Any, wanted: Any, measure: Any, amplified: float = 1.0)
 
 def as_in_torch(name: str) -> adamx.Transformation:
     """The composition that does what PyTorch's optimizer does with a case's hyperparameters."""
-    h = TORCH[name]["hyperparameters"]
-    lr, l2 = h["lr"], adamx.add_decayed_weights(h["weight_decay"])
-    match TORCH[name]["class"]:
-        case "Adam":
-            b1, b2 = h["betas"]
-            return adamx.chain(l2, adamx.adam(lr, b1, b2, h["eps"]))
-        case "AdamW":
-            b1, b2 = h["betas"]
-            return adamx.adamw(lr, b1, b2, h["eps"], weight_decay=h["weight_decay"])
-        case "RMSprop":
-            return adamx.rmsprop(
-                lr, h["alpha"], h["eps"], centered=h["centered"], momentum=h["momentum"] or None
-            )
-        case "Adagrad":
-            return adamx.adagrad(lr, h["initial_accumulator_value"], h["eps"])
-        case "SGD" if h["dampening"] == 0:
-            return adamx.chain(l2, adamx.sgd(lr, h["momentum"] or None, h["nesterov"]))
-        case "SGD":
-            return adamx.momentum(lr, h["momentum"])
-        case other:
-            raise ValueError(other)
+    return composed(TORCH[name]["class"], TORCH[name]["hyperparameters"])
 
 
 # --- In float32 against Optax --------------------------------------------------------------------

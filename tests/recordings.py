@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from reference import Trajectory
 
-RECORDING = np.load(Path(__file__).with_name("data") / "torch_trajectories.npz")
+
+def recorded_beside(name: str) -> Any:
+    """Return the arrays of a file in data/."""
+    return np.load(Path(__file__).with_name("data") / name)
+
+
+RECORDING = recorded_beside("torch_trajectories.npz")
 TORCH = json.loads(str(RECORDING["cases"]))["cases"]
 LEAVES = ("a", "b")
 

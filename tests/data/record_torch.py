@@ -10,6 +10,8 @@ the same bytes; another processor, with other vector instructions, may differ in
     cases                          JSON: {"torch": version, "cases": {CASE: {"class": name,
                                    "arguments": as given, "hyperparameters": all of them}}}
 
+``torch_configurations.npz`` has the same of the configurations that PyTorch's own tests run, whose
+CASE is CLASS: DESCRIPTION, with arrays CASE/a and CASE/b and ``cases``;
 and ``torch_states.npz``, with what the optimizers keep after STATE_STEPS of these steps::
 
     CASE/INDEX/FIELD               of optimizer.state_dict()["state"]; the index of a is 0, of b 1
@@ -32,6 +34,7 @@ STEPS = 60
 STATE_STEPS = 7
 SHAPES = {"a": (3, 4), "b": (5,)}
 OUTPUT = Path(__file__).with_name("torch_trajectories.npz")
+CONFIGURATIONS = Path(__file__).with_name("torch_configurations.npz")
 STATES = Path(__file__).with_name("torch_states.npz")
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -67,6 +70,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd_l2": ("SGD", {"lr": 0.1, "weight_decay": 0.1}),
     "sgd_momentum_l2": ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
 }
+
+
+CLASSES = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Adamax", "NAdam", "RAdam")
+
+
+def configurations() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Returns what PyTorch's tests run on a CPU, by class and description."""
+    from torch.testing._internal.common_optimizers import optim_db
+
+    found = {}
+    for info in optim_db:
+        name = info.optim_cls.__name__
+        if name in CLASSES:
+            for given in info.optim_inputs_func(device="cpu"):
+                found[f"{name}: {given.desc}"] = name, given.kwargs
+    return found
+
+
+def as_numbers(hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """Returns hyperparameters with a learning rate that is a tensor as a number."""
+    return {k: x.item() if isinstance(x, torch.Tensor) else x for k, x in hyperparameters.items()}
 
 
 def problem() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -110,6 +134,22 @@ def record(
     return weights, dict(optimizer.defaults), state
 
 
+def record_configurations(initial: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> None:
+    """Records PyTorch's own configurations and writes them to `CONFIGURATIONS`.
+
+    NAdam keeps a product, and a test's learning rate is a tensor, in the default dtype.
+    """
+    torch.set_default_dtype(torch.float64)
+    arrays, cases = {}, {}
+    for case, (class_name, arguments) in configurations().items():
+        after, hyperparameters, _ = record(class_name, arguments, initial, gradients)
+        arrays |= {f"{case}/{name}": value for name, value in after.items()}
+        cases[case] = {"class": class_name, "hyperparameters": as_numbers(hyperparameters)}
+    arrays["cases"] = np.array(json.dumps({"torch": torch.__version__, "cases": cases}))
+    np.savez(CONFIGURATIONS, allow_pickle=False, **arrays)
+    torch.set_default_dtype(torch.float32)
+
+
 def main() -> None:
     """Records all cases and writes them to `OUTPUT` and `STATES`."""
     initial, gradients = problem()
@@ -133,6 +173,7 @@ def main() -> None:
         }
     description = {"torch": torch.__version__, "cases": described}
     arrays["cases"] = np.array(json.dumps(description))
+    record_configurations(initial, gradients)
     # Not compressed: the bytes then do not depend on the version of zlib.
     np.savez(OUTPUT, allow_pickle=False, **arrays)
     states["param_groups"] = np.array(json.dumps(groups))
