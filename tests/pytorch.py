@@ -47,7 +47,8 @@ def with_rate(name: str, h: Mapping[str, Any]) -> adamx.Transformation:
             rate = falling if h["lr_decay"] else lr
             return adamx.adagrad(rate, h["initial_accumulator_value"], h["eps"])
         case "Adamax":
-            return adamx.adamax(lr, *h["betas"], h["eps"])
+            b1, b2 = h["betas"]
+            return adamx.adamax(lr, b1, b2, h["eps"])
         case _:
             return adamx.chain(scaling(name, h), adamx.scale_by_learning_rate(lr))
 
