@@ -1,0 +1,74 @@
+"""The page "which optimizer": each method at its best rate, by validation data, sorted by test."""
+
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import adamx.optimizers
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+which: Any = importlib.import_module("which")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plain_jax():
+    """What is trained is what users train."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_every_optimizer_takes_part():
+    """Muon is for matrices, so that it comes with AdamW for the rest."""
+    names = {module.name for module in pkgutil.iter_modules(adamx.optimizers.__path__)}
+    assert which.methods().keys() == names - {"muon"} | {"muon_adamw"}
+
+
+def result(validation, test) -> Any:
+    return which.Result(np.array(validation), np.array(test), seconds=1.0, state=8.0)
+
+
+def test_validation_chooses_the_rate_and_test_data_the_place():
+    settings = which.QUICK
+    tasks = [which.digits_task(settings), which.characters(settings)]
+    up, down = (task.title for task in tasks)
+    results = {
+        # the second rate is better on test data, the first on validation data
+        "a": {up: result([[1.0, 3.0], [2.5, 2.5]], [[80.0, 82.0], [99.0, 99.0]]),
+              down: result([[np.inf, 1.0], [2.0, 2.0]], [[1.0, 1.0], [3.0, 3.5]])},
+        "b": {up: result([[1.0, 1.0], [2.0, 2.0]], [[90.0, 90.0], [70.0, 70.0]]),
+              down: result([[1.0, 1.0], [2.0, 2.0]], [[2.0, 2.0], [1.0, 1.0]])},
+    }  # fmt: skip
+    assert results["a"][up].best == 0 and results["a"][down].best == 1
+    made = which.table(results, tasks, settings)
+    first, second = ([cell for cell in row] for row in made.rows)
+    low, high = (f"{rate:g}" for rate in settings.rates)
+    assert first == ["b", "1.0", f"90.0 ± 0.0, {low}*", f"2.000 ± 0.000, {low}*", "8.00", "1.00"]
+    # 3.25 and 0.25 * sqrt(2): two seeds, of a sample
+    assert second[:3] == ["a", "2.0", f"81.0 ± 1.4, {low}*"]
+    assert second[3] == f"3.250 ± 0.354, {high}*"
+
+
+def test_rows_for_validation_and_test_are_not_trained_on():
+    settings = which.QUICK
+    images, _ = which.digits()
+    task = which.digits_task(settings)
+    seen = np.asarray(task.batches(0)[0]).reshape(-1, 64)
+    held_out = {row.tobytes() for row in images[1077:]} - {row.tobytes() for row in images[:1077]}
+    assert not held_out & {row.tobytes() for row in seen}
+
+
+@pytest.mark.slow
+def test_the_page_has_a_row_for_each_method_and_says_how_it_was_made(tmp_path):
+    page = tmp_path / "which-optimizer.md"
+    chosen = ["adamw", "sgd", "schedule_free_adamw", "adamc"]
+    made = which.main(["--quick", "--markdown", str(page), "--only", *chosen])
+    assert sorted(row[0] for row in made.rows) == sorted(chosen)
+    text = page.read_text()
+    assert all(f"\n| {name} |" in text for name in chosen) and made.note in text
+    assert {row[0]: row[-2] for row in made.rows}["sgd"] == "0.00"  # bytes: a count and a rate
