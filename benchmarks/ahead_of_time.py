@@ -198,6 +198,11 @@ CASES = {
         lambda: optax.apply_if_finite(optax.adamw(1e-3), 3), reread=True, **PLAIN
     ),
     "skip_nonfinite(clip and adamw)": Case(lambda: GUARD(clipped()), reread=True),
+    "skip_spikes(clip and adamw)": Case(lambda: adamx.skip_spikes(clipped()), reread=True),
+    "clip_to_history and adamw": Case(
+        lambda: adamx.chain(adamx.clip_to_history(), A()), reread=True
+    ),
+    "clip_by_zscore and adamw": Case(lambda: adamx.chain(adamx.clip_by_zscore(), A()), reread=True),
     "accumulate, final step": Case(lambda: adamx.accumulate(A(), 4)),
     "optax.MultiSteps": Case(
         lambda: optax.MultiSteps(optax.adamw(1e-3), 4).gradient_transformation(), **PLAIN
@@ -221,6 +226,12 @@ CASES = {
     "bf16: clip and adamw": Case(clipped, reread=True, **HALF),
     "bf16: optax: clip and adamw": Case(optax_clipped, reread=True, **HALF, **PLAIN),
     "bf16: skip_nonfinite(adamw)": Case(lambda: GUARD(A()), reread=True, **HALF),
+    "bf16: skip_spikes(clip and adamw)": Case(
+        lambda: adamx.skip_spikes(clipped()), reread=True, **HALF
+    ),
+    "bf16: clip_to_history and adamw": Case(
+        lambda: adamx.chain(adamx.clip_to_history(), A()), reread=True, **HALF
+    ),
     "bf16: masters": Case(lambda: M(A()), **HALF),
     "bf16: masters, remainder8": Case(lambda: M(A(), "remainder8"), **HALF),
     "bf16: masters, float32": Case(lambda: M(A(), "float32"), **HALF),
@@ -542,8 +553,8 @@ MANY = (
     "Kernels are all that a GPU starts, small ones for scalars too; of a TPU they are the fusions, "
     "as it fetches arrays to its chip and back by many small transfers in the background, which is "
     "also most of its temporary memory. Bytes below the floor are of arrays that stay there. "
-    "Of the few that AdamW has more than Optax's, one is a copy of 4 bytes: the constant learning "
-    "rate into the state, which may have been saved with another. "
+    "Of the few that AdamW has more than Optax's, one writes 4 bytes: the learning rate into the "
+    "state, which may have been saved with another. "
     "Muon's bytes are mostly those of its products of matrices; on a TPU it takes more of them, "
     "and more temporary memory, than Optax's. "
     "Seconds are those of a processor for tracing and compiling, on the machine where this page "

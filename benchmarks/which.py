@@ -63,13 +63,16 @@ Make = Callable[[Schedule, jax.Array], adamx.Transformation]
 
 def methods() -> dict[str, Make]:
     """Return how each method is made from its schedule and the largest rate, at its defaults."""
-    names = """sgd momentum sgdw adagrad rmsprop adam adamw adamw_independent adamax adamaxw nadam
+    names = """sgd momentum sgdw adagrad rmsprop adam adamw adamax adamaxw nadam
         nadamw amsgrad adabelief radam yogi lion cautious_lion cautious_adamw adan ademamix
         simplified_ademamix adopt laprop adam_atan2 mars lamb adam_mini stable_adamw adafactor
         muon_adamw""".split()
     scheduled = lambda make: lambda schedule, _: make(schedule)  # noqa: E731
     found: dict[str, Make] = {name: scheduled(getattr(adamx, name)) for name in names}
     found["adamc"] = lambda schedule, rate: adamx.adamc(schedule, max_learning_rate=rate)
+    found["adamw_independent"] = lambda schedule, rate: adamx.adamw_independent(
+        rate, multiplier=lambda step: schedule(step) / rate
+    )
     found["schedule_free_adamw"] = lambda _, rate: adamx.schedule_free_adamw(rate)
     return found
 
