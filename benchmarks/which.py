@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -200,13 +199,11 @@ class Result:
     Attributes:
         validation: losses, [rates, seeds]; infinite where a run did not stay finite.
         test: the measure, [rates, seeds].
-        seconds: of all runs.
         state: bytes a parameter.
     """
 
     validation: np.ndarray
     test: np.ndarray
-    seconds: float
     state: float
 
     @property
@@ -236,16 +233,14 @@ def trained(make: Make, task: Task, settings: Settings) -> Result:
     stack = lambda draw: jax.tree.map(lambda *x: jnp.stack(x), *map(draw, range(settings.seeds)))  # noqa: E731
     over_seeds = jax.vmap(run, in_axes=(None, 0, 0))
     arguments = jnp.asarray(settings.rates), stack(task.params), stack(task.batches)
-    program = jax.jit(jax.vmap(over_seeds, in_axes=(0, None, None))).lower(*arguments).compile()
-    before = time.perf_counter()
-    validation, test = map(np.asarray, jax.block_until_ready(program(*arguments)))
-    seconds = time.perf_counter() - before
+    program = jax.jit(jax.vmap(over_seeds, in_axes=(0, None, None)))
+    validation, test = map(np.asarray, program(*arguments))
     like = task.params(0)
     tx = make(lambda step: 0.1 * up_and_down(step), jnp.float32(0.1))
     state = jax.eval_shape(tx.init, like)
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / elements(like)
     finite = np.where(np.isfinite(validation), validation, np.inf)
-    return Result(finite, test, seconds, held)
+    return Result(finite, test, held)
 
 
 def cell(result: Result, settings: Settings) -> str:
@@ -276,20 +271,17 @@ def table(
 ) -> Table:
     """Return a row for each method, the best mean place first."""
     places = {name: score(results, tasks, name) for name in results}
-    base = results.get("adamw", next(iter(results.values())))
     rows = []
     for name in sorted(results, key=lambda key: places[key]):
         found = results[name]
-        last = found[tasks[-1].title]
         rows.append([
             name,
             f"{places[name]:.1f}",
             *(cell(found[task.title], settings) for task in tasks),
-            f"{last.state:.2f}",
-            f"{last.seconds / base[tasks[-1].title].seconds:.2f}",
+            f"{found[tasks[-1].title].state:.2f}",
         ])  # fmt: skip
     heads = [f"{task.title}: {task.measure}" for task in tasks]
-    columns = ["method", "mean place", *heads, "state, bytes/param", "time / adamw"]
+    columns = ["method", "mean place", *heads, "state, bytes/param"]
     return Table("Every method at its best rate", note(tasks, settings), columns, rows)
 
 
@@ -302,8 +294,7 @@ def note(tasks: Sequence[Task], settings: Settings) -> str:
         f"of {grid} with the least mean loss on validation data; a * marks an end of this grid. "
         "Each rate is warmed up over a tenth of the steps and falls to 0 along a cosine, but for "
         "schedule_free_adamw, which keeps it. All other hyperparameters are the defaults. "
-        f"{runs}. The time is that of all runs of the last task, the model's included, once, on "
-        "two shared cores."
+        f"{runs}. The bytes are the last task's."
     )
 
 
@@ -321,7 +312,8 @@ here. Muon, LAMB, Lion and Adafactor were made for sizes that do not occur here.
 Start with `adamw`, and change it for a reason: fewer bytes (`moments="packed8"`, `adafactor`,
 `adam_mini`, `lion`; [low precision](low-precision.md)), steps that blow up (`stable_adamw`, clips,
 `skip_spikes`; [around the update](around-the-update.md)), no schedule (`schedule_free_adamw`), or
-large matrices (`muon_adamw`). [The family](family.md) has each method's formula.
+large matrices (`muon_adamw`). [The family](family.md) has each method's formula, and the time of
+its step.
 
 {table}
 """

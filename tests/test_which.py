@@ -30,7 +30,7 @@ def test_every_optimizer_takes_part():
 
 
 def result(validation, test) -> Any:
-    return which.Result(np.array(validation), np.array(test), seconds=1.0, state=8.0)
+    return which.Result(np.array(validation), np.array(test), state=8.0)
 
 
 def test_validation_chooses_the_rate_and_test_data_the_place():
@@ -48,7 +48,7 @@ def test_validation_chooses_the_rate_and_test_data_the_place():
     made = which.table(results, tasks, settings)
     first, second = ([cell for cell in row] for row in made.rows)
     low, high = (f"{rate:g}" for rate in settings.rates)
-    assert first == ["b", "1.0", f"90.0 ± 0.0, {low}*", f"2.000 ± 0.000, {low}*", "8.00", "1.00"]
+    assert first == ["b", "1.0", f"90.0 ± 0.0, {low}*", f"2.000 ± 0.000, {low}*", "8.00"]
     # 3.25 and 0.25 * sqrt(2): two seeds, of a sample
     assert second[:3] == ["a", "2.0", f"81.0 ± 1.4, {low}*"]
     assert second[3] == f"3.250 ± 0.354, {high}*"
@@ -71,4 +71,4 @@ def test_the_page_has_a_row_for_each_method_and_says_how_it_was_made(tmp_path):
     assert sorted(row[0] for row in made.rows) == sorted(chosen)
     text = page.read_text()
     assert all(f"\n| {name} |" in text for name in chosen) and made.note in text
-    assert {row[0]: row[-2] for row in made.rows}["sgd"] == "0.00"  # bytes: a count and a rate
+    assert {row[0]: row[-1] for row in made.rows}["sgd"] == "0.00"  # bytes: a count and a rate
