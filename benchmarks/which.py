@@ -312,8 +312,8 @@ here. Muon, LAMB, Lion and Adafactor were made for sizes that do not occur here.
 Start with `adamw`, and change it for a reason: fewer bytes (`moments="packed8"`, `adafactor`,
 `adam_mini`, `lion`; [low precision](low-precision.md)), steps that blow up (`stable_adamw`, clips,
 `skip_spikes`; [around the update](around-the-update.md)), no schedule (`schedule_free_adamw`), or
-large matrices (`muon_adamw`). [The family](family.md) has each method's formula, and the time of
-its step.
+large matrices (`muon_adamw`). [The family](family.md) has each method's formula, and the
+bytes that its step moves.
 
 {table}
 """
