@@ -308,7 +308,10 @@ def assert_close(actual: Any, wanted: Any, measure: Any, amplified: float = 1.0)
 
 def as_in_torch(name: str) -> adamx.Transformation:
     """The composition that does what PyTorch's optimizer does with a case's hyperparameters."""
-    return composed(TORCH[name]["class"], TORCH[name]["hyperparameters"])
+    h = TORCH[name]["hyperparameters"]
+    if h.get("dampening"):  # = momentum: an average, of which from_torch takes PyTorch's buffer
+        return adamx.momentum(h["lr"], h["momentum"])
+    return composed(TORCH[name]["class"], h)
 
 
 # --- In float32 against Optax --------------------------------------------------------------------
