@@ -56,6 +56,13 @@ def standard_promotion():
         yield
 
 
+@pytest.fixture(scope="module")
+def plain_jax():
+    """Promote dtypes and ranks as JAX does by default, as in what users run."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture
 def promotion_of_foreign_stages(request):
     """Promote dtypes for a line of table.py that has stages of Optax; adamx needs none of it."""

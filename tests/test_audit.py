@@ -17,18 +17,13 @@ import adamx
 from adamx.inspect.program import bytes_accessed, kernels
 from adamx.inspect.text import Text
 
+pytestmark = pytest.mark.usefixtures("plain_jax")
+
 SHAPE = (64, 48)
 SIZE = 64 * 48 + 48
 LIKE = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32), "b": jax.ShapeDtypeStruct((48,), "float32")}
 HALF = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), LIKE)
 SCALARS = 256  # bytes for count, learning rate and the factors of bias correction
-
-
-@pytest.fixture(autouse=True)
-def plain_jax():
-    """What is audited is what users run: Optax mixes dtypes that strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def steps(tx):

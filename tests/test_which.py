@@ -1,12 +1,12 @@
 """The page "which optimizer": each method at its best rate, by validation data, sorted by test."""
 
+import dataclasses
 import importlib
 import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,13 +14,7 @@ import adamx.optimizers
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 which: Any = importlib.import_module("which")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def plain_jax():
-    """What is trained is what users train."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("plain_jax")
 
 
 def test_every_optimizer_takes_part():
@@ -61,6 +55,24 @@ def test_rows_for_validation_and_test_are_not_trained_on():
     seen = np.asarray(task.batches(0)[0]).reshape(-1, 64)
     held_out = {row.tobytes() for row in images[1077:]} - {row.tobytes() for row in images[:1077]}
     assert not held_out & {row.tobytes() for row in seen}
+
+
+def test_a_run_that_does_not_stay_finite_is_never_the_best():
+    settings = dataclasses.replace(which.QUICK, rates=(1e30, 1e-2))
+    found = which.trained(which.methods()["sgd"], which.digits_task(settings), settings)
+    assert np.isposinf(found.validation[0]).all() and np.isfinite(found.validation[1]).all()
+    assert found.best == 1
+
+
+@pytest.mark.parametrize("name", ["schedule_free_adamw", "adamw"])
+def test_what_schedule_free_trained_is_judged_at_its_average(name, monkeypatch):
+    judged = []
+    average = adamx.schedule_free_eval_params
+    monkeypatch.setattr(
+        adamx, "schedule_free_eval_params", lambda *given: judged.append(1) or average(*given)
+    )
+    which.trained(which.methods()[name], which.digits_task(which.QUICK), which.QUICK)
+    assert bool(judged) == (name == "schedule_free_adamw")
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamx.core import errors, paths
-from adamx.core.arithmetic import compute_dtype, divide, narrowed, squared_magnitude, widen
+from adamx.core.arithmetic import compute_dtype, divide, squared_magnitude, widen
 from adamx.core.concept import parts
 from adamx.core.kernel import slots_like
 from adamx.core.leaves import Leaves
@@ -320,7 +320,7 @@ def _mean(function: Callable[..., jax.Array]) -> Callable[[Rows], jax.Array]:
 
 def _stuck(rows: Rows) -> jax.Array:
     def stays(w: jax.Array, u: jax.Array) -> jax.Array:
-        return narrowed(w.astype(jnp.float32) + u.astype(jnp.float32), w.dtype) == w
+        return (w.astype(jnp.float32) + u.astype(jnp.float32)).astype(w.dtype) == w
 
     return _mean_of_sums(
         [count_here((u != 0) & stays(w, u), jnp.float32) for w, u, _ in rows], rows
