@@ -107,6 +107,7 @@ from adamx.optimizers.yogi import yogi
 from adamx.scaling import (
     WidthRules,
     half_life_rule,
+    inverse_square_root_rule,
     layerwise_decay,
     linear_rule,
     square_root_rule,
@@ -255,6 +256,7 @@ __all__ = [
     "identity",
     "in_shard_map",
     "interpolated_ema",
+    "inverse_square_root_rule",
     "keep_norm",
     "lamb",
     "laprop",

@@ -19,6 +19,10 @@ Another batch size, k times as large:
     linear rule, for SGD                lr' = k lr           Goyal et al., arXiv 1706.02677
     square-root rule, for Adam          lr' = sqrt(k) lr     Malladi et al., arXiv 2205.10287
     half-life in tokens, for b1 and b2  b' = b^k             Marek et al., arXiv 2507.07101
+    inverse square root, for eps        eps' = eps / sqrt(k) Malladi et al.
+
+For a run of another number of tokens, a batch may be counted as its part of the run: Marin's recipe
+for AdamH takes k = (B' / T') / (B / T) for the rate and eps, and the batches alone for b2.
 """
 
 from __future__ import annotations
@@ -232,6 +236,34 @@ def square_root_rule(
         1.0
     """
     return learning_rate * (new_batch_size / batch_size) ** 0.5
+
+
+@checked
+def inverse_square_root_rule(
+    eps: NonNegative, *, batch_size: Positive, new_batch_size: Positive
+) -> Scalar:
+    """Return eps / sqrt(new_batch_size / batch_size), Adam's eps for another batch.
+
+    eps has the unit of the gradient, and most of a gradient is noise, which is 1 / sqrt(k) times as
+    large in a batch k times as large. The rule keeps the ratio of the two. It belongs to
+    `square_root_rule`.
+
+    Args:
+        eps: the number at `batch_size`, >= 0.
+        batch_size: the examples or tokens in a step, > 0.
+        new_batch_size: those in a step of the other training, > 0, in the same unit.
+
+    Returns:
+        The eps at `new_batch_size`.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> inverse_square_root_rule(0.5, batch_size=256, new_batch_size=1024)
+        0.25
+    """
+    return eps * (batch_size / new_batch_size) ** 0.5
 
 
 @checked

@@ -72,6 +72,13 @@ def methods() -> dict[str, Make]:
     found["adamw_independent"] = lambda schedule, rate: adamx.adamw_independent(
         rate, multiplier=lambda step: schedule(step) / rate
     )
+    matrices = lambda path, leaf: leaf.ndim > 1  # noqa: ARG005, E731
+    found["adamh_adamw"] = scheduled(
+        lambda schedule: adamx.by_path(
+            {matrices: adamx.chain(adamx.scale_by_adam(), adamx.hyperball(schedule))},
+            default=adamx.adamw(schedule),
+        )
+    )
     found["schedule_free_adamw"] = lambda _, rate: adamx.schedule_free_adamw(rate)
     return found
 
@@ -312,7 +319,8 @@ here. Muon, LAMB, Lion and Adafactor were made for sizes that do not occur here.
 Start with `adamw`, and change it for a reason: fewer bytes (`moments="packed8"`, `adafactor`,
 `adam_mini`, `lion`; [low precision](low-precision.md)), steps that blow up (`stable_adamw`, clips,
 `skip_spikes`; [around the update](around-the-update.md)), no schedule (`schedule_free_adamw`), or
-large matrices (`muon_adamw`). [The family](family.md) has each method's formula, and the
+large matrices (`muon_adamw`; `hyperball`, in the table as adamh_adamw: AdamH for arrays of two axes
+or more, AdamW for the others). [The family](family.md) has each method's formula, and the
 bytes that its step moves.
 
 {table}

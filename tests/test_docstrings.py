@@ -69,6 +69,7 @@ OTHERWISE = {
         "scheduled_nesterov_ema": "no schedule",
     },
     "eps": {
+        "inverse_square_root_rule": "of one batch size",
         "adamax adamaxw decaying_max": "added to a magnitude, before any division",
         "adafactor factored_ema_of_squares": "added to each square",
         "adopt delayed_rms_scaling": "the smallest divisor",

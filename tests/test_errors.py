@@ -118,6 +118,7 @@ OF_NUMBERS: dict[str, dict[str, tuple[float, Any]]] = {
     "ratio_bound": {"b1": (0.5, 1), "b2": (0.75, -1)},
     "linear_rule": {"learning_rate": (1, -1), **BATCHES},
     "square_root_rule": {"learning_rate": (1, -1), **BATCHES},
+    "inverse_square_root_rule": {"eps": (1, -1), **BATCHES},
     "half_life_rule": {"decay": (0.5, 1), **BATCHES},
 }
 """Functions that return a number: for each argument one in its range, and one out of it."""

@@ -244,6 +244,21 @@ def test_rates_of_another_batch_by_hand(k, linear, root):
     sizes = {"batch_size": 256, "new_batch_size": 256 * k}
     np.testing.assert_allclose(adamx.linear_rule(0.1, **sizes), linear, rtol=1e-15)
     np.testing.assert_allclose(adamx.square_root_rule(0.1, **sizes), root, rtol=1e-15)
+    np.testing.assert_allclose(
+        adamx.inverse_square_root_rule(0.1, **sizes), 0.1 * 0.1 / root, rtol=1e-15
+    )
+
+
+def test_marins_recipe_is_these_rules():
+    """Its own formulas, at its reference of 8 sequences a step and 1e9 tokens."""
+    for batch, tokens in [(8, 1e9), (128, 1e10), (64, 3e9)]:
+        r = batch * 1e9 / (8 * tokens)
+        sizes = {"batch_size": 8 / 1e9, "new_batch_size": batch / tokens}
+        rate = adamx.square_root_rule(1.0013e-3, **sizes)
+        eps = adamx.inverse_square_root_rule(9.31e-8, **sizes)
+        np.testing.assert_allclose([rate, eps], [1.0013e-3 * r**0.5, 9.31e-8 / r**0.5], rtol=1e-14)
+        b2 = adamx.half_life_rule(0.9999, batch_size=8, new_batch_size=batch)
+        np.testing.assert_allclose(b2, 0.9999 ** (batch / 8), rtol=1e-15)
 
 
 @pytest.mark.parametrize(

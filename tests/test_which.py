@@ -18,9 +18,9 @@ pytestmark = pytest.mark.usefixtures("plain_jax")
 
 
 def test_every_optimizer_takes_part():
-    """Muon is for matrices, so that it comes with AdamW for the rest."""
+    """Muon and AdamH are for matrices, so that they come with AdamW for the rest."""
     names = {module.name for module in pkgutil.iter_modules(adamx.optimizers.__path__)}
-    assert which.methods().keys() == names - {"muon"} | {"muon_adamw"}
+    assert which.methods().keys() == names - {"muon"} | {"muon_adamw", "adamh_adamw"}
 
 
 def result(validation, test) -> Any:

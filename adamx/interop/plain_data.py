@@ -32,7 +32,7 @@ from adamx.formula.values import factory_name, function_name, value_text
 TARGET, ARGS, PARTIAL = "_target_", "_args_", "_partial_"
 OBJECT = "hydra.utils.get_object"
 
-_HOMES = ("adamx", "optax", "jax.numpy", "numpy")
+_HOMES = ("adamx", "optax", "optax.contrib", "jax.numpy", "numpy")
 _CALLED = ("jax.sharding.PartitionSpec", "re.compile")
 
 
@@ -53,7 +53,8 @@ def to_dict(tx: Any) -> dict[str, Any]:
     Raises:
         TypeError: if `tx` is not an adamx transformation.
         ValueError: if it holds something that has no name: a lambda, a function inside a function,
-            a traced array, or an Optax object whose arguments cannot be read back.
+            a traced array, or an Optax object whose arguments cannot be read back, such as
+            `inject_hyperparams`.
 
     Example:
         >>> import adamx, optax
@@ -136,8 +137,10 @@ def _data(x: Any, where: str) -> Any:
         return _call(type(x), where, **{f.name: getattr(x, f.name) for f in dataclasses.fields(x)})
     if (path := _path(x)) is not None:
         return {TARGET: OBJECT, "path": path}
-    if (arguments := _arguments_of_optax(x)) is not None:
-        return _call(_maker(x), where, **arguments)
+    if isinstance(x, optax.GradientTransformation):
+        x = _without_extra_arguments(x)
+    if (call := _call_of_optax(x)) is not None:
+        return _call(call.func, where, *call.args, **call.keywords)
     raise ValueError(
         f"to_dict: {where} is {value_text(x)}, which cannot be written as data: give a number, a "
         "pattern, a schedule of Optax, or a function that can be imported by its name"
@@ -178,7 +181,7 @@ def _path(x: Any) -> str | None:
     home = getattr(x, "__module__", None)
     if not name:
         return None
-    modules = ["adamx", "optax", "jax.numpy", "jax.sharding", "numpy", "operator", "builtins", home]
+    modules = [*_HOMES, "jax.sharding", "operator", "builtins", home]
     paths = (f"{module}.{name}" for module in modules if module)
     return next((path for path in paths if _found(path) is x), None)
 
@@ -192,31 +195,69 @@ def _found(path: str) -> Any:
         return None
 
 
-def _maker(x: Any) -> Any:
-    """Return the function of Optax that made a schedule or transformation, or None."""
-    is_tx = isinstance(x, optax.GradientTransformation)
-    name = factory_name(x) if is_tx else function_name(x)
-    return getattr(optax, name, None)
+def _without_extra_arguments(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return what Optax's wrappers and chains call inside `with_extra_args_support`."""
+    if function_name(tx.update) == optax.with_extra_args_support.__name__:
+        return _free_variables(tx.update)["tx"]
+    return tx
 
 
-def _arguments_of_optax(x: Any) -> dict[str, Any] | None:
-    """Return the arguments with which Optax made an object, if they can be read from it.
+def _call_of_optax(x: Any) -> functools.partial[Any] | None:
+    """Return the call with which Optax made an object, if its arguments can be read from it.
 
-    Its functions hold them as free variables. They are the arguments if a call with them gives
-    functions that hold the same.
+    Its functions hold them as free variables, of the same names but for those in `_HELD`. They are
+    the arguments if a call with them gives functions that hold the same.
     """
-    functions = x if isinstance(x, optax.GradientTransformation) else (x,)
+    is_tx = isinstance(x, optax.GradientTransformation)
+    functions = x if is_tx else (x,)
     if not all(inspect.isfunction(f) and f.__module__.startswith("optax.") for f in functions):
         return None
-    maker, held = _maker(x), {}
+    name = factory_name(x) if is_tx else function_name(x)
+    maker: Any = getattr(optax, name, None) or getattr(optax.contrib, name, None)
+    held: dict[str, Any] = {}
     for function in functions:
         held |= _free_variables(function)
     try:
+        read = _HELD[name](held) if name in _HELD else None
         names = inspect.signature(maker).parameters
-        arguments = {name: held[name] for name in names if name in held}
-        return arguments if _alike(maker(**arguments), x) else None
+        call = read or functools.partial(maker, **{key: held[key] for key in names if key in held})
+        return call if _alike(call(), x) else None
     except Exception:  # a foreign function, called with what may not be its arguments
         return None
+
+
+def _chain(held: dict[str, Any]) -> functools.partial[Any]:
+    pairs = zip(held["init_fns"], held["update_fns"], strict=True)
+    return functools.partial(
+        optax.chain, *(optax.GradientTransformationExtraArgs(*pair) for pair in pairs)
+    )
+
+
+def _interpolation(held: dict[str, Any]) -> functools.partial[Any]:
+    return functools.partial(
+        optax.piecewise_interpolate_schedule,
+        held["interpolate_fn"].__name__.strip("_").partition("_")[0],
+        held["init_value"],
+        dict(zip(held["boundaries"], held["scales"], strict=True)),
+    )
+
+
+def _learning_rate(held: dict[str, Any]) -> functools.partial[Any] | None:
+    inner = held["step_size_fn"]
+    if function_name(inner) != optax.scale_by_learning_rate.__name__:
+        return None
+    held = _free_variables(inner)
+    flipped = {} if held["m"] == -1 else {"flip_sign": False}
+    return functools.partial(optax.scale_by_learning_rate, held["learning_rate"], **flipped)
+
+
+_HELD: dict[str, Callable[[dict[str, Any]], functools.partial[Any] | None]] = {
+    "chain": _chain,
+    "named_chain": lambda held: functools.partial(optax.named_chain, *held["transforms"]),
+    "piecewise_interpolate_schedule": _interpolation,
+    "scale_by_schedule": _learning_rate,
+}
+"""How a call is read from free variables that are not called as the arguments are."""
 
 
 def _free_variables(function: Any) -> dict[str, Any]:
