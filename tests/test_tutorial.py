@@ -1,15 +1,22 @@
 """The tutorial has every equation of the family beside its code, in two languages."""
 
 import re
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from agreement import OPTIMIZERS
 from scripts import is_a_picture, load
+
+import adamx
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = sorted(path.name for path in (DOCS / "tutorial").glob("*.md"))
-CONCEPTS = [name for name in NAMES if name != "index.md"]
+INDEX = (DOCS / "tutorial/equations.md").read_text()
+CONCEPTS = [name for name in NAMES if name not in ("index.md", "equations.md")]
 
 # the lines of Momentum, RMSprop, Adam, AdamW and L2, where each has to stand
 M_HAT, V_HAT = r"\frac{m_t}{1-\beta_1^t}", r"\frac{v_t}{1-\beta_2^t}"
@@ -72,6 +79,44 @@ def test_each_equation_is_followed_by_code_that_checks_it(name):
     for equation in DISPLAY.finditer(text):
         blocks = [fence[2] for fence in FENCE.finditer(text, equation.end())]
         assert any("assert" in block for block in blocks[:2]), equation[1]
+
+
+@pytest.mark.parametrize(("name", "equation"), EQUATIONS)
+def test_the_index_has_each_equation(name, equation):
+    """A bar would end the cell."""
+    norm = r"\lVert w\rVert"
+    assert f"| ${equation.replace('||w||', norm)}$ |" in INDEX
+
+
+@pytest.mark.parametrize("section", INDEX.split("\n## ")[1:], ids=lambda text: text.split("\n")[0])
+def test_what_the_index_says_is_so(section):
+    """Of the code, the printed lines, the change that takes a term out, and the test that fails."""
+    names: dict[str, Any] = {"adamx": adamx}
+    exec(FENCE.findall(section)[0][1], names)
+    tx = names["tx"]
+    printed = " ".join(repr(tx).split())
+    summary = str(adamx.summary(tx, {"w": jnp.zeros((2, 2), jnp.bfloat16)}))
+    mutants = tomllib.loads((DOCS.parent / ".ci/mutants.toml").read_text())["mutant"]
+    known = {mutant["id"]: mutant for mutant in mutants}
+    rows = re.findall(r"^\| .*\$.* \|$", section, re.MULTILINE)
+    assert rows
+    for row in rows:
+        _, code, line, shown, out = (re.findall(r"`([^`]+)`", cell) for cell in row.split(" | "))
+        assert all(" ".join(text.split()) in printed or text == "tx" for text in line)
+        assert all(text in summary for text in shown)
+        if out == ["tx"]:
+            assert "yours" in row
+            continue
+        file, expression = code
+        assert expression in (DOCS.parent / "adamx" / file).read_text()
+        *changes, test = out
+        assert changes and set(changes) <= known.keys()
+        if found := re.fullmatch(r"\[(\w+)-[ab]\]", test):
+            assert found[1] in OPTIMIZERS
+            assert all("agreement" in known[change]["tests"] for change in changes)
+        else:
+            path, function = test.split("::")
+            assert f"def {function}(" in (DOCS.parent / path).read_text()
 
 
 @pytest.mark.slow
