@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Collection
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,15 @@ from adamx.core.precision_warning import PrecisionWarning
 from adamx.core.rounding import mix, random_bits, round_stochastically, step_key
 from adamx.core.transformation import Transformation
 
+Params = TypeVar("Params")
+State = TypeVar("State")
+
 ROUNDINGS = ("nearest", "stochastic")
 
 
 def apply_updates(
-    params: Any, updates: Any, *, rounding: str = "nearest", count: Any = None
-) -> Any:
+    params: Params, updates: Any, *, rounding: str = "nearest", count: Any = None
+) -> Params:
     """Return params + updates, in the parameters' dtypes.
 
     Args:
@@ -90,7 +93,9 @@ def _added(param: jax.Array, update: jax.Array, rounding: str, count: Any) -> ja
 class StepFunction(Protocol):
     """The result of `make_step`."""
 
-    def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
+    def __call__(
+        self, params: Params, state: State, grads: Any, **extra: Any
+    ) -> tuple[Params, State]:
         """Return the new (params, state); the old ones are donated."""
         ...
 

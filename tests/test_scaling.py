@@ -256,7 +256,9 @@ def test_marins_recipe_is_these_rules():
         sizes = {"batch_size": 8 / 1e9, "new_batch_size": batch / tokens}
         rate = adamx.square_root_rule(1.0013e-3, **sizes)
         eps = adamx.inverse_square_root_rule(9.31e-8, **sizes)
-        np.testing.assert_allclose([rate, eps], [1.0013e-3 * r**0.5, 9.31e-8 / r**0.5], rtol=1e-14)
+        np.testing.assert_allclose(
+            np.array([rate, eps]), [1.0013e-3 * r**0.5, 9.31e-8 / r**0.5], rtol=1e-14
+        )
         b2 = adamx.half_life_rule(0.9999, batch_size=8, new_batch_size=batch)
         np.testing.assert_allclose(b2, 0.9999 ** (batch / 8), rtol=1e-15)
 

@@ -55,12 +55,13 @@ class Variant:
 
     def __init__(self, tx: Concept, now: Now, kernels: dict[Any, Any] | None = None) -> None:
         """Make the kernel, or take one that does the same for a leaf of another age."""
-        self.scalars = now.scalars(tx)
+        self.scalars: Scalars = now.scalars(tx)
+        self.kernel: Callable[..., tuple[jax.Array, Slots]]
         if kernels is None:
             self.kernel = leaf_kernel(tx, now.step, self.scalars)
         else:
             self.kernel = _shared_kernel(tx, now.step, self.scalars, kernels)
-        self.slots_like = slots_like(tx)
+        self.slots_like: Callable[[jax.Array], dict[str, jax.ShapeDtypeStruct]] = slots_like(tx)
 
 
 def _shared_kernel(

@@ -29,6 +29,7 @@ from adamx.core.value import as_pytree
 from adamx.formula.adjustable import adjustable
 
 T = TypeVar("T", bound="Transformation")
+Updates = TypeVar("Updates")
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
@@ -90,8 +91,8 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
         return lifting.committed_with(params, state)
 
     def update(  # pyright: ignore
-        self, updates: Any, state: State, params: Any = None, **extra: Any
-    ) -> tuple[Any, State]:
+        self, updates: Updates, state: State, params: Any = None, **extra: Any
+    ) -> tuple[Updates, State]:
         """Return the outgoing updates and the new state.
 
         Called with arrays it compiles itself, as `jax.jit` would: Python code in a schedule or a
@@ -139,7 +140,7 @@ class Transformation(Stage, optax.GradientTransformationExtraArgs):
                 self._set(**{name: value.called(name) if isinstance(value, adjustable) else value})
             errors.check_unique(self.state_names())
 
-        cls.__init__ = init_and_check
+        type.__setattr__(cls, "__init__", init_and_check)
 
     def __new__(cls: type[T], *args: Any, **kwargs: Any) -> T:  # noqa: D102
         if _is_pair(args):

@@ -48,7 +48,7 @@ class Value:
         made: Any = type(cls.__name__, (cls._declared,), hidden)
         cls._declared = dataclasses.dataclass(repr=False, eq=False, frozen=True)(made)
         if "__init__" not in vars(cls):
-            cls.__init__ = made.__init__
+            type.__setattr__(cls, "__init__", made.__init__)
         jax.tree_util.register_static(cls)
 
     def __post_init__(self) -> None:

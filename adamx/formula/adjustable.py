@@ -45,7 +45,7 @@ class adjustable:
     def __init__(self, value: float | np.ndarray | jax.Array, name: str | None = None) -> None:
         """Keep the arguments; what takes this checks the value."""
         try:
-            self.value = float(value)
+            self.value: float = float(value)
         except (TypeError, ValueError, jax.errors.JAXTypeError):
             raise TypeError(f"adjustable: value must be a number, got {value!r}") from None
         self.name = name

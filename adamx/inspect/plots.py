@@ -31,7 +31,8 @@ KINDS = {
 }
 GREY = "#333333"
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
-STYLE = {"axes.titleweight": "bold", "axes.titlelocation": "left", "axes.axisbelow": True}
+STYLE: dict[str, Any] = {"axes.titleweight": "bold", "axes.titlelocation": "left"}
+STYLE |= {"axes.axisbelow": True}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
 STYLE |= {"grid.color": "#E6E6E6", "lines.linewidth": 1.6, "lines.marker": ".", "font.size": 11}
 BARS, WIDTH = "▁▂▃▄▅▆▇█", 20

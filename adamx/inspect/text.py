@@ -136,6 +136,11 @@ class Text:
         results: the program's results, in order.
     """
 
+    name: str
+    aliases: dict[int, int]
+    entry: str
+    parameters: dict[int, Instruction]
+
     def __init__(self, hlo: str) -> None:
         """Take the text of an optimized program apart."""
         self.name = hlo.split(",", 1)[0].removeprefix("HloModule ") if hlo else ""

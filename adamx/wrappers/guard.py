@@ -37,7 +37,7 @@ class guard(Wrapper):
     if TYPE_CHECKING:  # each subclass says where it stands among its arguments
         max_consecutive: ClassVar[int | None]
 
-    counters = ("", "")
+    counters: ClassVar[tuple[str, str]] = ("", "")
 
     def __post_init__(self) -> None:
         super().__post_init__()

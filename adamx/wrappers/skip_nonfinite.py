@@ -9,6 +9,7 @@ One NaN would otherwise stay in both averages for ever.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ class skip_nonfinite(guard):
 
     max_consecutive: int | None = None  # pyright: ignore
 
-    counters = ("skipped", "consecutive_skipped")
+    counters: ClassVar[tuple[str, str]] = ("skipped", "consecutive_skipped")
 
     def judged(
         self, leaves: Sequence[jax.Array], shards: Sequence[Shard], step: Step

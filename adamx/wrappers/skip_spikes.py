@@ -10,7 +10,7 @@ averages for as long. A loss or a norm that is not finite is a spike too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ class skip_spikes(guard):
     sigma: NonNegative = 6.0
     max_consecutive: int | None = None  # pyright: ignore
 
-    counters = ("spikes", "consecutive_spikes")
+    counters: ClassVar[tuple[str, str]] = ("spikes", "consecutive_spikes")
     measures_norm = True  # pyright: ignore
 
     def __post_init__(self) -> None:
