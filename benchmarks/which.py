@@ -3,7 +3,8 @@
     python benchmarks/which.py --markdown docs/which-optimizer.md      [--quick] [--only adamw lion]
 
 All rates and seeds of a method train in one compiled program. The rate with the best mean loss on
-validation data is taken; what is told of it was measured on test data. Needs `mnist1d`.
+validation data is taken; what is told of it was measured on test data. The steps are then timed on
+larger matrices, interleaved. Needs `mnist1d`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from convergence_tasks import cast, digits, entropy, shuffled
-from report import Table, elements
+from measure import Loop, interleave, ratio
+from report import Table, elements, normal, tree
 from rich.console import Console
 from rich.progress import track
 from side_by_side import environment
@@ -40,21 +42,27 @@ class Settings:
         seeds: how many of weights and batches.
         steps: of the two classifications.
         model: the transformer and its batches.
+        matrix: the shape of each of the two matrices on which a step is timed.
+        rounds: how often.
     """
 
     rates: tuple[float, ...]
     seeds: int
     steps: int
     model: Model
+    matrix: tuple[int, int]
+    rounds: int
 
 
 RATES = tuple(float(f"{x:.1e}") for x in np.logspace(-4, 0.5, 10))
 FULL = Settings(
-    RATES, 5, 400, Model((32,), (), seeds=5, steps=200, layers=1, batch=8, unseen=128, context=32)
-)
+    RATES, 5, 400, Model((32,), (), seeds=5, steps=200, layers=1, batch=8, unseen=128, context=32),
+    (512, 2048), 15,
+)  # fmt: skip
 QUICK = Settings(
-    RATES[2:8:3], 2, 10, Model((16,), (), seeds=2, steps=6, layers=1, batch=2, unseen=4, context=8)
-)
+    RATES[2:8:3], 2, 10, Model((16,), (), seeds=2, steps=6, layers=1, batch=2, unseen=4, context=8),
+    (8, 16), 2,
+)  # fmt: skip
 
 Schedule = Callable[[jax.Array], jax.Array]
 Make = Callable[[Schedule, jax.Array], adamx.Transformation]
@@ -250,6 +258,21 @@ def trained(make: Make, task: Task, settings: Settings) -> Result:
     return Result(finite, test, held)
 
 
+def step_times(chosen: Mapping[str, Make], settings: Settings) -> dict[str, float]:
+    """Return the time of each method's step, in place, as a multiple of AdamW's."""
+    like = tree([settings.matrix], 2)
+    timed = dict(chosen) | {"adamw": methods()["adamw"]}
+
+    def loop(make: Make) -> Loop:
+        tx = make(lambda step: jnp.float32(1e-6) + 0 * step, jnp.float32(1e-6))
+        params = normal(like, 0)
+        return Loop(adamx.make_step(tx), (params, tx.init(params)), normal(like, 1))
+
+    candidates = {name: loop(make) for name, make in timed.items()}
+    times = interleave(candidates, rounds=settings.rounds, seed=0)
+    return {name: ratio(times[name], times["adamw"]).median for name in chosen}
+
+
 def cell(result: Result, settings: Settings) -> str:
     """Return mean and spread over the seeds at the best rate."""
     values = result.test[result.best]
@@ -274,7 +297,10 @@ def score(results: Mapping[str, Mapping[str, Result]], tasks: Sequence[Task], na
 
 
 def table(
-    results: Mapping[str, Mapping[str, Result]], tasks: Sequence[Task], settings: Settings
+    results: Mapping[str, Mapping[str, Result]],
+    times: Mapping[str, float],
+    tasks: Sequence[Task],
+    settings: Settings,
 ) -> Table:
     """Return a row for each method, the best mean place first."""
     places = {name: score(results, tasks, name) for name in results}
@@ -286,9 +312,10 @@ def table(
             f"{places[name]:.1f}",
             *(cell(found[task.title], settings) for task in tasks),
             f"{found[tasks[-1].title].state:.2f}",
+            f"{times[name]:.2f}",
         ])  # fmt: skip
     heads = [f"{task.title}: {task.measure}" for task in tasks]
-    columns = ["method", "mean place", *heads, "state, bytes/param"]
+    columns = ["method", "mean place", *heads, "state, bytes/param", "time / adamw"]
     return Table("Every method at its best rate", note(tasks, settings), columns, rows)
 
 
@@ -301,7 +328,9 @@ def note(tasks: Sequence[Task], settings: Settings) -> str:
         f"of {grid} with the least mean loss on validation data; a * marks an end of this grid. "
         "Each rate is warmed up over a tenth of the steps and falls to 0 along a cosine, but for "
         "schedule_free_adamw, which keeps it. All other hyperparameters are the defaults. "
-        f"{runs}. The bytes are the last task's."
+        f"{runs}. The bytes are the last task's. A step is timed in place on two matrices of "
+        f"{settings.matrix[0]} x {settings.matrix[1]}: the median of {settings.rounds} ratios to "
+        "AdamW's in the same round."
     )
 
 
@@ -313,8 +342,9 @@ Written by `python benchmarks/which.py --markdown docs/which-optimizer.md`, not 
 
 These tasks are small, short and easy. They show that every method learns, and which rates suit it.
 They do not show which is the best for a large model: there the batch, the length of the run, the
-decay and the architecture decide. Methods whose means differ by less than their spread are equal
-here. Muon, LAMB, Lion and Adafactor were made for sizes that do not occur here.
+decay and the architecture decide, and a step's time is small beside the gradient's. Methods whose
+means differ by less than their spread are equal here. Muon, LAMB, Lion and Adafactor were made for
+sizes that do not occur here.
 
 Start with `adamw`, and change it for a reason: fewer bytes (`moments="packed8"`, `adafactor`,
 `adam_mini`, `lion`; [low precision](low-precision.md)), steps that blow up (`stable_adamw`, clips,
@@ -343,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> Table:
         name: {task.title: trained(make, task, settings) for task in tasks}
         for name, make in track(chosen.items(), "methods", console=Console(stderr=True))
     }
-    made = table(results, tasks, settings)
+    made = table(results, step_times(chosen, settings), tasks, settings)
     console = Console()
     console.width = max(console.width, 150)
     console.print(made.rich())

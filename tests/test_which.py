@@ -39,10 +39,10 @@ def test_validation_chooses_the_rate_and_test_data_the_place():
               down: result([[1.0, 1.0], [2.0, 2.0]], [[2.0, 2.0], [1.0, 1.0]])},
     }  # fmt: skip
     assert results["a"][up].best == 0 and results["a"][down].best == 1
-    made = which.table(results, tasks, settings)
+    made = which.table(results, {"a": 1.5, "b": 0.625}, tasks, settings)
     first, second = ([cell for cell in row] for row in made.rows)
     low, high = (f"{rate:g}" for rate in settings.rates)
-    assert first == ["b", "1.0", f"90.0 ± 0.0, {low}*", f"2.000 ± 0.000, {low}*", "8.00"]
+    assert first == ["b", "1.0", f"90.0 ± 0.0, {low}*", f"2.000 ± 0.000, {low}*", "8.00", "0.62"]
     # 3.25 and 0.25 * sqrt(2): two seeds, of a sample
     assert second[:3] == ["a", "2.0", f"81.0 ± 1.4, {low}*"]
     assert second[3] == f"3.250 ± 0.354, {high}*"
@@ -75,6 +75,15 @@ def test_what_schedule_free_trained_is_judged_at_its_average(name, monkeypatch):
     assert bool(judged) == (name == "schedule_free_adamw")
 
 
+def test_the_time_of_a_step_is_a_multiple_of_that_of_adamw(monkeypatch):
+    seconds = {"sgd": [1.0, 2.0, 9.0], "adamw": [2.0, 4.0, 6.0]}
+    monkeypatch.setattr(
+        which, "interleave", lambda loops, **_: {name: np.array(seconds[name]) for name in loops}
+    )
+    chosen = {"sgd": which.methods()["sgd"]}
+    assert which.step_times(chosen, which.QUICK) == {"sgd": 0.5}
+
+
 @pytest.mark.slow
 def test_the_page_has_a_row_for_each_method_and_says_how_it_was_made(tmp_path):
     page = tmp_path / "which-optimizer.md"
@@ -83,4 +92,4 @@ def test_the_page_has_a_row_for_each_method_and_says_how_it_was_made(tmp_path):
     assert sorted(row[0] for row in made.rows) == sorted(chosen)
     text = page.read_text()
     assert all(f"\n| {name} |" in text for name in chosen) and made.note in text
-    assert {row[0]: row[-1] for row in made.rows}["sgd"] == "0.00"  # bytes: a count and a rate
+    assert {row[0]: row[-2] for row in made.rows}["sgd"] == "0.00"  # bytes: a count and a rate
