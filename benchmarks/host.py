@@ -1,10 +1,12 @@
 """What a large tree costs on the host: compiling a step, and everything that visits each leaf.
 
-    python benchmarks/host.py [--compile] [--scale] [--leaves 150,300] [--rounds 3] [--only WORD]
+    python benchmarks/host.py [--compile] [--scale] [--imports] [--leaves 150,300] [--rounds 3]
+                              [--only WORD]
 
 `--compile` traces, lowers and compiles the in-place step of each configuration beside Optax's
 equivalent, interleaved in one process, and prints the ratios. `--scale` times what grows with the
-number of leaves, and prints the exponent of the growth: 1 is linear. Without either, both.
+number of leaves, and prints the exponent of the growth: 1 is linear. `--imports` imports adamx and
+Optax, each in a process of its own. Without any of these, all.
 
 Times are those of the processor: the machine may be shared. Nothing is cached between two samples.
 """
@@ -15,6 +17,8 @@ import argparse
 import functools
 import gc
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -140,6 +144,22 @@ def compiling(leaves: tuple[int, ...], rounds: int, only: str) -> Table:
     heads = [x for part in ("trace", "lower", "compile", "all") for x in (f"{part}, s", "ratio")]
     note = "The in-place step; seconds of the processor, adamx / Optax unless the row says more."
     return Table("Compiling the step", note, ["leaves", "", *heads], rows)
+
+
+def importing(rounds: int) -> Table:
+    """Compare the import of the two libraries; both import JAX."""
+    program = "import resource, {}; print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
+    empty = program.format("sys")
+
+    def sample(line: str) -> Callable[[], float]:
+        return lambda: float(subprocess.check_output([sys.executable, "-c", line]))
+
+    lines = {name: program.format(name) for name in ("adamx", "optax")}
+    candidates = {name: sample(line) for name, line in {**lines, "nothing": empty}.items()}
+    times = interleave(candidates, rounds=max(rounds, 11), seed=0)
+    ours, theirs = (times[name] - np.median(times["nothing"]) for name in lines)
+    row = ["import", f"{np.median(ours):.2f} / {np.median(theirs):.2f}", str(ratio(ours, theirs))]
+    return Table("Importing", "Seconds of the processor, adamx / Optax.", ["", "s", "ratio"], [row])
 
 
 # ------------------------------------------------------------------------------------- growing
@@ -294,17 +314,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--imports", action="store_true")
     parser.add_argument("--leaves", default="")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="")
     given = parser.parse_args()
-    both = given.compile == given.scale
+    every = not (given.compile or given.scale or given.imports)
     numbers = tuple(int(n) for n in given.leaves.split(",") if n)
 
     def tables() -> Iterator[Table]:
-        if given.compile or both:
+        if given.imports or every:
+            yield importing(given.rounds)
+        if given.compile or every:
             yield compiling(numbers or (150, 300, 1000), given.rounds, given.only)
-        if given.scale or both:
+        if given.scale or every:
             yield growing(numbers or (300, 1000, 2000, 6000, 20000), given.only)
 
     for table in tables():

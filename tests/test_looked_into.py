@@ -178,6 +178,22 @@ for make in (adamx.adamw, adamx.lion, adamx.schedule_free_adamw, adamx.adan, ada
 """
 
 
+IMPORTED = """
+import sys, jax, optax
+before = set(sys.modules)
+import adamx
+new = set(sys.modules) - before
+print(*{name.partition(".")[0] for name in new} - sys.stdlib_module_names - {"jax"})
+print(*(name for name in new if "jax.extend" in name or "pallas" in name))
+"""
+
+
+def test_its_import_loads_no_other_library_and_no_more_of_jax():
+    """No library for plots or checkpoints, and no `jax.extend`, with which Pallas would come."""
+    run = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True)
+    assert run.stdout.split() == ["adamx"], run.stdout + run.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_its_type_hints_hold_at_run_time():
     run = subprocess.run([sys.executable, "-c", CHECKED], capture_output=True, text=True)

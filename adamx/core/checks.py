@@ -196,14 +196,16 @@ def as_float(value: Any) -> Any:
     return float(value) if isinstance(value, numbers.Real) else value
 
 
+_signature = functools.cache(inspect.signature)
+
+
 def checked(factory: Callable[P, R]) -> Callable[P, R]:
     """Check a factory's arguments in its own name against the ranges in its annotations."""
-    signature = inspect.signature(factory)
 
     @functools.wraps(factory)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            bound = signature.bind(*args, **kwargs)
+            bound = _signature(factory).bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{factory.__name__}: {error}") from None
         bound.apply_defaults()

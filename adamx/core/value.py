@@ -18,7 +18,7 @@ import inspect
 import pickle
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
@@ -45,8 +45,9 @@ class Value:
         hidden = {name: vars(cls)[name] for name in names if name in vars(cls)}
         hidden |= {"__annotations__": names, "__post_init__": Value.__post_init__}
         hidden |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        hidden |= {"__doc__": "Fields."}  # where there is none, dataclasses writes a signature
         made: Any = type(cls.__name__, (cls._declared,), hidden)
-        cls._declared = dataclasses.dataclass(repr=False, eq=False, frozen=True)(made)
+        cls._declared = dataclasses.dataclass(repr=False, eq=False)(made)
         if "__init__" not in vars(cls):
             type.__setattr__(cls, "__init__", made.__init__)
         jax.tree_util.register_static(cls)
@@ -165,12 +166,15 @@ class Value:
     def __hash__(self) -> int:
         return self._hash
 
-    def __setattr__(self, name: str, value: Any) -> NoReturn:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._declared.__dataclass_fields__ and name not in vars(self):
+            vars(self)[name] = value  # in `__init__`
+            return
         raise dataclasses.FrozenInstanceError(
             f"{type(self).__name__} cannot be changed: replace({name}=...) returns another one"
         )
 
-    def __delattr__(self, name: str) -> NoReturn:
+    def __delattr__(self, name: str) -> None:
         self.__setattr__(name, None)
 
     def __repr__(self) -> str:
