@@ -145,3 +145,10 @@ def test_storages_keep_their_bounds_on_some_of_the_problems():
     assert found["CLIFF"].solved(1e-3).any(-1).all()
     assert not found["BROWNBS"].solved(1e-3).any()
     assert found["NELSONLS"].bad.any() and found["NELSONLS"].steepest.max() > 1e30
+
+    # what packed8 solves since a gradient above 2.2e5 counts as that
+    plain, limit = stress.methods()["adamw"], adamx.clip_by_value(2.2e5)
+    clipped = dataclasses.replace(plain, make=lambda lr: adamx.chain(limit, adamx.adamw(lr)))
+    settings = stress.Settings(rates=(0.001,))
+    found = stress.tried(problems["HAHN1LS"], stress.Steps((plain, clipped), settings))
+    np.testing.assert_array_equal(found.solved(1e-3), [[False], [True]])
