@@ -17,6 +17,7 @@ import adamx
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 stress: Any = importlib.import_module("stress")
+which: Any = importlib.import_module("which")
 pytestmark = pytest.mark.usefixtures("plain_jax")
 
 SETTINGS = stress.Settings(rates=(0.5, 1.0), steps=6)
@@ -110,6 +111,35 @@ def test_no_gradient_moves_an_element_further_than_the_bound(name):
     bad, moved, finite, _ = walked([stress.methods()[name]], any_gradients())
     assert finite.all() == (name != stress.PEER) and not bad.any()  # Optax's nu becomes infinite
     assert np.all(moved <= 1 + stress.ROUNDING) and np.all(moved > 0.5)
+
+
+UNSCALED = {"sgd", "sgdw", "momentum", "radam", "simplified_ademamix", "lamb"}
+"""Those that do not divide by a root, or not at first; by how much less than they add; or by |u|
+and multiply by |w|."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(which.methods().keys() - UNSCALED))
+def test_no_gradient_of_the_family_makes_a_long_step(name):
+    """Of more than 15 rates, twice Adam's bound; without the limit it is up to 1e19.
+
+    Up to 1e37: a sum of gradients, as MARS and Muon have it, may be infinite above (deviations.md).
+    """
+    gradients = jnp.asarray(any_gradients() / 32, jnp.float32)
+    grads = {"b": gradients, "w": gradients.reshape(60, 9, -1)}
+    params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), grads)
+    tx = which.methods()[name](lambda step: 0.1 + 0 * step, jnp.float32(0.1))
+
+    @jax.jit
+    def walk(grads):
+        def step(state, g):
+            updates, state = tx.update(g, state, params)
+            return state, updates
+
+        return jax.lax.scan(step, tx.init(params), grads)[1]
+
+    for u in jax.tree.leaves(walk(grads)):
+        assert np.isfinite(u).all() and np.abs(u).max() <= 1.5
 
 
 def test_the_page_has_a_row_for_each_method_and_the_tables_of_the_command():
