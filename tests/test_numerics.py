@@ -284,17 +284,23 @@ def test_nothing_over_nothing_is_nothing() -> None:
         assert np.all(derivative[3:] == 0)
 
 
-def test_limit_for_squares_acts_on_bfloat16_alone() -> None:
+def test_limit_for_squares_acts_where_float32_does_not_hold_the_square() -> None:
     """At 2^60: its square, the sum of 255 such, and what the correction makes of it are finite."""
     limit = 2.0**60
     u = jnp.array([0.0, -3.0, limit, -limit, 2 * limit, -3e38, 3e38, jnp.inf, -jnp.inf, jnp.nan])
     limited = [0.0, -3.0, limit, -limit, limit, -limit, limit, np.inf, -np.inf, np.nan]
-    np.testing.assert_array_equal(limit_for_squares(u, jnp.bfloat16), limited)
-    for dtype in ("float16", "float32", "float64"):
-        assert limit_for_squares(u, jnp.dtype(dtype)) is u
+    for dtype in (jnp.bfloat16, jnp.float32):
+        np.testing.assert_array_equal(limit_for_squares(u, dtype), limited)
+    both = limit_for_squares(jax.lax.complex(u, u[::-1]), jnp.complex64)
+    np.testing.assert_array_equal(both.real, limited)
+    np.testing.assert_array_equal(both.imag, limited[::-1])
+    assert limit_for_squares(u, jnp.float16) is u
     with jax.enable_x64(True):
         wide = jnp.array([1e300, -3e38])
-        assert limit_for_squares(wide, jnp.bfloat16) is wide
+        for dtype in (jnp.bfloat16, jnp.float32, jnp.float64):
+            assert limit_for_squares(wide, dtype) is wide
+        wide = jax.lax.complex(wide, wide)
+        assert limit_for_squares(wide, jnp.complex128) is wide
     assert 255 * limit**2 < LARGEST
 
 
@@ -507,8 +513,9 @@ def test_updates_of_16_bit_gradients_are_true(name: str, dtype: np.dtype) -> Non
         assert np.all(error <= np.maximum(allowed, SMALLEST))
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.dtype(np.float32)], ids=str)
 @pytest.mark.parametrize("name", sorted(SCALED))
-def test_bfloat16_beyond_the_square_root_of_float32_counts_as_the_limit(name: str) -> None:
+def test_beyond_the_square_root_of_float32_a_gradient_counts_as_the_limit(name, dtype) -> None:
     """nu of 3.4e38 would be 1e76. The gradient counts as 2^60, then as before and after.
 
     One in ten is the largest here, the others ordinary: all updates are those of the limited
@@ -516,24 +523,27 @@ def test_bfloat16_beyond_the_square_root_of_float32_counts_as_the_limit(name: st
     """
     make, method = OPTIMIZERS[name]
     rng = np.random.default_rng(3)
-    g = rng.normal(size=(STEPS, 32)).astype(BFLOAT16)
+    g = rng.normal(size=(STEPS, 32)).astype(dtype)
     huge = rng.random(g.shape) < 0.1
-    g[huge] = (np.sign(g.astype(np.float64)) * float(ml_dtypes.finfo(BFLOAT16).max))[huge]
+    info = ml_dtypes.finfo(dtype)
+    g[huge] = (np.sign(g.astype(np.float64)) * float(info.max))[huge]
     limit = np.clip(g.astype(np.float64), -(2.0**60), 2.0**60)
-    emitted = walk(make(), g, np.zeros(32, BFLOAT16))[0].astype(np.float64)
+    emitted = walk(make(), g, np.zeros(32, dtype))[0].astype(np.float64)
     wanted = method(np.zeros(32), limit, learning_rate=RATE).updates
     assert np.all(np.isfinite(emitted))
+    half, rounded = float(info.eps) / 2, 1000 * 2.0**-24  # of an ULP; 460 roundings, as above
     if name in ("adam", "adamw"):
-        # the numerator remembers as the denominator does; half an ULP, and 460 roundings as above
+        # the numerator remembers as the denominator does
         measure = np.abs(method(np.zeros(32), np.abs(limit), learning_rate=RATE).updates)
         np.testing.assert_array_less(
-            np.abs(emitted - wanted), 2.0**-8 * np.abs(wanted) + 1000 * 2.0**-24 * measure + 1e-37
+            np.abs(emitted - wanted), half * np.abs(wanted) + rounded * measure + 1e-37
         )
     else:
         # 1 / 1e18 of an ordinary update may stay
         before = ~np.maximum.accumulate(huge)
-        np.testing.assert_allclose(emitted[before], wanted[before], rtol=2.0**-8)
-        np.testing.assert_allclose(emitted, wanted, rtol=2.0**-8, atol=1e-37)
+        relative = half if dtype == BFLOAT16 else rounded
+        np.testing.assert_allclose(emitted[before], wanted[before], rtol=relative)
+        np.testing.assert_allclose(emitted, wanted, rtol=relative, atol=1e-37)
 
 
 @pytest.mark.parametrize("gradient", [1e19, 3e19, 5e36, 2e37])

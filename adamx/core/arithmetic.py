@@ -266,25 +266,28 @@ def divide(numerator: jax.Array, denominator: jax.Array, least: Any = 0.0) -> ja
 
 
 def limit_for_squares(u: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Limit a bfloat16 gradient to |u| <= 2^60, so that float32 holds its square.
+    """Limit a gradient to |u| <= 2^60, so that float32 holds its square.
 
-    bfloat16 reaches 3.4e38, whose square overflows float32: v would be inf and the update 0 for
-    ever. The bits below sqrt(max) leave room for the bias correction of the square. NaN and inf
-    stay. Other dtypes are left alone: float16 cannot overflow, and in float32 the limit would cost
-    4 % of the step to mend gradients above 1.8e19.
+    Both bfloat16 and float32 reach 3.4e38, and squares above 1.8e19 overflow. A square that counts
+    as the largest number would be far too small for its gradient, and Adam's step, which divides
+    one by the root of the other, could be 1e19 times too long. The bits below sqrt(max) leave room
+    for the bias correction of the square, and for the two parts of a complex number, each of which
+    is limited. NaN and inf stay. float16 cannot overflow, and float64 is left alone.
 
     Args:
         u: the update in compute dtype.
         dtype: the gradient's dtype before widening.
 
     Example:
-        >>> limit_for_squares(jnp.array([1e30, -2.0, jnp.inf]), jnp.bfloat16)
+        >>> limit_for_squares(jnp.array([1e30, -2.0, jnp.inf]), jnp.float32)
         Array([ 1.1529215e+18, -2.0000000e+00,            inf], dtype=float32)
-        >>> limit_for_squares(jnp.array([1e30, -2.0]), jnp.float32)
-        Array([ 1.e+30, -2.e+00], dtype=float32)
+        >>> limit_for_squares(jnp.array([6e4, -2.0]), jnp.float16)
+        Array([ 6.e+04, -2.e+00], dtype=float32)
     """
-    if dtype != jnp.bfloat16 or jnp.finfo(u.dtype).bits > 32:
+    if dtype == jnp.float16 or jnp.finfo(u.dtype).bits > 32:
         return u
+    if jnp.iscomplexobj(u):
+        return jax.lax.complex(*(limit_for_squares(x, x.dtype) for x in (u.real, u.imag)))
     return jnp.where(jnp.isinf(u), u, jnp.clip(u, -(2.0**60), 2.0**60))
 
 
