@@ -48,6 +48,8 @@ Every transformation is an `optax.GradientTransformationExtraArgs`, and `chain` 
 transformation as a stage.
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from adamx.core.arithmetic import zeros
 from adamx.core.chain import chain
 from adamx.core.combine import combine
@@ -67,6 +69,7 @@ from adamx.inspect.audit import Audit, audit
 from adamx.inspect.compare import Comparison, compare
 from adamx.inspect.plots import plot
 from adamx.inspect.summary import Summary, summary
+from adamx.interop.names import missing as _missing
 from adamx.interop.optax_state import from_optax, to_optax
 from adamx.interop.plain_data import from_dict, to_dict
 from adamx.interop.torch_state import from_torch, to_torch
@@ -180,6 +183,9 @@ from adamx.wrappers.skip_nonfinite import skip_nonfinite
 from adamx.wrappers.skip_spikes import skip_spikes
 
 __version__ = "0.1.0"
+
+if not _TYPE_CHECKING:  # a type checker knows that there are no other names
+    __getattr__ = _missing
 
 __all__ = [
     "Adaptation",

@@ -86,7 +86,7 @@ def reset(
         Array([0.5], dtype=float32)
     """
     for given in (state,) if to is None else (state, to):
-        errors.check_state(given)
+        errors.check_state(given, "reset(tx, state, params, patterns)")
     many = patterns if isinstance(patterns, tuple | list) else (patterns,)
     for pattern in many:
         check_pattern("reset", pattern)

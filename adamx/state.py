@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from adamx.core.concept import Slots
-from adamx.core.errors import describe
+from adamx.core.errors import describe, what_it_may_be
 from adamx.core.leaves import take_apart
 from adamx.core.lifting import BEGAN, State, beginnings
 from adamx.core.paths import at, flatten, leaves_by_path
@@ -157,6 +157,11 @@ def adapt_state(
         >>> print(state["mu"]["w"], adaptation)
         [0.1 0.1 0. ] adapt_state: added rows to 1: mu/w.
     """
+    if not isinstance(tx, Transformation):
+        raise TypeError(
+            f"adapt_state: tx must be an adamx transformation, got {describe(tx)}: the order is "
+            "adapt_state(tx, params, saved)"
+        )
     first = _start(tx if saved_by is None else saved_by, params, saved)
     grown = {} if rows is None else grown_leaves(rows, params, first, leaves_by_path(saved))
     if saved_by is None:
@@ -256,7 +261,7 @@ def _matched(start: State, saved: Any, grown: Leaves) -> tuple[State, Adaptation
     if "count" not in old:
         raise TypeError(
             "adapt_state: saved must be a state of adamx, with 'count' at the top, "
-            f"got {describe(saved)} with {sorted(old)[:4]}"
+            f"got {describe(saved)}: {what_it_may_be(saved)}"
         )
     filled, rounded, added, shared = {}, [], [], []
 

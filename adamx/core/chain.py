@@ -57,7 +57,7 @@ class chain(Transformation):
             if stage.place == "last":
                 raise ValueError(
                     f"chain: {type(stage).__name__} sets the new parameters, so it must be the "
-                    f"last stage, but {spliced[-1]!r} follows it: put that inside"
+                    f"last stage, but {spliced[-1]!r} follows it: move it to the end"
                 )
         for stage in spliced if len(spliced) > 1 else ():
             for part in parts(stage):

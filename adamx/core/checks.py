@@ -62,7 +62,8 @@ class Range:
         """Raise ValueError (TypeError for a wrong kind of value) unless value is in the range."""
         if value is None and self.optional:
             return
-        kinds = "a number or a scalar array" + (" or a schedule" if self.schedule else "")
+        several = "a number, a scalar array or a schedule"
+        kinds = several if self.schedule else "a number or a scalar array"
         where = f"{function}: {argument} must be"
         if isinstance(value, adjustable) and self.schedule:
             value = value.value
@@ -84,7 +85,9 @@ class Range:
             raise ValueError(f"{where} {self.text}, got None")
         if not isinstance(value, numbers.Real):
             why = f": {self.constant}" if callable(value) and self.constant else ""
-            raise TypeError(f"{where} {kinds} {self.text}, got {value!r}{why}")
+            if isinstance(value, str):
+                why = ", which is text: YAML reads 1e-3 so, and 1.0e-3 as a number"
+            raise TypeError(f"{where} {kinds}, {self.text}, got {value!r}{why}")
         try:
             number = float(value)
         except OverflowError:
@@ -196,6 +199,10 @@ def as_float(value: Any) -> Any:
     return float(value) if isinstance(value, numbers.Real) else value
 
 
+ELSEWHERE = {"lr": "learning_rate", "betas": "b1 and b2", "epsilon": "eps", "wd": "weight_decay"}
+ELSEWHERE |= {"beta1": "b1", "beta2": "b2", "beta_1": "b1", "beta_2": "b2"}
+"""What arguments of other libraries are called here."""
+
 _signature = functools.cache(inspect.signature)
 
 
@@ -207,7 +214,11 @@ def checked(factory: Callable[P, R]) -> Callable[P, R]:
         try:
             bound = _signature(factory).bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{factory.__name__}: {error}") from None
+            names = _signature(factory).parameters
+            unknown = next((name for name in kwargs if name not in names), None)
+            said = error if unknown is None else f"there is no argument {unknown!r}"
+            instead = f": it is {ELSEWHERE[unknown]} here" if unknown in ELSEWHERE else ""
+            raise TypeError(f"{factory.__name__}: {said}{instead}") from None
         bound.apply_defaults()
         for argument, range_ in ranges_of(factory).items():
             value = bound.arguments[argument]

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from optax import GradientTransformation
 
 from adamx.core.paths import flatten, leaves_by_path
 
@@ -79,15 +80,30 @@ def flatten_like(treedef: Any, name: str, tree: Any, updates: list[Any]) -> list
         return leaves
     except (ValueError, TypeError) as error:
         here, there = (flatten(t)[0] for t in (treedef.unflatten(range(len(updates))), tree))
-        only_here = [p for p in here if p not in there][:3]
-        only_there = [p for p in there if p not in here][:3]
         what = name if name == "params" else f"state[{name!r}]"
+        apart = differences("the updates", here, what, there)
         raise ValueError(
-            f"adamx: the updates and {what} are different trees: "
-            f"only in the updates: {only_here}, only in {what}: {only_there} "
+            f"adamx: the updates and {what} are different trees{apart} "
             f"({error}). Does the state belong to another model, or are the arguments swapped? "
-            "The order is update(updates, state, params)"
+            "The order is update(updates, state, params), and apply_updates(params, updates)"
         ) from None
+
+
+def differences(one: str, here: Iterable[str], other: str, there: Iterable[str]) -> str:
+    """Say which names only one of two has, as the end of a sentence; nothing if both are alike.
+
+    Example:
+        >>> differences("a", ["x", "y"], "b", ["y"])
+        ": only in a: ['x']"
+    """
+    here, there = list(here), list(there)
+    sides = {one: [x for x in here if x not in there], other: [x for x in there if x not in here]}
+    said = [
+        f"only in {name}: {found[:4]}{' and more' if len(found) > 4 else ''}"
+        for name, found in sides.items()
+        if found
+    ]
+    return f": {', '.join(said)}" if said else ""
 
 
 def check_param(path: str, update: jax.Array, param: Any) -> jax.Array:
@@ -117,15 +133,24 @@ def check_shape(path: str, update: jax.Array, param: Any) -> jax.Array:
     return param
 
 
-def check_state(state: Any) -> None:
-    """Raise unless the state looks like a state of adamx."""
+def check_state(state: Any, call: str = "update(updates, state, params)") -> None:
+    """Raise unless what was given to this call as the state looks like a state of adamx."""
     if not isinstance(state, dict) or "count" not in state:
         raise TypeError(
-            "adamx: update(updates, state, params) expects the state that init returned, a dict "
-            f"with 'count', got {describe(state)}: are the arguments swapped, or is it the state "
-            "of an Optax optimizer?"
+            f"adamx: {call} expects the state that init returned, a dict with 'count', got "
+            f"{describe(state)}: {what_it_may_be(state)}"
         )
     counter(state, "count")
+
+
+def what_it_may_be(state: Any) -> str:
+    """Guess what was given in the place of a state."""
+    if isinstance(state, tuple) and not isinstance(state, GradientTransformation):
+        return "adamx.from_optax(state, tx, params) converts the state of an Optax optimizer"
+    for name, x in state.items() if isinstance(state, Mapping) else ():
+        if isinstance(x, Mapping) and "count" in x:
+            return f"is it the entry {name!r} of that?"
+    return "are the arguments swapped?"
 
 
 def entry(state: Mapping[str, Any], name: str) -> Any:
@@ -133,7 +158,7 @@ def entry(state: Mapping[str, Any], name: str) -> Any:
     if name not in state:
         raise ValueError(
             f"adamx: the state has no {name!r}, only {sorted(state)}: it was made by another "
-            "composition; adapt_state(tx, params, state) carries it over"
+            "composition; adapt_state(tx, params, state, saved_by=old_tx) carries it over"
         )
     return state[name]
 
@@ -205,7 +230,8 @@ def check_names(state: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     if unknown := sorted(state.keys() - new.keys()):
         raise ValueError(
             f"adamx: the state holds {unknown}, which this transformation does not keep: it was "
-            "made by another composition; adapt_state(tx, params, state) carries it over"
+            "made by another composition; adapt_state(tx, params, state, saved_by=old_tx) carries "
+            "it over"
         )
 
 
@@ -220,7 +246,7 @@ def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]
             f"adamx: leaf {path!r} keeps {unknown} in the state where this gradient needs "
             f"{missing}: the state was made by another composition or for an array of another "
             "shape: inside shard_map adamx.in_shard_map(tx, specs) shows whole arrays, and "
-            "otherwise adapt_state(tx, params, state) carries the state over"
+            "otherwise adapt_state(tx, params, state, saved_by=old_tx) carries the state over"
         )
     for name, start in expected.items():
         if name not in slots:
@@ -248,7 +274,8 @@ def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]
     if unknown:
         raise ValueError(
             f"adamx: leaf {path!r} keeps {unknown} in the state, which this transformation does "
-            "not: it was made by another composition; adapt_state(tx, params, state) carries it"
+            "not: it was made by another composition; adapt_state(tx, params, state, "
+            "saved_by=old_tx) carries it over"
         )
 
 
@@ -310,7 +337,8 @@ def check_disjoint(names: Iterable[str], more: Iterable[str]) -> None:
     if clash := sorted(set(names) & set(more)):
         raise ValueError(
             f"adamx: two stages keep {clash[0]!r} in the state: give one of them another name, "
-            "with name= for a concept and named(name, tx) for a foreign transformation"
+            "with name= for a concept and named(name, tx) for a foreign transformation, or leave "
+            "one out, if both are whole optimizers"
         )
 
 

@@ -201,7 +201,8 @@ def as_transformation(tx: Any, what: str) -> optax.GradientTransformation:
     if isinstance(tx, optax.GradientTransformation):
         return tx
     hint = ": write it as a call" if callable(tx) else ""
-    raise TypeError(f"{what} must be an adamx or Optax transformation, got {tx!r}{hint}")
+    given = repr(tx) if callable(tx) else errors.describe(tx)
+    raise TypeError(f"{what} must be an adamx or Optax transformation, got {given}{hint}")
 
 
 def as_concept(stage: Any, what: str) -> Transformation:

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 
+from adamx.core.errors import differences
 from adamx.core.identity import identity
-from adamx.core.paths import Pattern, check_all_used, flatten, matches, paths_of
+from adamx.core.paths import Pattern, check_all_used, check_callable, flatten, matches, paths_of
 from adamx.core.transformation import Transformation
 
 
@@ -42,7 +43,10 @@ def settle(concept: Any, tree: Any) -> Transformation:
     name = type(concept).__name__
     if concept.mask is None or not (paths := paths_of(tree)):  # any mask fits a tree without leaves
         return concept
-    mask = concept.mask(tree) if _is_function(concept.mask) else concept.mask
+    mask = concept.mask
+    if _is_function(mask):
+        check_callable(name, "mask", mask, "params")
+        mask = mask(tree)
     if mask is None:
         return concept
     patterns = _patterns(mask)
@@ -69,10 +73,10 @@ def _flags(name: str, mask: Any, tree: Any) -> list[Any]:
     missing = [path for path, entry in above.items() if entry not in flags]
     extra = sorted(flags.keys() - set(above.values()))
     if missing or extra:
+        apart = differences("the parameters' tree", missing, "the mask", extra)
         raise ValueError(
-            f"{name}: mask must be a tree of bools that is a prefix of the parameters' tree, or "
-            f"patterns of paths; False is the mask of no leaf: it says nothing of {missing[:4]}, "
-            f"and the parameters have no {extra[:4]}"
+            f"{name}: mask must be a tree of bools that is a prefix of the parameters' tree (False "
+            f"leaves a branch out), or patterns of paths{apart}"
         )
     return [flags[entry] for entry in above.values()]
 

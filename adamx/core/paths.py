@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import fnmatch
 import functools
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,6 +38,21 @@ def check_pattern(function: str, pattern: Any, predicates: bool = False) -> None
             f"{function}: a pattern must be a string such as '*/bias' or a compiled regular "
             f"expression{more}, got {pattern!r}"
         )
+    if callable(pattern):
+        check_callable(function, "a pattern that is a function", pattern, "path", "leaf")
+
+
+def check_callable(function: str, what: str, given: Any, *arguments: str) -> None:
+    """Raise TypeError where a function cannot be called with these arguments."""
+    try:
+        inspect.signature(given).bind(*arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"{function}: {what} is called as f({', '.join(arguments)}), and {text(given)} is not "
+            f"such a function: {error}"
+        ) from None
+    except ValueError:  # of C: its arguments are not known
+        return
 
 
 def text(pattern: Pattern | Predicate) -> str:

@@ -170,9 +170,11 @@ class Value:
         if name in self._declared.__dataclass_fields__ and name not in vars(self):
             vars(self)[name] = value  # in `__init__`
             return
-        raise dataclasses.FrozenInstanceError(
-            f"{type(self).__name__} cannot be changed: replace({name}=...) returns another one"
-        )
+        said = f"cannot be changed: replace({name}=...) returns another one"
+        if name not in self._declared.__dataclass_fields__:
+            said = f"has no field {name!r}: declare it in the class, as `{name}: float`, and the "
+            said += "class needs no __init__"
+        raise dataclasses.FrozenInstanceError(f"{type(self).__name__} {said}")
 
     def __delattr__(self, name: str) -> None:
         self.__setattr__(name, None)

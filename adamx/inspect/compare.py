@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from adamx.core import errors
 from adamx.core.foreign import as_transformation
 from adamx.core.paths import leaves_by_path
 
@@ -125,6 +126,11 @@ def compare(
         (0.0, None)
     """
     tx_a, tx_b = as_transformation(tx_a, "compare: tx_a"), as_transformation(tx_b, "compare: tx_b")
+    if isinstance(gradients, Mapping):
+        raise TypeError(
+            "compare: gradients must be a list of trees, one for each step, or a function of the "
+            f"step's number, got one tree, {errors.describe(gradients)}: write [gradients]"
+        )
     if callable(gradients):
         if steps is None:
             raise ValueError("compare: steps must be given if gradients is a function, got None")

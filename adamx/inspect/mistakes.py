@@ -9,9 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adamx.core.chain import chain
+from adamx.core.concept import any_of, parts
+from adamx.core.foreign import named
 from adamx.core.transformation import Transformation
 from adamx.formula.expressions import REDUCTIONS, Expr
 from adamx.inspect.leaf import Leaf, some
+from adamx.transforms.add_decayed_weights import add_decayed_weights
+from adamx.transforms.scale import scale
 
 LARGE_EPS = 1e-3
 """From here on `summary` warns of eps: gradients of single elements are often smaller."""
@@ -25,6 +30,8 @@ def likely_mistakes(tx: Any, leaves: list[Leaf]) -> Iterator[str]:
         leaves: the parameters, with their formulas.
     """
     yield from _foreign_precision(tx, leaves)
+    if isinstance(tx, Transformation):
+        yield from _misplaced(tx)
     yield from _undeclared_layers(leaves)
     yield from _decayed_vectors(leaves)
     yield from _large_eps(leaves)
@@ -38,6 +45,38 @@ def _foreign_precision(tx: Any, leaves: list[Leaf]) -> Iterator[str]:
             f"{len(narrow)} of the parameters' leaves are {narrow[0].param.dtype}, and an Optax "
             "transformation may lose small steps by rounding: adamx.master_weights(tx) does not"
         )
+
+
+def _misplaced(tx: Transformation) -> Iterator[str]:
+    """Warn of what comes after the learning rate, and of a composition without one."""
+    for each in parts(tx):
+        rate = None
+        for stage in each.stages if isinstance(each, chain) else ():
+            name = stage.name if isinstance(stage, named) else type(stage).__name__
+            if rate and any_of(stage, lambda x: isinstance(x, add_decayed_weights)):
+                yield (
+                    f"{name} comes after {rate}, where it adds to the weights what it should take "
+                    "from them: put it before"
+                )
+            elif rate and name.startswith(("clip", "adaptive_clip", "adaptive_grad_clip")):
+                yield (
+                    f"{name} comes after {rate}, where it clips the step and not the gradient: put "
+                    "it first, if that is not meant"
+                )
+            if any_of(stage, lambda x: x.takes_steps):
+                rate = name
+    if not any_of(tx, _may_step):
+        yield (
+            "no stage multiplies by minus a learning rate, so that the updates go up the gradient: "
+            "end with adamx.scale_by_learning_rate(...)"
+        )
+
+
+def _may_step(part: Any) -> bool:
+    """Say whether a concept may turn the gradient into a step down."""
+    size = part.step_size if isinstance(part, scale) else 0.0
+    down = not isinstance(size, float) or size < 0
+    return part.takes_steps or down or isinstance(part, named) or part.place == "last"
 
 
 def _decayed_vectors(leaves: list[Leaf]) -> Iterator[str]:

@@ -293,10 +293,10 @@ def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any
         >>> print(found.count, found.mu, found.nu)
         1 [ 2. -4.] [ 4. 16.]
     """
+    errors.check_state(state, "to_optax(state, tx, params)")
     tx = as_transformation(tx, "to_optax: tx")
     if isinstance(tx, Transformation):
         raise TypeError(f"to_optax: tx must be the Optax transformation to go on with, got {tx!r}")
-    errors.check_state(state)
     if BEGAN in state:
         raise ValueError(
             f"to_optax: the leaves {sorted(state[BEGAN])[:4]} began late, and Optax has one count "

@@ -53,8 +53,8 @@ def to_dict(tx: Any) -> dict[str, Any]:
     Raises:
         TypeError: if `tx` is not an adamx transformation.
         ValueError: if it holds something that has no name: a lambda, a function inside a function,
-            a traced array, or an Optax object whose arguments cannot be read back, such as
-            `inject_hyperparams`.
+            a function of `__main__`, a traced array, or an Optax object whose arguments cannot be
+            read back, such as `inject_hyperparams`.
 
     Example:
         >>> import adamx, optax
@@ -181,6 +181,7 @@ def _path(x: Any) -> str | None:
     home = getattr(x, "__module__", None)
     if not name:
         return None
+    home = None if home == "__main__" else home  # which is another module in each process
     modules = [*_HOMES, "jax.sharding", "operator", "builtins", home]
     paths = (f"{module}.{name}" for module in modules if module)
     return next((path for path in paths if _found(path) is x), None)
@@ -303,7 +304,8 @@ def _made(data: Any, where: str, shared: dict[Any, Any]) -> Any:
     if not data.get(PARTIAL) and not public:
         raise ValueError(
             f"from_dict: {where} has the {TARGET} {target!r}, which is not a public function of "
-            "adamx, Optax, jax.numpy or NumPy: hydra.utils.instantiate calls any function"
+            "adamx, Optax, jax.numpy or NumPy: hydra.utils.instantiate(data, _convert_='all') "
+            "reads data that call other functions, if you trust them"
         )
     call = functools.partial(_imported(target, where), *args, **kwargs)
     if data.get(PARTIAL):

@@ -34,12 +34,16 @@ _RATE = "learning_rate"
 def check_plain(function: str, tx: Any) -> None:
     """Raise unless a state of `tx` consists of plain slots and of scalars known from the count."""
     if not isinstance(tx, Transformation):
-        raise TypeError(f"{function}: tx must be the adamx transformation of the state, got {tx!r}")
+        raise TypeError(
+            f"{function}: tx must be the adamx transformation of the state, got {describe(tx)}: "
+            f"the order is {function}(state, tx, params)"
+        )
     for part in parts(tx):
         if isinstance(part, Storage):
             raise ValueError(
                 f"{function}: tx must have float32 slots, got {type(part).__name__}: convert with "
-                'moments="float32", and adapt_state(tx, params, state) changes to this storage'
+                'moments="float32", and adapt_state(tx, params, state, saved_by=that) changes to '
+                "this storage"
             )
         if isinstance(part, named) and (names := part.state_names()):
             raise ValueError(

@@ -185,7 +185,7 @@ def to_torch(
     """
     function = "to_torch"
     check_plain(function, tx)
-    errors.check_state(state)
+    errors.check_state(state, "to_torch(state, tx, params)")
     groups = _groups(function, like)
     places = _places(function, params, names, groups)
     slots = {name: leaves_by_path(errors.entry(state, name)) for name in tx.tree_names()}

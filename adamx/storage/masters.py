@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from adamx.core import errors
 from adamx.core.arithmetic import compute_dtype, narrowed
 from adamx.core.concept import Slots
 from adamx.core.leaves import take_apart
@@ -87,6 +88,7 @@ def masters(params: Any, state: Mapping[str, Any]) -> Any:
         >>> masters(adamx.apply_updates(params, updates), state)
         Array([0.99902344], dtype=float32)
     """
+    errors.check_state(state, "masters(params, state)")
     leaves = take_apart(params, None)
     names = [name for name in NAMES if name in state]
     if not names:

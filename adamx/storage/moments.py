@@ -73,7 +73,7 @@ def moments(state: Mapping[str, Any], tx: Transformation) -> dict[str, Any]:
         >>> sorted(state), moments(state, tx)["mu"]
         (['count', 'learning_rate', 'packed16'], {'w': Array([2.], dtype=float32)})
     """
-    errors.check_state(state)
+    errors.check_state(state, "moments(state, tx)")
     names = tx.tree_names()
     if not names:
         return {}

@@ -59,6 +59,8 @@ class scale_by_path(Transformation):
                 "scale_by_path: factors must map patterns to numbers, as {'embed*': 0.1}, or be a "
                 f"function of path and leaf, got {factors!r}"
             )
+        if not isinstance(factors, Mapping):
+            paths.check_callable("scale_by_path", "factors", factors, "path", "leaf")
         by_pattern = factors if isinstance(factors, Mapping) else {}
         for pattern in by_pattern:
             paths.check_pattern("scale_by_path", pattern, predicates=True)

@@ -154,7 +154,7 @@ def schedule_free_eval_params(state: Mapping[str, Any], params: Any) -> Any:
         >>> schedule_free_eval_params(state, y + updates).round(3)
         Array([-0.5], dtype=float32)
     """
-    errors.check_state(state)
+    errors.check_state(state, "schedule_free_eval_params(state, params)")
     if missing := sorted({"z", "b1", "weight_sum"} - state.keys()):
         raise ValueError(
             f"schedule_free_eval_params: the state has no {missing}, only {sorted(state)}: it is "

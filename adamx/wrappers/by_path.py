@@ -120,7 +120,7 @@ class by_path(Transformation):
 
     def for_tree(self, tree: Any) -> Any:
         """Return this with the groups' transformations, and the leaves of each predicate, known."""
-        paths.check_all_used("by_path", self.patterns, tree)
+        self._check_used(tree)
         patterns = tuple(paths.settled(pattern, tree) for pattern in self.patterns)
         return super().for_tree(tree).with_fields(patterns=patterns)
 
@@ -157,6 +157,21 @@ class by_path(Transformation):
         out = dataclasses.replace(leaves, values=values, emit=emit)
         return out, _merged(leaves, groups, entries) | began
 
+    def _check_used(self, tree: Any) -> None:
+        """Raise ValueError where a group has no leaf of a tree that has leaves."""
+        names, leaves, _ = paths.flatten(tree)
+        used = set(map(self._number, names, leaves))
+        if not names or used >= set(range(len(self.patterns))):
+            return
+        paths.check_all_used("by_path", self.patterns, tree)
+        for i, pattern in enumerate(self.patterns):
+            if i not in used and not (callable(pattern) and None in leaves):
+                raise ValueError(
+                    f"by_path: all leaves of {paths.text(pattern)!r} are in the groups of the "
+                    f"patterns before it, {[paths.text(p) for p in self.patterns[:i]]}: put it "
+                    "before them"
+                )
+
     def _number(self, path: str, leaf: Any) -> int:
         found = (i for i, p in enumerate(self.patterns) if paths.matches(p, path, leaf))
         return next(found, len(self.patterns))
@@ -186,8 +201,15 @@ class _Group:
             if name in self.tx.tree_names():
                 column = everyones.column(name, x)
                 own[name] = self.leaves.tree([column[i] for i in self.places])
-            else:  # without labels in a state of another composition
-                own[name] = errors.entry(x if isinstance(x, Mapping) else {name: x}, self.label)
+            elif isinstance(x, Mapping):
+                own[name] = errors.entry(x, self.label)
+            else:
+                raise ValueError(
+                    f"by_path: state[{name!r}] must be a dict with a value for each group, got "
+                    f"{errors.describe(x)}: write state[{name!r}][{self.label!r}], or, if the "
+                    "state was made by another composition, adapt_state(tx, params, state, "
+                    "saved_by=old_tx) carries it over"
+                )
         return {**state, **own}
 
 

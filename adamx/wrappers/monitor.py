@@ -363,7 +363,7 @@ def statistics(state: Mapping[str, Any]) -> dict[str, float]:
         >>> statistics(adamx.adam(0.5).init(jnp.zeros(3)))
         {'count': 0, 'learning_rate': 0.5}
     """
-    errors.check_state(state)
+    errors.check_state(state, "statistics(state)")
     named = paths.leaves_by_path(state)
     measured = f"{STATISTICS}/"
     scalars = jax.device_get(
