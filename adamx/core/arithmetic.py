@@ -18,6 +18,9 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
+LIMIT = 2.0**60
+"""The largest number that is squared in float32, and room for the correction of its average."""
+
 
 def compute_dtype(*dtypes: DTypeLike) -> np.dtype:
     """Return the dtype to compute in: float32 or wider, complex if one of the dtypes is complex.
@@ -221,6 +224,24 @@ def squared_magnitude(x: jax.Array) -> jax.Array:
     return jnp.square(x)
 
 
+def limited_square(x: jax.Array) -> jax.Array:
+    """Return |x|^2 for an average of squares, at most 2^120, so that it is finite.
+
+    It is the square of `limit_for_squares`, and infinity counts too. An array that was limited for
+    a numerator as well would be written to memory before a sum of its squares. NaN stays. In
+    float64 a square that overflows is the largest number.
+
+    Example:
+        >>> limited_square(jnp.array([3.0, 1e30]))
+        Array([9.000000e+00, 1.329228e+36], dtype=float32)
+    """
+    if jnp.finfo(x.dtype).bits > 32:
+        return jnp.minimum(squared_magnitude(x), jnp.finfo(x.dtype).max)
+    if jnp.iscomplexobj(x):
+        return limited_square(x.real) + limited_square(x.imag)
+    return jnp.minimum(jnp.square(x), LIMIT**2)
+
+
 @jax.custom_jvp
 def root(x: jax.Array) -> jax.Array:
     """Return sqrt(x), with the derivative 0 instead of infinity at x = 0.
@@ -288,7 +309,7 @@ def limit_for_squares(u: jax.Array, dtype: DTypeLike) -> jax.Array:
         return u
     if jnp.iscomplexobj(u):
         return jax.lax.complex(*(limit_for_squares(x, x.dtype) for x in (u.real, u.imag)))
-    return jnp.where(jnp.isinf(u), u, jnp.clip(u, -(2.0**60), 2.0**60))
+    return jnp.where(jnp.isinf(u), u, jnp.clip(u, -LIMIT, LIMIT))
 
 
 def limit_sum(total: jax.Array, u: jax.Array, dtype: DTypeLike) -> jax.Array:

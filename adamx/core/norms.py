@@ -44,7 +44,12 @@ def rms(x: jax.Array, axes: Axes = None, shard: Shard = WHOLE) -> jax.Array:
 
 def mean_square(x: jax.Array, axes: Axes = None, shard: Shard = WHOLE) -> jax.Array:
     """Return the mean of |x|^2; arguments as for `rms`."""
-    return total(squared_magnitude(x), axes, shard) / reduced_size(x, axes, shard)
+    return mean(squared_magnitude(x), axes, shard)
+
+
+def mean(x: jax.Array, axes: Axes = None, shard: Shard = WHOLE) -> jax.Array:
+    """Return the mean; arguments as for `rms`."""
+    return total(x, axes, shard) / reduced_size(x, axes, shard)
 
 
 def norm(x: jax.Array, axes: Axes = None, shard: Shard = WHOLE) -> jax.Array:

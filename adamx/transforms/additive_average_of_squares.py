@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamx.core.arithmetic import compute_dtype, real_dtype, squared_magnitude
+from adamx.core.arithmetic import compute_dtype, limited_square, real_dtype
 from adamx.core.checks import Decay, NonNegative
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled_decay
@@ -62,9 +62,8 @@ class additive_average_of_squares(Transformation):
         return scheduled_decay(self, step.count)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
-        nu = slots[self.name]
+        nu, square = slots[self.name], limited_square(u)
         largest = jnp.finfo(nu.dtype).max
-        square = jnp.minimum(squared_magnitude(u), largest)
         _, weight = step.scalars
         change = weight * jnp.sign(square - nu) * square
         return {self.name: nu + jnp.minimum(change, largest - nu)}

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamx.core.arithmetic import average, placed_like, zeros
+from adamx.core.arithmetic import average, limited_square, placed_like, zeros
 from adamx.core.checks import Decay
 from adamx.core.concept import Slots
-from adamx.core.norms import mean_square
+from adamx.core.norms import mean
 from adamx.core.schedules import scheduled_decay
 from adamx.core.step import LeafStep, Step
 from adamx.core.transformation import Transformation
@@ -79,11 +79,10 @@ class ema_of_mean_squares(Transformation):
         return scheduled_decay(self, step.count)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
-        nu = slots[self.name]
-        mean = mean_square(u, self._axes(u), step.shard)
-        mean = jnp.minimum(mean, jnp.finfo(nu.dtype).max)  # as in ema_of_squares
+        nu, square = slots[self.name], mean(limited_square(u), self._axes(u), step.shard)
+        square = jnp.minimum(square, jnp.finfo(nu.dtype).max)  # where the sum overflows
         decay, weight = step.scalars
-        return {self.name: average(nu, mean, decay, weight)}
+        return {self.name: average(nu, square, decay, weight)}
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return jnp.broadcast_to(slots[self.name], u.shape)

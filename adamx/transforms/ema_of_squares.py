@@ -2,9 +2,9 @@
 
     nu_t = decay * nu_{t-1} + (1 - decay) * |u_t|^2,    nu_0 = initial
 
-It is computed like `adamx.transforms.ema`. For complex updates |u|^2 and nu are real. A square too
-large for its dtype counts as the largest number, so nu can come down again; an infinite nu would
-stop its element for ever.
+It is computed like `adamx.transforms.ema`. For complex updates |u|^2 and nu are real. Numbers above
+2^60 are squared as 2^60 (`adamx.core.arithmetic.limited_square`), so nu can come down again; an
+infinite nu would stop its element for ever.
 
 Source: Tieleman & Hinton (2012), Lecture 6.5; Kingma & Ba (2015), Algorithm 1,
 https://arxiv.org/abs/1412.6980
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adamx.core.arithmetic import average, compute_dtype, real_dtype, squared_magnitude
+from adamx.core.arithmetic import average, compute_dtype, limited_square, real_dtype
 from adamx.core.checks import Decay, NonNegative
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled_decay
@@ -64,10 +64,8 @@ class ema_of_squares(Transformation):
         return scheduled_decay(self, step.count)
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
-        nu = slots[self.name]
-        square = jnp.minimum(squared_magnitude(u), jnp.finfo(nu.dtype).max)
         decay, weight = step.scalars
-        return {self.name: average(nu, square, decay, weight)}
+        return {self.name: average(slots[self.name], limited_square(u), decay, weight)}
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return slots[self.name]

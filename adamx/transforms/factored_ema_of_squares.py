@@ -24,10 +24,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamx.core.arithmetic import average, divide, placed_like, squared_magnitude, zeros
+from adamx.core.arithmetic import average, divide, limited_square, placed_like, zeros
 from adamx.core.checks import Decay, NonNegative, whole_number
 from adamx.core.concept import Slots
-from adamx.core.norms import mean_square, reduced_size
+from adamx.core.norms import mean, reduced_size
 from adamx.core.schedules import scheduled_decay
 from adamx.core.shard import total
 from adamx.core.step import LeafStep, Step
@@ -104,12 +104,13 @@ class factored_ema_of_squares(Transformation):
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         axes = self._axes("", u)
-        squares = {self.name: squared_magnitude(u)}
+        square = limited_square(u)
+        squares = {self.name: square}
         if axes:
-            means = (mean_square(u, axis, step.shard) for axis in reversed(axes))
+            means = (mean(square, axis, step.shard) for axis in reversed(axes))
             squares = dict(zip(self._names, means, strict=True))
         decay, weight = step.scalars
-        largest = jnp.finfo(u.dtype).max  # as in ema_of_squares
+        largest = jnp.finfo(u.dtype).max  # where a sum overflows
         return {
             name: average(slots[name], jnp.minimum(x + self.eps, largest), decay, weight)
             for name, x in squares.items()

@@ -17,7 +17,7 @@ import jax
 
 from adamx.core.arithmetic import divide, limit_for_squares, root
 from adamx.core.checks import NonNegative
-from adamx.core.concept import Slots
+from adamx.core.concept import Slots, accumulated
 from adamx.core.identity import identity
 from adamx.core.step import LeafStep
 from adamx.core.transformation import Transformation
@@ -55,7 +55,10 @@ class rms_scaling(Transformation):
     eps_root: NonNegative = 0.0
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
-        return super().accumulate(limit_for_squares(u, step.grad_dtype), slots, step)
+        limited = limit_for_squares(u, step.grad_dtype)
+        new = accumulated(self.numerator, limited, slots, step.child(0))
+        # the averages of squares limit what they square (`limited_square`)
+        return new | accumulated(self.second_moment, u, slots | new, step.child(1))
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         u = limit_for_squares(u, step.grad_dtype)

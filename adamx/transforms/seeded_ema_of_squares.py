@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamx.core.arithmetic import average, compute_dtype, real_dtype, squared_magnitude
+from adamx.core.arithmetic import average, compute_dtype, limited_square, real_dtype
 from adamx.core.checks import Decay
 from adamx.core.concept import Slots
 from adamx.core.schedules import scheduled_decay
@@ -58,9 +58,8 @@ class seeded_ema_of_squares(Transformation):
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         nu = slots[self.name]  # 0 before the first step, so that a weight of 1 sets it
-        square = jnp.minimum(squared_magnitude(u), jnp.finfo(nu.dtype).max)
         decay, weight = step.scalars
-        return {self.name: average(nu, square, decay, weight)}
+        return {self.name: average(nu, limited_square(u), decay, weight)}
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return slots[self.name]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from adamx.core.arithmetic import compute_dtype, real_dtype, squared_magnitude
+from adamx.core.arithmetic import compute_dtype, limited_square, real_dtype
 from adamx.core.checks import NonNegative
 from adamx.core.concept import Slots
 from adamx.core.step import LeafStep
@@ -50,7 +50,7 @@ class sum_of_squares(Transformation):
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         total = slots[self.name]
         room = jnp.finfo(total.dtype).max - total
-        return {self.name: total + jnp.minimum(squared_magnitude(u), room)}
+        return {self.name: total + jnp.minimum(limited_square(u), room)}
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
         return slots[self.name]
