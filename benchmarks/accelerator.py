@@ -252,8 +252,8 @@ NOTE = """\
 bytes/param: the bytes that a step has to read and write, the gradient twice where its norm comes
 first, in LAMB both moments too; ms: the median time of a step; GB/s: these bytes by the time; of
 the copy's: this by the bandwidth of a copy of as many bytes (2 GiB read at most) in the same
-rounds. From the compiled program: the kernels that it starts, how many of them are fusions, the bytes that
-they move, copies of whole parameters, and temporary bytes. finite: whether all
+rounds. From the compiled program: the kernels that it starts, how many of them are fusions, the
+bytes that they move, copies of whole parameters, and temporary bytes. finite: whether all
 parameters were finite after the last step.""".replace("\n", " ")
 
 
