@@ -19,6 +19,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -249,10 +250,10 @@ COLUMNS = (
 )
 NOTE = """\
 bytes/param: the bytes that a step has to read and write, the gradient twice where its norm comes
-first, in LAMB both moments too; GB/s: these bytes by the time; of the
-copy's: this by the bandwidth of a copy of as many bytes (2 GiB read at most) in the same rounds.
-From the compiled program: the kernels that it starts, how many of them are fusions, the bytes that
-they move, copies of whole parameters, and temporary bytes. finite: whether all
+first, in LAMB both moments too; ms: the median time of a step; GB/s: these bytes by the time; of
+the copy's: this by the bandwidth of a copy of as many bytes (2 GiB read at most) in the same
+rounds. From the compiled program: the kernels that it starts, how many of them are fusions, the
+bytes that they move, copies of whole parameters, and temporary bytes. finite: whether all
 parameters were finite after the last step.""".replace("\n", " ")
 
 
@@ -318,6 +319,31 @@ def steps(parameters: int, leaves: int, settings: Settings, meter: Meter) -> Tab
 # ------------------------------------------------------------------------------------- the command
 
 
+ANSWERS = {
+    "float32": "AdamW in float32 takes {} of the time of Optax's.",
+    "packed16": 'With `moments="packed16"` it takes {}.',
+    "packed8": 'With `moments="packed8"` it takes {}.',
+    "bf16, masters": "bfloat16 parameters with masters take {} of the time of Optax's in float32.",
+}
+
+
+def answer(tables: Sequence[Table]) -> str:
+    """Say how long AdamW takes beside Optax's: the range of the medians over all tables."""
+    medians: dict[str, list[float]] = {}
+    for table in tables:
+        column = table.columns.index("time / optax")
+        for row in table.rows:
+            if "[" in row[column]:
+                medians.setdefault(row[0], []).append(float(row[column].split()[0]))
+    told = []
+    for name, sentence in ANSWERS.items():
+        if found := medians.get(name):
+            least, most = f"{min(found):.2f}", f"{max(found):.2f}"
+            told.append(sentence.format(least if least == most else f"{least} to {most}"))
+    told.append("The ranges are of the medians in the tables below.")
+    return textwrap.fill(" ".join(told), width=100)
+
+
 def markdown(tables: Sequence[Table], settings: Settings) -> str:
     """Return the report as a page."""
     versions = environment()
@@ -327,16 +353,22 @@ def markdown(tables: Sequence[Table], settings: Settings) -> str:
     how = f"""\
 In each of {settings.rounds} rounds a candidate, Optax's step of the same method and a copy are each
 measured once, in shuffled order: steps in place, one after the other, and the wait for the last.
-`time / optax` is the median over the rounds, with the quartiles in brackets; in Optax's own rows it
-is the time of a second copy of Optax, and shows the resolution.
+`time / optax` is the median over the rounds, with the quartiles in brackets. In Optax's rows, a
+second compiled copy is timed against the first; its distance from 1 shows the measurement's noise.
+
+Rows without the name of another library are adamx's AdamW, except for `lamb`. `clip`,
+`clip and guard` and `lamb` are divided by the row of the same name with `optax`; all others, those
+of bfloat16 parameters, FlashOptim and PyTorch too, by `optax`: its AdamW in float32.
 
 Many small arrays take as long as the host needs to hand them over, one after the other: more slots
 are more arrays. PyTorch's step is a few kernels for all of them. Layers that are
-[stacked for a scan](scaling-up.md) are few arrays."""
+[stacked for a scan](around-the-update.md#stacked-layers) are few arrays."""
     command = "python benchmarks/accelerator.py --markdown docs/on-a-gpu.md"
     return "\n".join(
         [
             "# Steps measured on a GPU",
+            "",
+            answer(tables),
             "",
             f"Written by `{command}` (seed {settings.seed}), not by hand.",
             "",

@@ -398,8 +398,10 @@ READING = """\
 `a / b` is the median over the rounds of a's time divided by b's in the same round, with the
 quartiles of these ratios in brackets. In each round every candidate is measured once, in shuffled
 order, in one process; all rounds count, and the garbage collector is off. *optax again* is Optax
-compiled a second time: the distance of its ratio from 1 is the resolution of the row. adamx has
-set the bars for itself. 1M is 2^20.
+compiled a second time: the distance of its ratio from 1 is the resolution of the row. A *bar* is
+an upper bound that adamx has set for itself. It is compared with the median as it is: where a ratio
+misses it by no more than the resolution or the quartiles, the measurement cannot tell the two
+apart. 1M is 2^20.
 """
 
 

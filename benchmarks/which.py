@@ -314,7 +314,7 @@ def table(
             f"{found[tasks[-1].title].state:.2f}",
             f"{times[name]:.2f}",
         ])  # fmt: skip
-    heads = [f"{task.title}: {task.measure}" for task in tasks]
+    heads = [f"{task.title}: {task.measure}, and best rate" for task in tasks]
     columns = ["method", "mean place", *heads, "state, bytes/param", "time / adamw"]
     return Table("Every method at its best rate", note(tasks, settings), columns, rows)
 
@@ -336,22 +336,26 @@ def note(tasks: Sequence[Task], settings: Settings) -> str:
 
 PAGE = """# Which optimizer
 
+Start with `adamw`, and change it for a reason: fewer bytes (`moments="packed8"`, `adafactor`,
+`adam_mini`, `lion`; [low precision](low-precision.md)), steps that blow up (`stable_adamw`, clips,
+`skip_spikes`; [around the update](around-the-update.md)), no schedule (`schedule_free_adamw`), or
+large matrices (`muon_adamw`; `hyperball`, in the table below as adamh_adamw: AdamH for arrays of
+two axes or more, AdamW for the others). [The family](family.md) has each method's formula, and the
+bytes that its step moves.
+
 Written by `python benchmarks/which.py --markdown docs/which-optimizer.md`, not by hand.
 
 {facts}
 
-These tasks are small, short and easy. They show that every method learns, and which rates suit it.
-They do not show which is the best for a large model: there the batch, the length of the run, the
-decay and the architecture decide, and a step's time is small beside the gradient's. Methods whose
-means differ by less than their spread are equal here. Muon, LAMB, Lion and Adafactor were made for
-sizes that do not occur here.
+The three tasks (scikit-learn's digits, [MNIST-1D](https://github.com/greydanus/mnist1d), and
+characters of Python's standard library) are small, short and easy. They show that every method
+learns, and which rates suit it. They do not show which is the best for a large model: there the
+batch, the length of the run, the decay and the architecture decide, and a step's time is small
+beside the gradient's. Methods whose means differ by less than their spread are equal here. Muon,
+LAMB, Lion and Adafactor were made for sizes that do not occur here.
 
-Start with `adamw`, and change it for a reason: fewer bytes (`moments="packed8"`, `adafactor`,
-`adam_mini`, `lion`; [low precision](low-precision.md)), steps that blow up (`stable_adamw`, clips,
-`skip_spikes`; [around the update](around-the-update.md)), no schedule (`schedule_free_adamw`), or
-large matrices (`muon_adamw`; `hyperball`, in the table as adamh_adamw: AdamH for arrays of two axes
-or more, AdamW for the others). [The family](family.md) has each method's formula, and the
-bytes that its step moves.
+*mean place* is the mean of a method's places on the three tasks by its test result, 1 for the best.
+Beside each result is the rate with which it was reached.
 
 {table}
 """

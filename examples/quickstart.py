@@ -604,10 +604,9 @@ def main(argv: Sequence[str] | None = None) -> Result:
     with logging as write, bar as progress:
         result = train(pair, data, options, progress, write)
     console.print(as_table(result))
-    print(
-        "\nadamx.compare on the first gradients of the run: the largest relative difference of any"
-    )
-    print("element, which is large if an element is close to zero.\n")
+    print("\nadamx.compare on the first gradients of the run. Read the columns `of largest`, the")
+    print("difference over the array's largest element: the others are large as soon as any")
+    print("element is close to zero.\n")
     print(result.comparison, end="\n\n")
     draw(result, data.test_images, title, options.output)
     print(f"Curves: {options.output}")

@@ -55,6 +55,32 @@ MOVED = {
 }
 
 
+def tables_of(text):
+    """Return the tables of a page, without titles and notes."""
+    found = []
+    for part in text.split("\n## ")[1:]:
+        lines = [line for line in part.splitlines() if line.startswith("|")]
+        columns, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines)
+        found.append(accelerator.Table("", "", columns, rows))
+    return found
+
+
+def test_the_page_begins_with_what_its_tables_say_of_optaxs_time():
+    page = (Path(__file__).parents[1] / "docs/on-a-gpu.md").read_text()
+    answer = accelerator.answer(tables_of(page))
+    assert page.startswith(f"# Steps measured on a GPU\n\n{answer}\n\n")
+
+
+def test_the_ranges_leave_out_what_was_not_measured():
+    columns = ["", "time / optax"]
+    first = [["float32", "1.067 [1.051, 1.136]"], ["packed8", "does not fit"]]
+    second = [["float32", "1.001 [0.9, 1.1]"], ["packed16", "0.682 [0.6, 0.7]"]]
+    tables = [accelerator.Table("", "", columns, rows) for rows in (first, second)]
+    told = " ".join(accelerator.answer(tables).split())
+    assert told.startswith("AdamW in float32 takes 1.00 to 1.07 of the time of Optax's. ")
+    assert '"packed16"` it takes 0.68. The ranges' in told and "packed8" not in told
+
+
 def test_each_step_is_timed_beside_optaxs_of_the_same_method():
     """Optax's own beside itself, which shows the resolution."""
     peers = {name: x.peer for name, x in accelerator.candidates().items() if "Flash" not in name}
