@@ -125,8 +125,7 @@ def placed_like(start: jax.Array, param: jax.Array) -> jax.Array:
     true = jnp.all(param == param, others) if others else param == param
     if own:
         true = jnp.broadcast_to(jnp.expand_dims(true, own), start.shape)
-    if jax.typeof(start).sharding != jax.typeof(true).sharding:  # on a mesh with explicit axes
-        start = jax.sharding.reshard(start, jax.typeof(true).sharding)
+    start = resharded_like(start, true)
     return jax.lax.select(true, start, jax.lax.optimization_barrier(start))
 
 
@@ -139,12 +138,21 @@ def divided_like(slots: Iterable[jax.Array], *arrays: Any) -> tuple[Any, ...]:
 
     def put(x: Any) -> Any:
         slot = next((s for s in slots if x is not None and s.shape == x.shape), x)
-        if slot is x or jax.typeof(slot).sharding == jax.typeof(x).sharding:
-            return x
-        return jax.sharding.reshard(x, jax.typeof(slot).sharding)
+        return x if slot is x else resharded_like(x, slot)
 
     slots = list(slots)
     return tuple(map(put, arrays))
+
+
+def resharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Return an array sharded like another one of its shape, where that is on an explicit mesh.
+
+    An array that is on no mesh, such as the zeros of a state made before there was one, goes with
+    any: JAX's operations take the mesh of their other operands.
+    """
+    where = jax.typeof(like).sharding
+    same = jax.typeof(x).sharding == where
+    return x if where.mesh.empty or same else jax.sharding.reshard(x, where)
 
 
 def shared_axes(shape: tuple[int, ...], param: tuple[int, ...]) -> tuple[int | None, ...]:

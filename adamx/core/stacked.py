@@ -306,6 +306,9 @@ def _sharded_alike(trees: Any, number: int) -> Any:
     divided. On other meshes the compiler sees to it.
     """
     shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(trees)]
+    on_mesh = next((where for where in shardings if not where.mesh.empty), None)
+    if on_mesh is None:
+        return trees
     specs = [where.spec for where in shardings]
     first: list[Any] = []
     used: set[str] = set()
@@ -318,8 +321,7 @@ def _sharded_alike(trees: Any, number: int) -> Any:
         spec = jax.typeof(x).sharding.spec
         rest = [e if used.isdisjoint(_mesh_axes(e)) else None for e in spec[number:]]
         wanted = PartitionSpec(*first, *rest)
-        # the last is the leaf's own, and is on the mesh
-        return x if wanted == spec else jax.sharding.reshard(x, shardings[-1].update(spec=wanted))
+        return x if wanted == spec else jax.sharding.reshard(x, on_mesh.update(spec=wanted))
 
     return jax.tree.map(put, trees)
 

@@ -26,7 +26,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from adamx.core.arithmetic import divide
+from adamx.core.arithmetic import divide, resharded_like
 from adamx.core.checks import NonNegative, whole_number
 from adamx.core.concept import Slots
 from adamx.core.norms import norm
@@ -111,7 +111,7 @@ class orthogonalized(Transformation):
         flat = moved.reshape(*moved.shape[: len(others)], math.prod(x.shape[i] for i in rows), -1)
         found = self._iterated(flat).astype(u.dtype).reshape(moved.shape)
         back = found.transpose(sorted(range(x.ndim), key=lambda i: order[i]))
-        return _own_part(_placed_like(back, u), rows + columns, step.shard, u)
+        return _own_part(resharded_like(back, u), rows + columns, step.shard, u)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         if self.axes == ():
@@ -226,8 +226,3 @@ def _on_each_device(x: jax.Array, number: int) -> jax.Array:
     where = jax.typeof(x).sharding
     spec = PartitionSpec(*where.spec[:number], *[None] * (x.ndim - number))
     return x if where.spec == spec else jax.sharding.reshard(x, where.update(spec=spec))
-
-
-def _placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    where = jax.typeof(like).sharding
-    return x if jax.typeof(x).sharding == where else jax.sharding.reshard(x, where)
