@@ -3,8 +3,9 @@
     python benchmarks/clients.py --markdown docs/works-with.md      [--only numpyro brax]
 
 Each package gets a virtual environment of its own, in which `clients_cases.py` runs its case. A
-package that fails is told with its error. `--environments` keeps what pip installed, for the next
-time; `--python` is the interpreter of the environments.
+package that fails is told with its error. Needs `uv`, which resolves in seconds what pip does not
+in half an hour. `--environments` keeps what was installed, for the next time; `--python` is the
+interpreter of the environments.
 """
 
 from __future__ import annotations
@@ -30,25 +31,26 @@ from side_by_side import processor
 
 ROOT = Path(__file__).parents[1]
 MARK = "<!-- tables -->"
-LIMIT = 900  # seconds that pip, or a case, may take
-ERROR = re.compile(r"(ERROR|[\w.]*(Error|Exception))\b")  # pip's, and the end of a traceback
+LIMIT = 900  # seconds that an installation, or a case, may take
+ERROR = re.compile(r"[\w.]*(Error|Exception)\b")  # the end of a traceback
 
 
 def succeeded(command: Sequence[str | Path], **settings: Any) -> str:
     """Return what a command printed.
 
     Raises:
-        RuntimeError: its last error, if it fails or takes too long.
+        RuntimeError: its last error, if it fails, takes too long or is not there.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, **settings)
+    except FileNotFoundError:
+        raise RuntimeError(f"{command[0]} is not installed") from None
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{Path(command[0]).name} took more than {LIMIT} s") from None
     if done.returncode:
-        told = [line for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in told if ERROR.match(line)]
-        last = (errors or told or [f"exit status {done.returncode}"])[-1]
-        raise RuntimeError(" ".join(last.split()))
+        errors = [line for line in done.stderr.splitlines() if ERROR.match(line)]
+        told = " ".join((errors[-1] if errors else done.stderr).split())
+        raise RuntimeError(told[:300] or f"exit status {done.returncode}")
     return done.stdout
 
 
@@ -57,20 +59,25 @@ def interpreter(of: Case, environments: Path, python: Path) -> Path:
     home = environments / of.package.lower()
     found = home / "bin" / "python"
     if not found.exists():
-        succeeded([python, "-m", "venv", home])
+        succeeded(["uv", "venv", "-q", "--python", python, home])
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    succeeded([found, "-m", "pip", "install", "-q", "--prefer-binary", *needed, *of.requires])
+    succeeded(["uv", "pip", "install", "-q", "--python", found, *needed, *of.requires])
     return found
+
+
+def environment() -> dict[str, str]:
+    """Return the variables with which `clients_cases.py` finds adamx, and what it shares."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    return dict(os.environ) | {"PYTHONPATH": path}
 
 
 def result(of: Case, environments: Path, python: Path) -> dict[str, Any]:
     """Return what `clients_cases.py` measured, or its `error`."""
     try:
         found = interpreter(of, environments, python)
-        path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
         script = ROOT / "benchmarks" / "clients_cases.py"
         command = [found, script, of.package, "--cache", environments / "compiled"]
-        printed = succeeded(command, env=os.environ | {"PYTHONPATH": path})
+        printed = succeeded(command, env=environment())
         return json.loads(printed.splitlines()[-1])
     except RuntimeError as error:
         return {"error": str(error)}

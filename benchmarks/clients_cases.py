@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import pickle
@@ -58,7 +59,7 @@ class Case:
 
     Attributes:
         package: its name, which the case is called by.
-        requires: what pip installs for it, beside adamx.
+        requires: what is installed for it, beside what adamx needs.
         what: is trained.
         optimizer: an expression, which is evaluated with the names of Optax, and with adamx's.
         also: an expression with adamx's names.
@@ -867,6 +868,84 @@ def qdax(tx: Any) -> Fit:
             losses.append(value)
     params = [state.critic_params, state.policy_params]
     return Fit(losses, params, loop(step, state, buffer))
+
+
+@case(
+    "kauldron",
+    what="a `Trainer` of an MLP in Linen, 40 steps of its `trainstep`",
+    optimizer="chain(clip_by_global_norm(1.0), adamw(0.01, weight_decay=1e-3))",
+    also="accumulate(adamw(0.01, mask='*/kernel'), 2)",
+)
+def kauldron(tx: Any) -> Fit:
+    """Step with the trainer's own state."""
+    import flax.linen as nn
+    from kauldron import kd
+
+    class Model(nn.Module):
+        def __kontext_keys__(self) -> dict[str, str]:
+            return {"x": "batch.x"}
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
+            return {"y": nn.Dense(1)(nn.relu(nn.Dense(16)(x)))}
+
+    x = np.asarray(normal(64, 4))
+    rows = [{"x": row, "y": np.sin(row[:1])} for row in x]
+    trainer = kd.train.Trainer(
+        train_ds=kd.data.py.DataSource(
+            data_source=rows, shuffle=False, batch_size=16, num_workers=0, seed=0
+        ),
+        model=Model(),
+        train_losses={"l2": kd.losses.L2(preds="preds.y", targets="batch.y")},
+        num_train_steps=40,
+        optimizer=tx,
+    )
+    state, losses = trainer.init_state(), []
+    for batch in itertools.islice(trainer.train_ds, 40):
+        state, aux = trainer.trainstep.step(state, batch, return_losses=True)
+        losses.append(aux.loss_states["l2"].compute())
+    params = jax.tree.map(jnp.copy, state.params)
+    return Fit(losses, params, loop(lambda state: trainer.trainstep.step(state, batch), state))
+
+
+@case(
+    "levanter",
+    "levanter==1.2.dev1644",
+    "haliax==1.4.dev453",
+    "chex",
+    "jax<0.9",
+    what="`TrainerState.take_step` of a linear layer with named axes, 60 steps",
+    optimizer="chain(clip_by_global_norm(1.0), adamw(0.01))",
+    also="skip_spikes(adamw(0.01, moments='packed16'))",
+    note="The release, 1.1, needs haliax 1.3, which fails with JAX 0.8 or newer.",
+)
+def levanter(tx: Any) -> Fit:
+    """Step by the state of levanter's trainer."""
+    import equinox as eqx
+    import haliax as hax
+    import jmp
+    from levanter.trainer_state import TrainerState
+
+    Batch, In, Out = hax.make_axes(Batch=64, In=4, Out=1)
+    x = hax.named(normal(64, 4), (Batch, In))
+    y = hax.named(jnp.sin(normal(64, 4).sum(-1, keepdims=True)), (Batch, Out))
+    model = hax.nn.MLP.init(In, Out, 16, 1, key=jax.random.key(0), activation=hax.nn.relu)
+
+    policy, key, losses = jmp.get_policy("f32"), jax.random.key(1), []
+
+    @eqx.filter_jit
+    def step(state: Any) -> tuple[Any, jax.Array]:
+        loss = lambda model: hax.mean((model(x) - y) ** 2).scalar()  # noqa: E731
+        value, grads = eqx.filter_value_and_grad(loss)(state.model)
+        state, _ = state.take_step(grads, key=key)
+        return state, value
+
+    state = TrainerState.init(tx, model, key=key, is_trainable=True, mp=policy)
+    for _ in range(60):
+        state, value = step(state)
+        losses.append(value)
+    params = jax.tree.leaves(eqx.filter(state.model, eqx.is_inexact_array))
+    return Fit(losses, params, loop(step, state))
 
 
 # ------------------------------------------------------------------------------------ the command
