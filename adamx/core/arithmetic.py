@@ -136,11 +136,12 @@ def divided_like(slots: Iterable[jax.Array], *arrays: Any) -> tuple[Any, ...]:
     axes operands then have to be brought together, which is done here for the whole kernel.
     """
 
-    def put(x: Any) -> Any:
-        slot = next((s for s in slots if x is not None and s.shape == x.shape), x)
-        return x if slot is x else resharded_like(x, slot)
-
     slots = list(slots)
+
+    def put(x: Any) -> Any:
+        alike = [] if x is None else [slot for slot in slots if slot.shape == x.shape]
+        return resharded_like(x, alike[0]) if alike else x
+
     return tuple(map(put, arrays))
 
 
