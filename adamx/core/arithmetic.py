@@ -135,12 +135,12 @@ def divided_like(slots: Iterable[jax.Array], *arrays: Any) -> tuple[Any, ...]:
     Slots may be divided over more devices than their parameter (ZeRO-1). On a mesh with explicit
     axes operands then have to be brought together, which is done here for the whole kernel.
     """
-
     slots = list(slots)
 
     def put(x: Any) -> Any:
-        alike = [] if x is None else [slot for slot in slots if slot.shape == x.shape]
-        return resharded_like(x, alike[0]) if alike else x
+        if x is None:
+            return None
+        return resharded_like(x, next((slot for slot in slots if slot.shape == x.shape), x))
 
     return tuple(map(put, arrays))
 
