@@ -32,9 +32,9 @@ def reference() -> dict[str, str]:
     names: dict[str, dict[str, list[str]]] = {folder: {} for folder in TITLES}
     for node in ast.parse((ROOT / "adamx/__init__.py").read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.module:
-            folder = ".".join(node.module.split(".")[1:-1])
-            module = names.setdefault(folder, {}).setdefault(node.module, [])
-            module += [alias.name for alias in node.names]
+            if public := [alias.name for alias in node.names if not alias.asname]:
+                folder = ".".join(node.module.split(".")[1:-1])
+                names.setdefault(folder, {}).setdefault(node.module, []).extend(public)
     pages = {}
     for folder, modules in names.items():
         package = ROOT / "adamx" / folder.replace(".", "/") / "__init__.py"

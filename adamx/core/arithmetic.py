@@ -138,12 +138,13 @@ def divided_like(slots: Iterable[jax.Array], *arrays: Any) -> tuple[Any, ...]:
     Slots may be divided over more devices than their parameter (ZeRO-1). On a mesh with explicit
     axes operands then have to be brought together, which is done here for the whole kernel.
     """
+    slots = list(slots)
 
     def put(x: Any) -> Any:
-        slot = next((s for s in slots if x is not None and s.shape == x.shape), x)
-        return x if slot is x else resharded_like(x, slot)
+        if x is None:
+            return None
+        return resharded_like(x, next((slot for slot in slots if slot.shape == x.shape), x))
 
-    slots = list(slots)
     return tuple(map(put, arrays))
 
 

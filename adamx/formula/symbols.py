@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 
 from adamx.formula.adjustable import adjustable
 from adamx.formula.expressions import (
@@ -270,7 +269,7 @@ def _read(jaxpr: Any, args: Sequence[Expr]) -> list[Expr]:
     known = dict(zip(jaxpr.invars, args, strict=True))
 
     def value(x: Any) -> Expr:
-        return expr(x.val) if isinstance(x, Literal) else known[x]
+        return expr(x.val) if hasattr(x, "val") else known[x]  # a literal has its value
 
     for equation in jaxpr.eqns:
         inputs, name = [value(x) for x in equation.invars], equation.primitive.name
