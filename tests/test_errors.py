@@ -33,6 +33,7 @@ from hyperparameters import (
 
 import adamx
 from adamx.core.checks import ranges_of
+from adamx.core.errors import describe
 
 # ------------------------------------------------------------- hyperparameters, at construction
 
@@ -82,6 +83,7 @@ ARGUMENTS = [(function, argument) for function, of in HYPERPARAMETERS.items() fo
 EXAMPLES = {HYPERPARAMETERS[f][a]: (f, a) for f, a in reversed(ARGUMENTS) if (f, a) not in OPTIONAL}
 """One argument of each range."""
 
+YAMLS = ", which is text: YAML reads 1e-3 so, and 1.0e-3 as a number"
 every = pytest.mark.parametrize(("function", "argument"), ARGUMENTS)
 of_each_range = pytest.mark.parametrize(("function", "argument"), EXAMPLES.values())
 of_each_range_and_slowly_all = pytest.mark.parametrize(
@@ -156,7 +158,8 @@ def test_each_argument_has_its_range(function, argument):
         assert str(error.value) == expected
     with pytest.raises(TypeError) as error:
         build(function, **{argument: "0.9"})
-    expected = f"{function}: {argument} must be {kinds_of(range_)} {TEXT[range_]}, got '0.9'"
+    start = f"{function}: {argument} must be {kinds_of(range_)}"
+    expected = f"{start}, {TEXT[range_]}, got '0.9'{YAMLS}"
     assert str(error.value) == expected
     if range_ not in SCHEDULES:
         with pytest.raises(TypeError, match=f"^{function}: {argument} must be a number or a "):
@@ -172,7 +175,8 @@ def test_each_argument_has_its_range(function, argument):
 
 def kinds_of(range_):
     """Return what an error says of the kinds of values that may be."""
-    return "a number or a scalar array" + (" or a schedule" if range_ in SCHEDULES else "")
+    several = "a number, a scalar array or a schedule"
+    return several if range_ in SCHEDULES else "a number or a scalar array"
 
 
 @of_each_range
@@ -192,7 +196,8 @@ def test_what_is_no_number_is_refused_by_the_function_called(function, argument)
     for value in WRONG_KIND:
         with pytest.raises(TypeError) as error:
             build(function, **{argument: value})
-        assert str(error.value) == f"{start} {TEXT[range_]}, got {value!r}"
+        hint = YAMLS if isinstance(value, str) else ""
+        assert str(error.value) == f"{start}, {TEXT[range_]}, got {value!r}{hint}"
     for array in (jnp.array(True), np.array(["0.9"])):
         with pytest.raises(TypeError) as error:
             build(function, **{argument: array})
@@ -275,7 +280,7 @@ def test_an_argument_that_is_missing_or_unknown_is_reported_by_the_function_call
     if any(p.default is p.empty for p in parameters):
         with pytest.raises(TypeError, match=rf"^{function}\b.*missing"):
             call()
-    with pytest.raises(TypeError, match=rf"^{function}\b.*unexpected keyword argument 'lrr'"):
+    with pytest.raises(TypeError, match=rf"^{function}\b.*argument '?lrr'"):
         build(function, lrr=0.1)
 
 
@@ -361,7 +366,7 @@ def test_none_floats_and_complex_numbers_are_leaves():
 FOREIGN = adamx.chain(optax.trace(0.9), adamx.scale_by_learning_rate(0.1))
 TREES, MODEL, SWAPPED = "different trees", "another model", "update(updates, state, params)"
 PARTITION = "an optimizer cannot move integers or booleans; partition them out"
-ADAPT = "adapt_state(tx, params, state)"
+ADAPT = "adapt_state(tx, params, state"
 MIXED_UP = ((TypeError, ValueError), ["swapped", SWAPPED])
 
 # what was passed as (updates, state, params), the error, and what its message has to say
@@ -479,7 +484,7 @@ MISFITS: dict[str, tuple[tuple[Any, Any, Any], Any, list[str]]] = {
     "state of Optax": (
         (GRADS, optax.sgd(0.1).init(PARAMS), PARAMS),
         TypeError,
-        [SWAPPED, "a dict with 'count'", "got tuple", "state of an Optax optimizer"],
+        ["a dict with 'count'", "got tuple", "from_optax(state, tx, params) converts the state"],
     ),
     "no state": ((GRADS, None, PARAMS), TypeError, [SWAPPED, "got NoneType"]),
     "state without count": (
@@ -532,12 +537,12 @@ def test_what_does_not_fit_is_named_with_its_likely_cause(name, how):
     assert not any(x.is_deleted() for x in jax.tree.leaves(arguments) if isinstance(x, jax.Array))
 
 
-def test_of_many_leaves_that_do_not_fit_three_are_named():
-    here, there = ({f"{name}{i}": W for i in range(4)} for name in ("a", "b"))
+def test_of_many_leaves_that_do_not_fit_four_are_named():
+    here, there = ({f"{name}{i}": W for i in range(5)} for name in ("a", "b"))
     with pytest.raises(ValueError) as error:
         adamx.sgd(0.1).update(here, adamx.sgd(0.1).init(here), there)
-    assert "only in the updates: ['a0', 'a1', 'a2'], " in str(error.value)
-    assert "only in params: ['b0', 'b1', 'b2'] " in str(error.value)
+    assert "only in the updates: ['a0', 'a1', 'a2', 'a3'] and more, " in str(error.value)
+    assert "only in params: ['b0', 'b1', 'b2', 'b3'] and more " in str(error.value)
 
 
 def copied(tree):
@@ -897,7 +902,7 @@ def test_combine_needs_a_function(fn):
 @pytest.mark.parametrize("stage", [0.1, None, "adam", (jnp.zeros_like, jnp.add)])
 def test_a_stage_that_is_no_transformation_is_refused(stage):
     said = "^chain: a stage must be an adamx or Optax transformation, got "
-    with pytest.raises(TypeError, match=said + re.escape(repr(stage))) as error:
+    with pytest.raises(TypeError, match=said + re.escape(describe(stage))) as error:
         adamx.chain(adamx.ema(0.9), stage)
     assert "write it as a call" not in str(error.value)
 
@@ -910,7 +915,7 @@ def test_a_stage_that_was_not_called_is_reported_as_such(stage):
 
 @pytest.mark.parametrize("tx", [adamx.adam, "adam", None])
 def test_named_and_make_step_and_compare_need_a_transformation(tx):
-    given = re.escape(repr(tx)) + (": write it as a call" if callable(tx) else "")
+    given = re.escape(f"{tx!r}: write it as a call" if callable(tx) else describe(tx))
     tx = cast(Any, tx)
     with pytest.raises(TypeError, match=f"^named: tx must be an .* transformation, got {given}$"):
         adamx.named("inner", tx)

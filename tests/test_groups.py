@@ -316,7 +316,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_that_shows_the_paths():
 
 def test_a_state_without_groups_or_with_them_is_of_another_composition():
     plain, groups = adamx.sgd(0.1), adamx.by_path({"embed": None}, default=adamx.sgd(0.1))
-    with pytest.raises(ValueError, match=r"the state has no 'default', only .*adapt_state"):
+    with pytest.raises(ValueError, match=r"write .*\['default'\].*adapt_state"):
         groups.update(start(), plain.init(start()))
     with pytest.raises(ValueError, match=r"state\['learning_rate'\] is a dict with.*adapt_state"):
         plain.update(start(), groups.init(start()))
@@ -401,7 +401,9 @@ def masked_by_a_tree():
 
 def test_an_empty_list_of_patterns_is_refused():
     for mask in ([], ()):
-        with pytest.raises(ValueError, match=r"add_decayed_weights: mask must .*False is the mask"):
+        with pytest.raises(
+            ValueError, match=r"add_decayed_weights: mask must .*as False for no leaf"
+        ):
             adamx.adamw(0.1, mask=mask).init(start())
         empty: Any = type(mask)()
         adamx.adamw(0.1, mask=mask).init(empty)  # the tree of bools of a tree without leaves
@@ -434,7 +436,7 @@ def test_a_mask_that_matches_nothing_or_does_not_fit_is_an_error():
             tx.init(start())
     with pytest.raises(TypeError, match="all_but: a pattern must be a string"):
         adamx.all_but(3)  # pyright: ignore
-    with pytest.raises(ValueError, match="prefix of the parameters' tree, or patterns of paths"):
+    with pytest.raises(ValueError, match="prefix of the parameters' tree .*, or patterns of paths"):
         adamx.adamw(0.1, mask={"embed": True}).init(start())
 
 

@@ -467,7 +467,7 @@ def test_a_data_parallel_training_ends_where_that_of_one_device_does(layout):
 def test_what_state_sharding_cannot_use_is_an_error():
     params, _ = placed("fsdp")
     tx = adamx.adamw(1e-3)
-    with pytest.raises(TypeError, match="tx must be an adamx or Optax transformation, got 1"):
+    with pytest.raises(TypeError, match="tx must be an adamx or Optax transformation, got int 1"):
         adamx.state_sharding(cast(Any, 1), params)
     with pytest.raises(ValueError, match=r"\['w'\] has no sharding"):
         adamx.state_sharding(tx, {"w": np.ones(3)})

@@ -75,8 +75,8 @@ def _flags(name: str, mask: Any, tree: Any) -> list[Any]:
     if missing or extra:
         apart = differences("the parameters' tree", missing, "the mask", extra)
         raise ValueError(
-            f"{name}: mask must be a tree of bools that is a prefix of the parameters' tree (False "
-            f"leaves a branch out), or patterns of paths{apart}"
+            f"{name}: mask must be a tree of bools that is a prefix of the parameters' tree, such "
+            f"as False for no leaf, or patterns of paths{apart}"
         )
     return [flags[entry] for entry in above.values()]
 

@@ -160,6 +160,7 @@ class by_path(Transformation):
     def _check_used(self, tree: Any) -> None:
         """Raise ValueError where a group has no leaf of a tree that has leaves."""
         names, leaves, _ = paths.flatten(tree)
+        paths.check_distinct(names)
         used = set(map(self._number, names, leaves))
         if not names or used >= set(range(len(self.patterns))):
             return
