@@ -436,7 +436,7 @@ def test_a_mask_that_matches_nothing_or_does_not_fit_is_an_error():
             tx.init(start())
     with pytest.raises(TypeError, match="all_but: a pattern must be a string"):
         adamx.all_but(3)  # pyright: ignore
-    with pytest.raises(ValueError, match="prefix of the parameters' tree .*, or patterns of paths"):
+    with pytest.raises(ValueError, match=r"prefix of the parameters' tree.*, or patterns of paths"):
         adamx.adamw(0.1, mask={"embed": True}).init(start())
 
 
