@@ -240,7 +240,7 @@ def limited_square(x: jax.Array) -> jax.Array:
         return jnp.minimum(squared_magnitude(x), jnp.finfo(x.dtype).max)
     if jnp.iscomplexobj(x):
         return limited_square(x.real) + limited_square(x.imag)
-    return jnp.minimum(jnp.square(x), LIMIT**2)
+    return jnp.minimum(squared_magnitude(x), LIMIT**2)
 
 
 @jax.custom_jvp
