@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from table import TRANSFORMATIONS
 
 import adamx
 
@@ -602,6 +603,13 @@ def test_replace_builds_and_checks_anew():
     assert scaling == adamx.scale_by_adam(eps=1.0)
     with pytest.raises(ValueError, match=r"^ema: decay must be in \[0, 1\), got 1.5"):
         adamx.ema(0.9).replace(decay=1.5)
+    tx = adamx.chain(adamx.ema(0.9), adamx.scale(2.0))
+    assert tx.replace(stages=tx.stages[:1]) == adamx.chain(adamx.ema(0.9))
+    recorded = adamx.clip_by_global_norm(1.0, record=True)
+    assert recorded.replace(max_norm=2.0) == adamx.clip_by_global_norm(2.0, record=True)
+    for name, line in TRANSFORMATIONS.items():
+        tx = line.make()
+        assert tx.replace() == tx, name
 
 
 def test_is_frozen():

@@ -37,6 +37,7 @@ class Value:
     """The base of all objects built from hyperparameters; see `adamx.Transformation`."""
 
     _declared: Any = object  # the hidden dataclass that declares a class's fields
+    _own_init: Any = False  # whether the constructor's arguments are others than the fields
     is_part = True  # whether it is a child of a value that holds it; a schedule is not
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -48,7 +49,8 @@ class Value:
         hidden |= {"__doc__": "Fields."}  # where there is none, dataclasses writes a signature
         made: Any = type(cls.__name__, (cls._declared,), hidden)
         cls._declared = dataclasses.dataclass(repr=False, eq=False)(made)
-        if "__init__" not in vars(cls):
+        cls._own_init = "__init__" in vars(cls)
+        if not cls._own_init:
             type.__setattr__(cls, "__init__", made.__init__)
         jax.tree_util.register_static(cls)
 
@@ -94,7 +96,12 @@ class Value:
 
     def replace(self: V, **fields: Any) -> V:
         """Return a value with some other hyperparameters, built and checked anew."""
-        return type(self)(**self._held | fields)  # pyright: ignore
+        if not self._own_init:
+            return type(self)(**self._held | fields)  # pyright: ignore
+        rest, positional, named = self.call()
+        if rest:
+            positional = fields.pop(rest, positional)
+        return type(self)(*positional, **named | fields)  # pyright: ignore
 
     __replace__ = replace  # for copy.replace
 
@@ -108,6 +115,21 @@ class Value:
             value = vars(self)[field.name]
             if field.default is dataclasses.MISSING or Static(value) != Static(field.default):
                 yield ("" if number == 0 else field.name), value
+
+    def call(self) -> tuple[str, list[Any], dict[str, Any]]:
+        """Return the constructor's call: the name of its *args, if any, those, and the others."""
+        parameters = list(inspect.signature(type(self)).parameters.values())
+        rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "")
+        positional: list[Any] = []
+        named: dict[str, Any] = {}
+        for name, value in self.arguments():
+            if name:
+                named[name] = value
+            elif rest:
+                positional.append(value)
+            else:
+                named[parameters[len(named)].name] = value
+        return rest, positional, named
 
     def _set(self, **fields: Any) -> None:
         """Set fields in `__init__` or `__post_init__`."""

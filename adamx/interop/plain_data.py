@@ -116,7 +116,8 @@ def _data(x: Any, where: str) -> Any:
     if isinstance(x, Mapping):
         return _call(dict, where, [[key, item] for key, item in x.items()])
     if isinstance(x, Value):
-        return _call(type(x), where, **dict(_by_name(x)))
+        _, positional, named = x.call()
+        return _call(type(x), where, *positional, **named)
     if isinstance(x, adjustable):
         return _call(adjustable, where, **vars(x))
     if isinstance(x, _AllBut):
@@ -157,22 +158,6 @@ def _call(called: Any, where: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     if args:
         data[ARGS] = _data(args, where)
     return data | {name: _data(x, f"{where}.{name}") for name, x in kwargs.items()}
-
-
-def _by_name(tx: Value) -> list[tuple[str, Any]]:
-    """Return a constructor's arguments by their names, those of *args under `_args_`."""
-    parameters = list(inspect.signature(type(tx)).parameters.values())
-    rest = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL), None)
-    positional: list[Any] = []
-    named: list[tuple[str, Any]] = []
-    for name, value in tx.arguments():
-        if name:
-            named.append((name, value))
-        elif rest is None:
-            named.append((parameters[len(named)].name, value))
-        else:
-            positional.append(value)
-    return ([(ARGS, positional)] if positional else []) + named
 
 
 def _path(x: Any) -> str | None:
