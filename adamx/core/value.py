@@ -26,7 +26,7 @@ import numpy as np
 from adamx.core.printing import constructor_call
 from adamx.formula.values import Static, function_name
 
-V = TypeVar("V")
+V = TypeVar("V", bound="Value")
 
 _MADE = "__made__"
 _MOST_MADE = 16
