@@ -369,18 +369,18 @@ def test_arrays_on_a_mesh_with_explicit_axes_go_with_arrays_on_none(name, which)
 
 
 @pytest.mark.slow
-@of_each_kind
+@pytest.mark.parametrize("name", [name for name, case in TRANSFORMATIONS.items() if case.kind])
 @pytest.mark.parametrize("which", ["grads", "params"])
 @pytest.mark.usefixtures("quick_compiler", "promotion_of_foreign_stages")
 def test_arrays_on_a_mesh_give_the_values_of_arrays_on_none(name, which):
-    """But for the order of sums and for fused operations: a few ULPs of each of the two steps."""
+    """But for the order of sums and for fused operations: up to 8 ULPs in two steps."""
     tx = TRANSFORMATIONS[name].make()
     params = {"w": jnp.linspace(0.1, 1.0, 8).reshape(4, 2), "b": jnp.ones(2)}
     grads = jax.tree.map(lambda x: 0.5 * x, params)
     wanted = jax.jit(functools.partial(updates_of, tx))(params, grads)
     have = jax.jit(with_some_on_a_mesh(tx, which))(params, grads)
     for a, b in zip(jax.tree.leaves(have), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2.0**-20, atol=1e-9)
 
 
 ON_HOST = {
