@@ -117,8 +117,8 @@ def adapt_state(
         slots with new rows.
 
     Raises:
-        TypeError: if `saved` has no `count`, so it is not a state of adamx; or if a count is no
-            number.
+        TypeError: if `tx` is not an adamx transformation; if `saved` has no `count`, so it is not a
+            state of adamx; or if a count is no number.
         ValueError: if a count is not a whole number from 0 to 2^31 - 1; if a saved leaf differs in
             shape from the parameter's slot and did not grow as `rows` says, or is complex and the
             slot is real (the state of another model); if a leaf of `rows` has fewer rows than were

@@ -21,7 +21,6 @@ from adamx.core.arithmetic import compute_dtype
 from adamx.core.foreign import as_transformation
 from adamx.core.leaves import take_apart
 from adamx.core.lifting import Between
-from adamx.core.paths import leaves_by_path
 from adamx.core.precision_warning import PrecisionWarning
 from adamx.core.rounding import mix, random_bits, round_stochastically, step_key
 from adamx.core.transformation import Transformation
@@ -198,7 +197,7 @@ class _Step:
 
     def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
         if grads is params or not self._made(params, state):
-            _check_arrays(params)
+            errors.check_arrays(params)
             params, state = _apart((params, state), (grads, extra))
         numbers = self._numbers(state, extra)
         first, chosen = self._choose(numbers)
@@ -272,14 +271,6 @@ class _Step:
                 number = found.every - 1
             numbers.append(number)
         return numbers
-
-
-def _check_arrays(params: Any) -> None:
-    """Raise TypeError where JAX would, for a leaf that is no array, and name it."""
-    if not all(hasattr(x, "dtype") for x in jax.tree.leaves(params)):
-        for path, leaf in leaves_by_path(params).items():
-            if not (leaf is None or hasattr(leaf, "dtype")):
-                errors.as_inexact(path, leaf)
 
 
 def _first(tree: Any) -> Any:

@@ -242,6 +242,16 @@ def plain_fit(tx: Any, loss: Callable[[Any], jax.Array], params: Any, count: int
     return Fit(losses, params, loop(step, params, state))
 
 
+def small_network() -> tuple[Any, Callable[[Any], jax.Array]]:
+    """Return the parameters and the loss of a network, for cases that are about something else."""
+    x = normal(64, 4)
+
+    def loss(params: Any) -> jax.Array:
+        return jnp.mean((jnp.tanh(x @ params["w"]) @ params["out"] - jnp.sin(x[:, :1])) ** 2)
+
+    return {"w": 0.3 * normal(4, 8, seed=1), "out": 0.3 * normal(8, 1, seed=2)}, loss
+
+
 # -------------------------------------------------------------------------------------- the cases
 
 
@@ -736,12 +746,7 @@ def orbax(tx: Any) -> Fit:
     """Go on from a checkpoint; it must be what it was, bit for bit."""
     import orbax.checkpoint as ocp
 
-    x = normal(64, 4)
-    params = {"w": 0.3 * normal(4, 8, seed=1), "out": 0.3 * normal(8, 1, seed=2)}
-
-    def loss(params: Any) -> jax.Array:
-        return jnp.mean((jnp.tanh(x @ params["w"]) @ params["out"] - jnp.sin(x[:, :1])) ** 2)
-
+    params, loss = small_network()
     step = plain_step(tx, loss)
     params, state, first = steps_of(step, params, tx.init(params), 20)
     with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
@@ -766,12 +771,7 @@ def cloudpickle(tx: Any) -> Fit:
     """Send what is needed to a new interpreter, lambdas too, and get the rest of the run back."""
     import cloudpickle
 
-    x = normal(64, 4)
-    params = {"w": 0.3 * normal(4, 8, seed=1), "out": 0.3 * normal(8, 1, seed=2)}
-
-    def loss(params: Any) -> jax.Array:
-        return jnp.mean((jnp.tanh(x @ params["w"]) @ params["out"] - jnp.sin(x[:, :1])) ** 2)
-
+    params, loss = small_network()
     step = plain_step(tx, loss)
     params, state, first = steps_of(step, params, tx.init(params), 20)
     held = jax.tree.map(np.asarray, (params, state))
@@ -807,11 +807,7 @@ def jaxtyping(tx: Any) -> Fit:
     from beartype import beartype
     from jaxtyping import Array, Float, PyTree, jaxtyped
 
-    x = normal(64, 4)
-
-    def loss(params: Any) -> jax.Array:
-        return jnp.mean((jnp.tanh(x @ params["w"]) @ params["out"] - jnp.sin(x[:, :1])) ** 2)
-
+    params, loss = small_network()
     Params = PyTree[Float[Array, "?*shape"], "Tree"]
     State = PyTree[Array, "State"]
     Loss = Float[Array, ""]
@@ -827,7 +823,6 @@ def jaxtyping(tx: Any) -> Fit:
     def checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         return optax.with_extra_args_support(tx)
 
-    params = {"w": 0.3 * normal(4, 8, seed=1), "out": 0.3 * normal(8, 1, seed=2)}
     params, state, losses = steps_of(step, params, checked(tx).init(params), 100)
     return Fit(losses, params, loop(step, params, state))
 

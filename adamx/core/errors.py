@@ -67,6 +67,14 @@ def as_inexact(path: str, leaf: Any) -> jax.Array:
     return array
 
 
+def check_arrays(params: Any) -> None:
+    """Raise TypeError, and name the leaf, where JAX would for one that is no array."""
+    if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)):
+        for path, leaf in leaves_by_path(params).items():
+            if not (leaf is None or hasattr(leaf, "dtype")):
+                as_inexact(path, leaf)
+
+
 def flatten_like(treedef: Any, name: str, tree: Any, updates: list[Any]) -> list[Any]:
     """Return the leaves of a tree that has the updates' structure; raise ValueError otherwise.
 

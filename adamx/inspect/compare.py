@@ -114,7 +114,7 @@ def compare(
         matched by path (Optax's `0/mu/w` is adamx's `mu/w`).
 
     Raises:
-        TypeError: if `tx_a` or `tx_b` is not a transformation.
+        TypeError: if `tx_a` or `tx_b` is not a transformation, or `gradients` is one tree, a dict.
         ValueError: if there is no gradient, or `steps` is missing for a function.
 
     Example:

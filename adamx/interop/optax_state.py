@@ -280,7 +280,8 @@ def to_optax(state: State, tx: optax.GradientTransformation, params: Any) -> Any
         A state with the tree of `tx.init(params)`.
 
     Raises:
-        TypeError: if `tx` is not an Optax transformation, or adamx has no counterpart of its state.
+        TypeError: if `state` is not a state of adamx, `tx` is not an Optax transformation, or adamx
+            has no counterpart of its state.
         ValueError: if a slot is missing, is left over or has another shape, or if `tx` is Optax's
             AdaBelief or schedule-free: their states depend on b2, eps_root and weight_lr_power,
             which an Optax transformation does not show; or if a leaf began late.

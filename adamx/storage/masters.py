@@ -78,6 +78,7 @@ def masters(params: Any, state: Mapping[str, Any]) -> Any:
         A tree shaped like params: float32 for 16-bit parameters, the parameter itself for others.
 
     Raises:
+        TypeError: if `state` is not a state of adamx.
         ValueError: if the state has no masters.
 
     Example:

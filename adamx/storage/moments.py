@@ -64,6 +64,7 @@ def moments(state: Mapping[str, Any], tx: Transformation) -> dict[str, Any]:
         Optax's stages and of `master_weights` are left out.
 
     Raises:
+        TypeError: if `state` is not a state of adamx.
         ValueError: if the state does not have the slots of `tx`.
 
     Example:

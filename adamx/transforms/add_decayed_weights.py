@@ -38,6 +38,7 @@ class add_decayed_weights(Transformation):
             parameters' tree; `all_but("*/bias")` is such a function.
 
     Raises:
+        TypeError: at `init` and `update`, if a mask that is a function takes other arguments.
         ValueError: if `weight_decay` is negative or not finite; at `update`, if it is called
             without params, the mask does not fit them, or a pattern matches none of them.
 

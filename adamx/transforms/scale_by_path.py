@@ -36,7 +36,8 @@ class scale_by_path(Transformation):
             `stacked`: one number for each layer), or a schedule, which sees 0 in the first step.
 
     Raises:
-        TypeError: if `factors` is neither a mapping nor a function, or a pattern not one.
+        TypeError: if `factors` is neither a mapping nor a function of path and leaf, or a pattern
+            not one.
         ValueError: if a factor is a number that is NaN or infinite; at `init` and `update`, if a
             pattern matches no leaf.
 

@@ -145,6 +145,7 @@ def schedule_free_eval_params(state: Mapping[str, Any], params: Any) -> Any:
         state has them. A leaf without a slot is returned unchanged.
 
     Raises:
+        TypeError: if `state` is not a state of adamx.
         ValueError: if the state is of another kind of optimizer, or of other parameters.
 
     Example:

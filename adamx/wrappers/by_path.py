@@ -52,7 +52,7 @@ class by_path(Transformation):
     Raises:
         TypeError: if a pattern, a group or the default is none of these.
         ValueError: if a group's transformation wraps the whole optimizer; at `init` and `update`,
-            if a pattern matches no leaf.
+            if a pattern matches no leaf, or only leaves of the patterns before it.
 
     Example:
         >>> import adamx, functools, jax.numpy as jnp
