@@ -1,5 +1,7 @@
 """What someone who comes from Optax or PyTorch tries first: each error names the remedy."""
 
+import inspect
+import sys
 from typing import Any
 
 import jax
@@ -33,7 +35,7 @@ def a_mask(tree: Any) -> Any:
     return jax.tree.map(lambda _: True, tree)
 
 
-a_mask.__module__ = "__main__"  # as in the script that a user runs
+a_mask.__module__ = "__main__"
 
 
 class WithInit(adamx.Transformation):
@@ -50,6 +52,7 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "text": (lambda: adamx.adamw("1e-3"), TypeError, "which is text: YAML reads 1e-3 so"),
     "MultiSteps": (lambda: adamx.MultiSteps, AttributeError, "adamx.accumulate takes its place"),
     "tree_utils": (lambda: adamx.tree_utils, AttributeError, ": use optax.tree_utils"),
+    "a private name": (lambda: adamx._src, AttributeError, "has no attribute '_src'$"),
     "no name": (lambda: adamx.adamv, AttributeError, "has no attribute 'adamv'$"),
     "optax's state": (
         lambda: ADAMW.update(params(), of_optax(), params()),
@@ -94,7 +97,7 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "moments swapped": (
         lambda: adamx.moments(ADAMW, state()),
         TypeError,
-        r"moments\(state, tx\) expects",
+        r"moments\(state, tx\) expects .* got chain: are the arguments swapped",
     ),
     "reset swapped": (
         lambda: adamx.reset(state(), ADAMW, params(), "b"),
@@ -167,11 +170,6 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
         r"patterns of paths: only in the parameters' tree: \['b'\]$",
     ),
     "a constructor": (lambda: WithInit(0.5), AttributeError, "as `beta: float`, and the class"),
-    "a function of the script": (
-        lambda: adamx.to_dict(adamx.adamw(0.5, mask=a_mask)),
-        ValueError,
-        "tx.1..mask is a_mask, which cannot be written",
-    ),
     "data of a concept of one's own": (
         lambda: adamx.from_dict({"_target_": "mine.concept"}),
         ValueError,
@@ -190,6 +188,26 @@ def test_the_error_names_the_remedy(name):
     make, error, said = MISTAKES[name]
     with pytest.raises(error, match=f"(?s){said}"):
         make()
+
+
+def test_a_function_of_the_program_that_runs_is_no_data(monkeypatch):
+    """In another process `__main__` is another module."""
+    monkeypatch.setattr(sys.modules["__main__"], "a_mask", a_mask, raising=False)
+    with pytest.raises(ValueError, match=r"mask is a_mask, which cannot be written"):
+        adamx.to_dict(adamx.adamw(0.5, mask=a_mask))
+
+
+def test_a_predicate_whose_arguments_are_not_known_is_called():
+    with pytest.raises(ValueError, match="no signature"):
+        inspect.signature(min)
+    assert adamx.by_path({min: None}, default=ADAMW) is not None
+
+
+def test_a_group_whose_leaves_have_no_gradient_is_no_mistake():
+    """A predicate is asked about arrays; without parameters a leaf without a gradient is None."""
+    tx = adamx.by_path({(lambda _, leaf: leaf.ndim > 1): ADAMW, "b": None}, default=ADAMW)
+    updates, _ = tx.update({"embed": None, "b": jnp.ones(2)}, tx.init(params()))
+    assert updates["embed"] is None and not updates["b"].any()
 
 
 RATE = adamx.scale_by_learning_rate(0.5)

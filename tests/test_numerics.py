@@ -29,6 +29,7 @@ from adamx.core.arithmetic import (
     is_inexact,
     limit_for_squares,
     limit_sum,
+    limited_square,
     real_dtype,
     root,
     squared_magnitude,
@@ -302,6 +303,49 @@ def test_limit_for_squares_acts_where_float32_does_not_hold_the_square() -> None
         wide = jax.lax.complex(wide, wide)
         assert limit_for_squares(wide, jnp.complex128) is wide
     assert 255 * limit**2 < LARGEST
+
+
+def test_a_limited_square_is_that_of_a_limited_number() -> None:
+    """Both parts of a complex number have the limit; in float64 it is the largest number."""
+    square = 2.0**120
+    u = jnp.array([0.0, -3.0, 2.0**60, -(2.0**61), 3e38, -jnp.inf, jnp.nan])
+    squares = np.array([0.0, 9.0, square, square, square, square, np.nan])
+    np.testing.assert_array_equal(limited_square(u), squares)
+    np.testing.assert_array_equal(limited_square(jax.lax.complex(u, u)), 2 * squares)
+    with jax.enable_x64(True):
+        wide = limited_square(jnp.array([1e30, 1e200]))
+        np.testing.assert_array_equal(wide, [1e30**2, np.finfo(np.float64).max])
+
+
+AVERAGES = {
+    "ema_of_squares": lambda: adamx.ema_of_squares(0.5),
+    "sum_of_squares": lambda: adamx.sum_of_squares(),
+    "seeded_ema_of_squares": lambda: adamx.seeded_ema_of_squares(0.5),
+    "additive_average_of_squares": lambda: adamx.additive_average_of_squares(0.5),
+    "ema_of_mean_squares": lambda: adamx.ema_of_mean_squares(0.5, axes=(0, 1)),
+    "factored": lambda: adamx.factored_ema_of_squares(0.5, axes=(0, 1)),
+    "not factored": lambda: adamx.factored_ema_of_squares(0.5, axes=()),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_an_average_of_squares_stays_finite_and_comes_down_again(name: str) -> None:
+    """Of 512 numbers: the sum of their squares overflows, though each was limited.
+
+    AdaGrad's sum never falls, and Yogi's average by no more than the square of the gradient.
+    """
+    tx, u = AVERAGES[name](), jnp.full((512, 512), 3e38)
+    state = tx.init(u)
+    _, state = tx.update(u, state)
+    after = max(float(x.max()) for x in jax.tree.leaves(state))
+    assert 2.0**118 < after < np.inf
+    if name not in ("ema_of_mean_squares", "factored"):
+        assert after <= 2.0**120
+    _, small = tx.update(u[:2, :2], tx.init(u[:2, :2]))
+    assert max(float(x.max()) for x in jax.tree.leaves(small)) <= 2.0**120
+    if name not in ("sum_of_squares", "additive_average_of_squares"):
+        _, state = tx.update(jnp.ones_like(u), state)
+        assert max(float(x.max()) for x in jax.tree.leaves(state)) < after
 
 
 def test_limit_sum_acts_on_bfloat16_alone() -> None:

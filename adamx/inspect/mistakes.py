@@ -76,7 +76,7 @@ def _may_step(part: Any) -> bool:
     """Say whether a concept may turn the gradient into a step down."""
     size = part.step_size if isinstance(part, scale) else 0.0
     down = not isinstance(size, float) or size < 0
-    return part.takes_steps or down or isinstance(part, named) or part.place == "last"
+    return part.takes_steps or down or isinstance(part, named)
 
 
 def _decayed_vectors(leaves: list[Leaf]) -> Iterator[str]:
