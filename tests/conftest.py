@@ -4,6 +4,7 @@ Dtype promotion has to be written out and arrays of different rank may not meet,
 than what users run: what passes here passes there. Warnings are errors (see pyproject.toml).
 """
 
+import gc
 import importlib.util
 import os
 
@@ -40,6 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage rarely: it takes a tenth of the time, since few of the many objects go."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 1000)
 
 
 @pytest.fixture

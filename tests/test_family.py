@@ -46,6 +46,8 @@ from recordings import IN_FAMILY, LEAVES, RECORDING
 
 import adamx
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 # --- In float64 against the reference ------------------------------------------------------------
 
 
