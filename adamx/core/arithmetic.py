@@ -207,10 +207,13 @@ def average(old: jax.Array, new: jax.Array, decay: Any, weight: Any) -> jax.Arra
         >>> average(jnp.array([1e30]), jnp.array([4.0]), 0.0, 1.0)
         Array([4.], dtype=float32)
     """
-    short, long = decay * old + weight * new, old + (weight * new - weight * old)
+    weighted = weight * new
+    if isinstance(decay, float) and decay < 0.5:
+        return decay * old + weighted
+    long = old + (weighted - weight * old)
     if isinstance(decay, float):
-        return short if decay < 0.5 else long
-    return jnp.where(decay < 0.5, short, long)
+        return long
+    return jnp.where(decay < 0.5, decay * old + weighted, long)
 
 
 def squared_magnitude(x: jax.Array) -> jax.Array:
@@ -310,7 +313,8 @@ def limit_for_squares(u: jax.Array, dtype: DTypeLike) -> jax.Array:
         return u
     if jnp.iscomplexobj(u):
         return jax.lax.complex(*(limit_for_squares(x, x.dtype) for x in (u.real, u.imag)))
-    return jnp.where(jnp.isinf(u), u, jnp.clip(u, -LIMIT, LIMIT))
+    limited = jnp.minimum(jnp.maximum(u, -LIMIT), LIMIT)  # traced sooner than jnp.clip
+    return jax.lax.select(jnp.abs(u) == jnp.inf, u, limited)
 
 
 def limit_sum(total: jax.Array, u: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -7,6 +7,7 @@ whole tree: Optax transformations, and concepts that read all updates.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import optax
 
-from adamx.core.concept import Slots, accumulated, all_adjustables, emitted, parts
+from adamx.core.concept import Slots, accumulated, all_adjustables, any_of, emitted, parts
 from adamx.core.foreign import as_concept, named, narrow
 from adamx.core.lifting import Between
 from adamx.core.step import LeafStep
@@ -77,9 +78,9 @@ class chain(Transformation):
 
     def accumulate(self, u: jax.Array, slots: Slots, step: LeafStep) -> Slots:
         new: Slots = {}
-        for i, stage in enumerate(self.stages):
+        for i, stage in enumerate(self.stages[: self._keeping]):
             new |= accumulated(stage, u, slots | new, step.child(i))
-            if i + 1 < len(self.stages):
+            if i + 1 < self._keeping:
                 u = emitted(stage, u, slots | new, step.child(i))
         return new
 
@@ -116,6 +117,12 @@ class chain(Transformation):
         for stage in self.stages:
             u = stage.formula(u, symbols)
         return u
+
+    @functools.cached_property
+    def _keeping(self) -> int:
+        """The number of stages up to the last one that keeps slots: `accumulate` needs no more."""
+        keep = [any_of(stage, lambda part: part.overrides("slots")) for stage in self.stages]
+        return max((i + 1 for i, slots in enumerate(keep) if slots), default=0)
 
 
 def _parts(stage: Transformation) -> list[Transformation]:

@@ -89,7 +89,7 @@ class Step:
 
     def emitted(self, update: jax.Array) -> jax.Array:
         """Return an outgoing update, or -0 in a skipped step: p + (-0) is p, even for p = -0."""
-        return self.select(update, -jnp.zeros_like(update))
+        return update if self.taken is None else self.select(update, -jnp.zeros_like(update))
 
 
 @dataclasses.dataclass(frozen=True)
