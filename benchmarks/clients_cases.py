@@ -413,7 +413,8 @@ def gpjax(tx: Any) -> Fit:
     also="skip_spikes(chain(clip_by_global_norm(1.0), adam(0.02)))",
     timed="",
     note="The first gradients are so large that Adam remembers them for a thousand steps, but for "
-    "a clip, as the one below.",
+    "a clip, as the one below. With a clip the last loss depends on the last bits: a rate changed "
+    "by a millionth moves it from 32 to 44, with either library.",
 )
 def dynamax(tx: Any) -> Fit:
     """Fit a hidden Markov model to a path of its own."""
@@ -631,6 +632,8 @@ def penzai(tx: Any) -> Fit:
     optimizer="chain(clip_by_global_norm(1.0), adamw(cosine_decay_schedule(0.02, 20)))",
     also="master_weights(adamw(0.02, moments='packed8'))",
     timed="fit",
+    note="A fit is traced anew, and the compiled step comes out of a cache: tracing adamx's step "
+    "takes twice as long as Optax's for a tree of five arrays of different shapes.",
 )
 def tunix(tx: Any) -> Fit:
     """Fine-tune by `PeftTrainer.train`."""
@@ -680,7 +683,8 @@ def tunix(tx: Any) -> Fit:
     what="a graph convolution on a ring, 100 steps",
     optimizer="adagrad(0.1)",
     also="chain(clip_by_value(1.0), adamw(0.01, nu_dtype='bfloat16'))",
-    note="Optax's `adagrad` has eps inside the root, adamx's outside by default.",
+    note="Optax's `adagrad` has eps inside the root, adamx's outside by default. Its state is 2 "
+    "arrays, adamx's 4: with the count and the rate a call takes some 10 microseconds more.",
 )
 def jraph(tx: Any) -> Fit:
     """Predict for each node of a graph."""
