@@ -633,7 +633,7 @@ def penzai(tx: Any) -> Fit:
     also="master_weights(adamw(0.02, moments='packed8'))",
     timed="fit",
     note="A fit is traced anew, and the compiled step comes out of a cache: tracing adamx's step "
-    "takes twice as long as Optax's for a tree of five arrays of different shapes.",
+    "takes two to three times as long as Optax's, for five arrays of as many shapes.",
 )
 def tunix(tx: Any) -> Fit:
     """Fine-tune by `PeftTrainer.train`."""
