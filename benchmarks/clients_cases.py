@@ -382,6 +382,7 @@ def equinox(tx: Any) -> Fit:
 
 @case(
     "GPJax",
+    "GPJax>=1",
     what="`fit` of a Gaussian process of 40 points, 200 steps",
     optimizer="chain(clip_by_global_norm(5.0), adamw(0.02, weight_decay=1e-3))",
     also="chain(clip_by_global_norm(5.0), lion(0.02))",
@@ -914,11 +915,13 @@ def kauldron(tx: Any) -> Fit:
     "levanter==1.2.dev1644",
     "haliax==1.4.dev453",
     "chex",
+    "gitpython",
     "jax<0.9",
     what="`TrainerState.take_step` of a linear layer with named axes, 60 steps",
     optimizer="chain(clip_by_global_norm(1.0), adamw(0.01))",
     also="skip_spikes(adamw(0.01, moments='packed16'))",
-    note="The release, 1.1, needs haliax 1.3, which fails with JAX 0.8 or newer.",
+    note="The release, 1.1, needs haliax 1.3, which fails with JAX 0.8 or newer. "
+    "chex and gitpython are imported, and not required by it.",
 )
 def levanter(tx: Any) -> Fit:
     """Step by the state of levanter's trainer."""

@@ -9,7 +9,7 @@ import adamx
 DECAY, POSITIVE, RATE, FINITE = "decay", "non-negative", "rate", "finite"
 OPEN_DECAY, SCHEDULED_DECAY, SCHEDULED = "open decay", "scheduled decay", "scheduled"
 SHARE, SCHEDULED_FRACTION = "share", "scheduled fraction"
-ABOVE_0 = "above 0"
+ABOVE_0, UP_TO_INFINITY = "above 0", "up to infinity"
 
 # every function of adamx that takes hyperparameters, with the range of each
 HYPERPARAMETERS: dict[str, dict[str, str]] = {
@@ -63,7 +63,7 @@ HYPERPARAMETERS: dict[str, dict[str, str]] = {
         "weight_decay": RATE,
         "multiplier": RATE,
     },
-    "clip_by_global_norm": {"max_norm": RATE},
+    "clip_by_global_norm": {"max_norm": UP_TO_INFINITY},
     "ema_of_params": {"decay": SCHEDULED_DECAY},
     # lion, adan, ademamix, adopt, sgdw, cautious
     "add_cautious_decayed_weights": {"weight_decay": RATE},
@@ -265,7 +265,9 @@ OPTIONAL |= {("adafactor", "clipping_threshold"), ("adafactor", "momentum")}
 OPTIONAL |= {("adafactor", "weight_decay_rate"), ("muon_adamw", "adam_learning_rate")}
 OPTIONAL |= {(name, "consistent_rms") for name in ("muon", "muon_adamw", "scale_by_shape")}
 OPTIONAL |= {("adamc", "max_learning_rate"), ("adan", "look_ahead"), ("sgdw", "momentum")}
-SCHEDULES = {RATE, SCHEDULED_DECAY, SCHEDULED, SCHEDULED_FRACTION, OPEN_DECAY}
+SCHEDULES = {
+    RATE, SCHEDULED_DECAY, SCHEDULED, SCHEDULED_FRACTION, OPEN_DECAY, UP_TO_INFINITY,
+}  # fmt: skip
 
 REQUIRED = ("learning_rate", "decay", "blend", "max_norm", "clipping", "threshold", "max_delta")
 

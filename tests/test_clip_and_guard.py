@@ -1,5 +1,7 @@
 """The clip by the global norm and the guard against gradients that are not finite."""
 
+import json
+import math
 from typing import Any
 
 import jax
@@ -98,6 +100,22 @@ def test_a_clip_to_nothing_stops_everything_and_zeros_stay():
     for grads in (GRADS, jax.tree.map(jnp.zeros_like, GRADS)):
         updates, _ = tx.update(grads, tx.init(PARAMS))
         assert all((u == 0).all() for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("largest", [math.inf, np.float32(math.inf), np.array(math.inf)])
+def test_an_infinite_limit_records_the_norm_and_clips_nothing(largest):
+    """As `clip_grad_norm_` with infinity in PyTorch; also where the norm itself is no number."""
+    tx = adamx.clip_by_global_norm(largest, record=True)
+    for x in (3.0, 0.0, 3e38, math.inf, math.nan):
+        grads = {"w": jnp.full(4, x), "b": jnp.ones(2)}
+        updates, state = tx.update(grads, tx.init(grads))
+        jax.tree.map(np.testing.assert_array_equal, updates, grads)
+        with np.errstate(over="ignore"):
+            norm = np.sqrt(4 * np.float32(x) * np.float32(x) + 2)
+        np.testing.assert_allclose(state["grad_norm"], norm, rtol=3e-7)  # 2 ULP
+    slope = jax.grad(lambda u: tx.update(u, tx.init(u))[0].sum())(jnp.array([0.0, 2.0]))
+    np.testing.assert_array_equal(slope, 1.0)
+    assert adamx.from_dict(json.loads(json.dumps(adamx.to_dict(tx)))) == tx
 
 
 def test_a_clip_with_a_schedule_and_two_records():

@@ -169,6 +169,11 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"patterns of paths: only in the parameters' tree: \['b'\]$",
     ),
+    "an adjustable eps": (
+        lambda: adamx.adamw(0.5, eps=adamx.adjustable(1e-8, "eps")),
+        TypeError,
+        r"rates and decays change from step to step.* whose argument is adamx.as_pytree\(tx\)$",
+    ),
     "a constructor": (lambda: WithInit(0.5), AttributeError, "as `beta: float`, and the class"),
     "data of a concept of one's own": (
         lambda: adamx.from_dict({"_target_": "mine.concept"}),

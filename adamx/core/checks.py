@@ -42,7 +42,8 @@ R = TypeVar("R")
 class Range:
     """The values a hyperparameter may have: an interval, and whether None or a schedule is allowed.
 
-    If the method makes no sense with a schedule, `constant` says why, for the error.
+    If the method makes no sense with a schedule, `constant` says why, for the error. With
+    `infinite` an end at infinity belongs to the interval.
     """
 
     low: float
@@ -52,6 +53,7 @@ class Range:
     schedule: bool = False
     optional: bool = False
     constant: str = ""
+    infinite: bool = False
 
     @property
     def is_rate(self) -> bool:
@@ -84,7 +86,7 @@ class Range:
         if value is None:
             raise ValueError(f"{where} {self.text}, got None")
         if not isinstance(value, numbers.Real):
-            why = f": {self.constant}" if callable(value) and self.constant else ""
+            why = f": {self.constant or _CONSTANT}" if _changes(value) else ""
             if isinstance(value, str):
                 why = ", which is text: YAML reads 1e-3 so, and 1.0e-3 as a number"
             raise TypeError(f"{where} {kinds}, {self.text}, got {value!r}{why}")
@@ -93,7 +95,7 @@ class Range:
         except OverflowError:
             number = math.inf
         below = number < self.high if self.open_above else number <= self.high
-        if not (self.low <= number and below and math.isfinite(number)):
+        if not (self.low <= number and below and (self.infinite or math.isfinite(number))):
             raise ValueError(f"{where} {self.text}, got {value!r}")
 
     def limited(self, value: Any) -> Any:
@@ -122,6 +124,7 @@ DECAY = Range(0.0, 1.0, "in [0, 1)", open_above=True)
 
 Decay = Annotated[ScalarOrSchedule, dataclasses.replace(DECAY, schedule=True)]
 Fraction = Annotated[ScalarOrSchedule, Range(0.0, 1.0, "in [0, 1]", schedule=True)]
+Limit = Annotated[ScalarOrSchedule, Range(0.0, math.inf, ">= 0", schedule=True, infinite=True)]
 Rate = Annotated[ScalarOrSchedule, Range(0.0, math.inf, "finite and >= 0", schedule=True)]
 NonNegative = Annotated[Scalar, Range(0.0, math.inf, "finite and >= 0")]
 Positive = Annotated[Scalar, Range(math.ulp(0.0), math.inf, "finite and > 0")]
@@ -202,6 +205,16 @@ def as_float(value: Any) -> Any:
 ELSEWHERE = {"lr": "learning_rate", "betas": "b1 and b2", "epsilon": "eps", "wd": "weight_decay"}
 ELSEWHERE |= {"beta1": "b1", "beta2": "b2", "beta_1": "b1", "beta_2": "b2"}
 """What arguments of other libraries are called here."""
+
+_CONSTANT = (
+    "only rates and decays change from step to step. An array can be another one in each call of a "
+    "compiled step whose argument is adamx.as_pytree(tx)"
+)
+
+
+def _changes(value: Any) -> bool:
+    return callable(value) or isinstance(value, adjustable)
+
 
 _signature = functools.cache(inspect.signature)
 

@@ -12,13 +12,14 @@ Source: Pascanu et al. (2013), section 3.2, https://arxiv.org/abs/1211.5063
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from adamx.core.checks import Rate, ScalarOrSchedule
+from adamx.core.checks import Limit, ScalarOrSchedule
 from adamx.core.concept import Slots
 from adamx.core.norms import global_norm
 from adamx.core.schedules import scheduled
@@ -38,12 +39,13 @@ class clip_by_global_norm(Transformation):
     and shares the reading.
 
     Args:
-        max_norm: a number, array or schedule, >= 0. It is in the unit of the updates.
+        max_norm: a number, array or schedule, >= 0. It is in the unit of the updates. The number
+            infinity clips nothing, for a norm that is only recorded.
         record: True records the norm before clipping as `state["grad_norm"]`, in the dtype in which
             it is computed; a string is another name for it, False records nothing.
 
     Raises:
-        ValueError: if `max_norm` is negative or not finite.
+        ValueError: if `max_norm` is negative or NaN.
 
     Example:
         >>> tx = clip_by_global_norm(1.0, record=True)
@@ -53,7 +55,7 @@ class clip_by_global_norm(Transformation):
         ({'b': Array([-0.8], dtype=float32), 'w': Array([0.6], dtype=float32)}, 5.0)
     """
 
-    max_norm: Rate
+    max_norm: Limit
     recorded_as: str | None
 
     measures_norm = True  # pyright: ignore
@@ -71,6 +73,8 @@ class clip_by_global_norm(Transformation):
 
     def tree_scalars(self, step: Step, leaves: list[jax.Array]) -> Any:
         norm = global_norm(leaves, step.shards)
+        if isinstance(self.max_norm, float) and math.isinf(self.max_norm):
+            return jnp.ones_like(norm), norm
         limit = jnp.asarray(scheduled(self, "max_norm", step.count), norm.dtype)
         beyond = norm > limit
         return jnp.where(beyond, limit / jnp.where(beyond, norm, 1), 1), norm
