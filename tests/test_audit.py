@@ -672,3 +672,17 @@ def test_a_branch_counts_by_its_heavier_side_and_a_loop_once():
     assert bytes_accessed(text, branches=False) == 32 + 32
     assert [x.opcode for x in kernels(text)] == ["add", "negate"]
     assert [x.opcode for x in kernels(text, branches=False)] == ["negate"]
+
+
+def test_the_report_divides_by_what_may_be_the_parameters_whatever_their_name():
+    """The state, which comes first here, holds the count."""
+    tx, w = adamx.adamw(0.1), jnp.ones((4, 3))
+
+    def step(state, weights_of_mine, grads):
+        updates, state = tx.update(grads, state, weights_of_mine)
+        return state, adamx.apply_updates(weights_of_mine, updates)
+
+    found = adamx.audit(jax.jit(step, donate_argnums=(0, 1)), tx.init(w), w, w)
+    assert found.params == ("weights_of_mine", 12)
+    alone = adamx.audit(jax.jit(lambda s, g: tx.update(g, s, g)[1]), tx.init(w), w)
+    assert alone.params == ("s", 26)

@@ -10,16 +10,16 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
+from adamx.core.arithmetic import is_inexact
+from adamx.inspect.advice import few, what_to_change
 from adamx.inspect.carried import Array, carry, read_arguments, read_results
 from adamx.inspect.program import bytes_accessed
 from adamx.inspect.text import Instruction, Text
 
-_SMALL = 100  # an argument smaller by this factor than all carried arrays need not be donated
 _NAMES = ("params", "model", "weights")
 _COMPILERS = (
     "No array is paired wrongly: the compiler copies an array that is still read when its "
@@ -118,7 +118,7 @@ class Audit:
             line("temporary", self.temp_bytes),
             f"  donated arrays: {self.donated:,}, {self.in_place:,} of them updated in place",
             f"  copies: {len(self.copies):,}",
-            *(f"    {copy}" for copy in _few(self.copies, 6)),
+            *(f"    {copy}" for copy in few(self.copies, 6)),
         ]
         if self.ok and self.copies:
             rows.append(_filled("  ", _COMPILERS))
@@ -198,7 +198,7 @@ def audit(step: Any, *args: Any, device: Any = None, **kwargs: Any) -> Audit:
         floor_bytes=_floor(text, by_number, placed),
         temp_bytes=memory.temp_size_in_bytes if memory else None,
         params=_params(text, arguments, carried),
-        advice=tuple(_advice(arguments, results, carried, placed)),
+        advice=tuple(what_to_change(arguments, results, carried, placed)),
     )
 
 
@@ -286,7 +286,10 @@ def _floor(text: Text, by_number: dict[int, Array], placed: dict[int, int]) -> i
 
 
 def _params(text: Text, arguments: list[Array], carried: dict[int, int]) -> tuple[str, int] | None:
-    """Return name and size of the argument called params, or of the first that is carried on."""
+    """Return name and size of the argument called params, or of the first that may be it.
+
+    It is carried on, and holds no whole numbers, as the count in an optimizer's state.
+    """
     found = sorted((x for x in arguments if x.place in carried), key=lambda x: carried[x.place])
     if not found:
         return None
@@ -294,109 +297,10 @@ def _params(text: Text, arguments: list[Array], carried: dict[int, int]) -> tupl
         if chosen := [x for x in found if name in (x.name, *x.path[:1])]:
             break
     else:
-        name, chosen = found[0].name, [x for x in found if x.top == found[0].top]
+        others = {x.top for x in found if not is_inexact(x.aval)}
+        first = next((x for x in found if x.top not in others), found[0])
+        name, chosen = first.name, [x for x in found if x.top == first.top]
     return name, sum(text.parameters[x.number].elements for x in chosen if x.number is not None)
-
-
-# ---------------------------------------------------------------------------------- what to change
-
-
-def _advice(
-    arguments: list[Array], results: list[Array], carried: dict[int, int], placed: dict[int, int]
-) -> Iterator[str]:
-    """Yield what to change: one sentence or two for each kind of fault."""
-    pairs = [(x, results[carried[x.place]]) for x in arguments if x.place in carried]
-    cast = [f"{x} goes in as {x.kind}, comes out as {y.kind}" for x, y in pairs if x.kind != y.kind]
-    if cast:
-        yield (
-            f"{_listed(cast)}: a donated array cannot hold that, and the second call compiles the "
-            "step anew. Give the result the shape and dtype of the argument: x.astype(old.dtype), "
-            "as adamx.apply_updates does for the parameters."
-        )
-    if weak := [x for x, y in pairs if x.kind == y.kind and x.weak != y.weak]:
-        yield (
-            f"{_listed(weak)} has the dtype of a Python number on one side of the step and a dtype "
-            "of its own on the other: the second call compiles the step anew. Start from an array, "
-            "such as jnp.zeros((), jnp.int32), and cast the result to its dtype."
-        )
-    if moved := [(x, y) for x, y in pairs if x.kind == y.kind and _is_moved(x, y)]:
-        where = [f"{x} goes in on {_spec(x)}, comes out on {_spec(y)}" for x, y in moved]
-        yield (
-            f"{_listed(where)}: a donated array cannot hold that, and the second call compiles the "
-            "step anew. Keep it where it was: out_shardings, or jax.lax.with_sharding_constraint."
-        )
-    altered = {x.place for x, y in pairs if x.kind != y.kind or _is_moved(x, y)}
-    alike = [x for x in arguments if x.aval.size > 1 and x.place not in altered]
-    owner = {result: argument for argument, result in carried.items()}
-    wrong = [
-        f"{results[j]} is written over {x}"
-        for x in alike
-        if (j := placed.get(x.place)) is not None
-        and (carried.get(x.place, j) != j or owner.get(j, x.place) != x.place)
-    ]
-    if wrong:
-        yield (
-            f"{_listed(wrong)}: JAX pairs donated arguments with results by shape and dtype, first "
-            f"come, first served, and XLA copies what it would lose. {_order(arguments, carried)}"
-        )
-    if in_vain := [x for x in alike if x.donated and x.place not in {*placed, *carried}]:
-        names = _tops(in_vain, arguments)
-        yield (
-            f"No result takes the memory of the donated {_listed(names)}: the caller loses it for "
-            f"nothing. Do not donate {'them' if len(names) > 1 else 'it'}."
-        )
-    size = {x.place: x.aval.size * x.aval.dtype.itemsize for x in arguments}
-    missed = [x for x in alike if not x.donated and x.place in carried]
-    enough = sum(size[place] for place in carried) / _SMALL
-    missed = [x for x in missed if sum(size[y.place] for y in missed if y.top == x.top) >= enough]
-    if missed and not wrong:
-        names = _tops(missed, arguments)
-        yield (
-            f"{_listed(names)} could be updated in place and {'are' if len(names) > 1 else 'is'} "
-            f"not donated: the results take as much memory again. {_order(arguments, carried)}"
-        )
-
-
-def _order(arguments: list[Array], carried: dict[int, int]) -> str:
-    """Say which arguments to donate, and in which order."""
-    names = {x.top: x.name for x in arguments}
-    first: dict[Any, int] = {}
-    for x in arguments:
-        if x.place in carried and x.aval.size > 1:
-            first[x.top] = min(first.get(x.top, carried[x.place]), carried[x.place])
-    donate = sorted(first, key=lambda top: first[top])
-    rest = [names[top] for top in names if top not in first]
-    listed = ", ".join(names[top] for top in donate)
-    if len(donate) == 1:
-        return f"Donate {listed} alone; the result must have its arrays in the same order."
-    if donate == list(first):
-        return f"Donate ({listed}) and nothing else, and return them in that order."
-    return (
-        f"Donate ({listed}) and return them in that order: as the results stand, the step should "
-        f"take ({', '.join([listed, *rest])})."
-    )
-
-
-def _is_moved(x: Array, y: Array) -> bool:
-    if x.sharding is None or y.sharding is None:
-        return False
-    return not x.sharding.is_equivalent_to(y.sharding, len(x.aval.shape))
-
-
-def _spec(x: Array) -> str:
-    return str(getattr(x.sharding, "spec", x.sharding))
-
-
-def _tops(arrays: list[Array], arguments: list[Array]) -> list[str]:
-    """Return the names of arguments that have no other arrays, and the paths of other arrays."""
-    ours = {x.place for x in arrays}
-    partly = {x.top for x in arguments if x.aval.size > 1 and x.place not in ours}
-    return list(dict.fromkeys(str(x) if x.top in partly else x.name for x in arrays))
-
-
-def _few(many: Sequence[Any], most: int) -> list[str]:
-    more = [f"and {len(many) - most + 1} more"] if len(many) > most else []
-    return [*map(str, many[: most - 1 if more else most]), *more]
 
 
 def _filled(start: str, text: str) -> str:
@@ -404,7 +308,3 @@ def _filled(start: str, text: str) -> str:
     wrapper = textwrap.TextWrapper(100, start, " " * len(start))
     wrapper.break_long_words = wrapper.break_on_hyphens = False
     return wrapper.fill(text)
-
-
-def _listed(many: Sequence[Any]) -> str:
-    return ", ".join(_few(many, 3))
