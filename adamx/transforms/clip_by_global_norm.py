@@ -12,7 +12,6 @@ Source: Pascanu et al. (2013), section 3.2, https://arxiv.org/abs/1211.5063
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,8 +72,6 @@ class clip_by_global_norm(Transformation):
 
     def tree_scalars(self, step: Step, leaves: list[jax.Array]) -> Any:
         norm = global_norm(leaves, step.shards)
-        if isinstance(self.max_norm, float) and math.isinf(self.max_norm):
-            return jnp.ones_like(norm), norm
         limit = jnp.asarray(scheduled(self, "max_norm", step.count), norm.dtype)
         beyond = norm > limit
         return jnp.where(beyond, limit / jnp.where(beyond, norm, 1), 1), norm
