@@ -555,8 +555,7 @@ MANY = (
     "also most of its temporary memory. Bytes below the floor are of arrays that stay there. "
     "Of the few that AdamW has more than Optax's, one writes 4 bytes: the learning rate into the "
     "state, which may have been saved with another. "
-    "Muon's bytes are mostly those of its products of matrices; on a TPU it takes more of them, "
-    "and more temporary memory, than Optax's. "
+    "Muon's bytes are mostly those of its products of matrices. "
     "Seconds are those of a processor for tracing and compiling, on the machine where this page "
     "was written: compare them with each other."
 )

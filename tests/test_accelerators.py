@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import pytest
 
 import adamx
+from adamx.inspect.program import bytes_accessed
+from adamx.inspect.text import Text
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -211,6 +213,19 @@ def kernels(name: str) -> int:
 def test_a_gpu_starts_no_more_kernels_an_array_than_for_optax(ours, theirs):
     """And at most 4 more for scalars: counters, a rate and a guard's total."""
     assert kernels(ours) <= kernels(theirs) + 4
+
+
+@pytest.mark.parametrize("where", ahead.DEVICES)
+def test_muons_iteration_moves_and_holds_no_more_than_optaxs(where):
+    """Of a matrix that does not fit on the chip. Optax's coefficients are arrays in the state."""
+    shapes = {"tokens": (50257, 768), "bias": (768,)}
+    found = {}
+    for name in ("muon_adamw", "optax.contrib.muon"):
+        compiled = ahead.OF_TREES[name].compiled(where, shapes)
+        moved = bytes_accessed(Text(compiled.as_text()))
+        found[name] = moved, compiled.memory_analysis().temp_size_in_bytes
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert ours <= theirs + 4096
 
 
 def test_measuring_needs_the_memory_of_one_update_at_a_time():

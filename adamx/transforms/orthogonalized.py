@@ -135,7 +135,9 @@ class orthogonalized(Transformation):
         turned = x.shape[-2] > x.shape[-1]
         x = x.astype(self.dtype or x.dtype)
         x = x.swapaxes(-1, -2) if turned else x
-        for a, b, c in self._triples():
+        for i, (a, b, c) in enumerate(self._triples()):
+            # or XLA for TPU keeps the terms of several steps, and adds them up in the last
+            x = jax.lax.optimization_barrier(x) if i else x
             gram = x @ x.swapaxes(-1, -2).conj()
             x = a * x + (b * gram + c * (gram @ gram)) @ x
         return x.swapaxes(-1, -2) if turned else x
