@@ -207,8 +207,8 @@ ELSEWHERE |= {"beta1": "b1", "beta2": "b2", "beta_1": "b1", "beta_2": "b2"}
 """What arguments of other libraries are called here."""
 
 _CONSTANT = (
-    "only rates and decays change from step to step. An array can be another one in each call of a "
-    "compiled step whose argument is adamx.as_pytree(tx)"
+    "only rates, decays and bounds change from step to step. An array can be another one in each "
+    "call of a compiled step whose argument is adamx.as_pytree(tx)"
 )
 
 
