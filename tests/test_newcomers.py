@@ -172,7 +172,7 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "an adjustable eps": (
         lambda: adamx.adamw(0.5, eps=adamx.adjustable(1e-8, "eps")),
         TypeError,
-        r"rates, decays and bounds change from step to step.* whose argument is adamx.as_pytree\(tx\)$",
+        r"rates, decays and bounds change from step to step.* argument is adamx.as_pytree\(tx\)$",
     ),
     "a constructor": (lambda: WithInit(0.5), AttributeError, "as `beta: float`, and the class"),
     "data of a concept of one's own": (
