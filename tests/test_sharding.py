@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from table import TRANSFORMATIONS, every, of_each_kind
 
 import adamx
+from adamx.core.stacked import each_layer
 
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
 
@@ -366,6 +367,19 @@ def test_arrays_on_a_mesh_with_explicit_axes_go_with_arrays_on_none(name, which)
     tx, params = TRANSFORMATIONS[name].make(), {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}
     updates = jax.eval_shape(with_some_on_a_mesh(tx, which), params, params)
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_layers_on_a_mesh_with_explicit_axes_go_with_layers_on_none(turned):
+    """The mesh is that of the array that is on one, whichever comes first."""
+    where = NamedSharding(mesh_of((1,), ("data",), AxisType.Explicit), P("data"))
+
+    def added(x):
+        pair = (x, jax.sharding.reshard(x, where))
+        return each_layer(lambda _, a, b: a + b, (8,), (), *(pair[::-1] if turned else pair))
+
+    x = jnp.arange(16.0).reshape(8, 2)
+    np.testing.assert_array_equal(np.asarray(jax.jit(added)(x)), 2 * np.asarray(x))
 
 
 @pytest.mark.slow

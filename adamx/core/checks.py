@@ -86,7 +86,7 @@ class Range:
         if value is None:
             raise ValueError(f"{where} {self.text}, got None")
         if not isinstance(value, numbers.Real):
-            why = f": {self.constant or _CONSTANT}" if _changes(value) else ""
+            why = f": {self.constant or _CONSTANT}" if callable(value) else ""
             if isinstance(value, str):
                 why = ", which is text: YAML reads 1e-3 so, and 1.0e-3 as a number"
             raise TypeError(f"{where} {kinds}, {self.text}, got {value!r}{why}")
@@ -210,10 +210,6 @@ _CONSTANT = (
     "only rates, decays and bounds change from step to step. An array can be another one in each "
     "call of a compiled step whose argument is adamx.as_pytree(tx)"
 )
-
-
-def _changes(value: Any) -> bool:
-    return callable(value) or isinstance(value, adjustable)
 
 
 _signature = functools.cache(inspect.signature)
