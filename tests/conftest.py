@@ -4,11 +4,14 @@ Dtype promotion has to be written out and arrays of different rank may not meet,
 than what users run: what passes here passes there. Warnings are errors (see pyproject.toml).
 """
 
+import contextlib
+import functools
 import gc
 import importlib.util
 import os
 
 import jax
+import jax._src.interpreters.mlir
 import pytest
 from table import TRANSFORMATIONS
 
@@ -32,6 +35,12 @@ if jax.__version_info__ >= (0, 10) and not others:
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+
+# JAX makes a context of MLIR for each program, which takes two thirds of the time of lowering the
+# small ones here; one for all has no other effect, and a JAX that makes none is as well
+with contextlib.suppress(AttributeError):
+    lowering = jax._src.interpreters.mlir
+    lowering.make_ir_context = functools.cache(lowering.make_ir_context)
 
 
 def pytest_configure(config: pytest.Config) -> None:
