@@ -313,8 +313,21 @@ def limit_for_squares(u: jax.Array, dtype: DTypeLike) -> jax.Array:
         return u
     if jnp.iscomplexobj(u):
         return jax.lax.complex(*(limit_for_squares(x, x.dtype) for x in (u.real, u.imag)))
-    limited = jnp.minimum(jnp.maximum(u, -LIMIT), LIMIT)  # traced sooner than jnp.clip
-    return jax.lax.select(jnp.abs(u) == jnp.inf, u, limited)
+    return limit_finite(u, LIMIT)
+
+
+def limit_finite(x: jax.Array, largest: float) -> jax.Array:
+    """Limit finite numbers to |x| <= largest; NaN and inf stay.
+
+    These two operations are a third of what `jnp.where(jnp.isinf(x), x, jnp.clip(...))` makes, and
+    the time to compile a step is that of its operations.
+
+    Example:
+        >>> limit_finite(jnp.array([5.0, -2.0, -jnp.inf]), 3.0)
+        Array([  3.,  -2., -inf], dtype=float32)
+    """
+    bound = np.asarray(largest, x.dtype)
+    return jax.lax.select(jax.lax.is_finite(x), jax.lax.clamp(-bound, x, bound), x)
 
 
 def limit_sum(total: jax.Array, u: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adamx.core import errors
-from adamx.core.arithmetic import compute_dtype, narrowed
+from adamx.core.arithmetic import compute_dtype, limit_finite, narrowed
 from adamx.core.concept import Slots
 from adamx.core.leaves import take_apart
 from adamx.storage.remainder import join
@@ -60,9 +60,7 @@ def rounded(master: jax.Array, dtype: DTypeLike) -> jax.Array:
         >>> rounded(jnp.array([1e6, 0.5, jnp.inf]), jnp.float16).tolist()
         [65504.0, 0.5, inf]
     """
-    largest = float(jnp.finfo(dtype).max)
-    limited = jnp.clip(master, -largest, largest)
-    return narrowed(jnp.where(jnp.isinf(master), master, limited), dtype)
+    return narrowed(limit_finite(master, float(jnp.finfo(dtype).max)), dtype)
 
 
 def masters(params: Any, state: Mapping[str, Any]) -> Any:

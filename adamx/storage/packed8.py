@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamx.core.arithmetic import limit_finite
 from adamx.core.checks import DECAY, Positive, Scalar, checked
 from adamx.core.concept import Slots
 from adamx.core.rounding import INFINITY, bits_of, from_bits
@@ -148,7 +149,7 @@ class packed8(Pair):
 
 def _limited(u: jax.Array) -> jax.Array:
     """Return the gradient, with |u| at most the root of the largest v; inf and NaN stay."""
-    return jnp.where(jnp.isinf(u), u, jnp.clip(u, -_LARGEST, _LARGEST))
+    return limit_finite(u, _LARGEST)
 
 
 def _root(code: jax.Array) -> jax.Array:

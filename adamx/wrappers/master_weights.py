@@ -181,4 +181,4 @@ def _close(
 
 def _between(new: jax.Array, old: jax.Array) -> jax.Array:
     """Return the update from old to new; infinity, since inf - inf is NaN, leads to itself."""
-    return jnp.where(jnp.isinf(new), new, new - old)
+    return jnp.where(jnp.isfinite(new), new - old, new)
