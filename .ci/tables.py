@@ -23,6 +23,7 @@ COMMANDS = {
     "around-benchmarks.md": ["benchmarks/around.py"],
     "benchmarks.md": ["benchmarks/side_by_side.py"],
     "family.md": ["benchmarks/family.py"],
+    "host-benchmarks.md": ["benchmarks/host.py"],
     "low-precision.md": ["benchmarks/convergence.py"],
     "papers.md": [f"examples/papers/{name}.py" for name in PAPERS],
 }

@@ -17,7 +17,7 @@ import optax
 from jax.core import Tracer
 
 from adamx.core import errors, lifting
-from adamx.core.arithmetic import compute_dtype
+from adamx.core.arithmetic import cast, compute_dtype
 from adamx.core.foreign import as_transformation
 from adamx.core.leaves import take_apart
 from adamx.core.lifting import Between
@@ -77,9 +77,9 @@ def apply_updates(
 
 def _added(param: jax.Array, update: jax.Array, rounding: str, count: Any) -> jax.Array:
     wide = compute_dtype(param.dtype, update.dtype)
-    total = param.astype(wide) + update.astype(wide)
+    total = jax.lax.add(cast(param, wide), cast(update, wide))
     if rounding == "nearest" or total.dtype != jnp.float32 or param.dtype.itemsize > 2:
-        return total.astype(param.dtype)
+        return cast(total, param.dtype)
     place = jnp.zeros(param.shape, jnp.uint32)
     for axis, size in enumerate(param.shape):
         place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(

@@ -1,6 +1,7 @@
 """What a large tree costs on the host: compiling a step, and everything that visits each leaf.
 
-    python benchmarks/host.py [--compile] [--scale] [--imports] [--leaves 150,300] [--rounds 3]
+    python benchmarks/host.py [--quick] [--markdown docs/host-benchmarks.md]
+                              [--compile] [--scale] [--imports] [--leaves 150,300] [--rounds 3]
                               [--only WORD]
 
 `--compile` traces, lowers and compiles the in-place step of each configuration beside Optax's
@@ -9,6 +10,7 @@ number of leaves, and prints the exponent of the growth: 1 is linear. `--imports
 Optax, each in a process of its own. Without any of these, all.
 
 Times are those of the processor: the machine may be shared. Nothing is cached between two samples.
+It takes half an hour on one core, most of it for compiling 6000 leaves.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,13 +31,39 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from measure import interleave, ratio
-from report import Table
+from report import Table, compile_step, verdict
 from rich.console import Console
+from side_by_side import environment
 from storages import cast
 
 import adamx
 
 Make = Callable[[], optax.GradientTransformation]
+
+TEXT = """\
+The leaves are those of a transformer whose layers are separate leaves: matrices of three shapes
+and vectors of two. All times are seconds of the processor.
+
+XLA's time to compile for a CPU is proportional to the instructions of all leaves together: it makes
+the machine code of equal kernels once, but runs its other passes over each of them. A storage that
+encodes two averages in one word has several times AdamW's instructions, and takes several times as
+long to compile: once, not in each step. From some 2000 leaves on, XLA's time grows faster than the
+tree, for Optax's step as for adamx's: some of its passes compare each kernel with every other. No
+step of 20000 leaves could be compiled, Optax's or adamx's, within 24 GiB of memory. What adamx does
+itself grows with the tree.
+
+Layers that are stacked, as a `scan` over layers wants them, make one leaf of each weight, whatever
+the number of layers. So nothing here grows with the layers, and
+[`stacked`](around-the-update.md#stacked-layers) computes each statistic for every layer.
+"""
+
+BARS = {  # of the time of everything, from tracing to compiling
+    "adamw": 1.0,
+    "clip, mask": 1.0,
+    "two groups": 1.0,
+    "packed16 / float32": 1.2,
+    "packed8, remainder8 / float32": 3.0,
+}
 
 WIDTH = 64
 BLOCK = {  # a transformer's shapes, scaled down: compiling does not depend on the sizes
@@ -134,16 +163,31 @@ def compiling(leaves: tuple[int, ...], rounds: int, only: str) -> Table:
                 "theirs": stages(theirs, cast(like, other)),
             }
             times = interleave(candidates, rounds=rounds, seed=0)
-            cells = [str(count), name]
+            cells, of = [name, str(count)], 0.0
             for part in range(4):
                 both = [times[x][:, part] for x in ("ours", "theirs")]
-                cells.append(f"{np.median(both[0]):.2f} / {np.median(both[1]):.2f}")
-                cells.append(f"{ratio(*both).median:.2f}")
+                of = ratio(*both).median
+                cells += [f"{np.median(both[0]):.2f} / {np.median(both[1]):.2f}", f"{of:.2f}"]
+            cells.append(verdict(of, BARS[name]) if name in BARS else "")
+            sides = (ours, cast(like, mine)), (theirs, cast(like, other))
+            cells.append(" / ".join(f"{instructions(*side) / count:.0f}" for side in sides))
             rows.append(cells)
             print(*cells, flush=True)
-    heads = [x for part in ("trace", "lower", "compile", "all") for x in (f"{part}, s", "ratio")]
-    note = "The in-place step; seconds of the processor, adamx / Optax unless the row says more."
-    return Table("Compiling the step", note, ["leaves", "", *heads], rows)
+    parts = [
+        f"{part}, {x}" for part in ("trace", "lower", "compile", "all") for x in ("s", "ratio")
+    ]
+    note = (
+        "The in-place step; adamx / Optax unless the row says more. The bar is one of the ratio of "
+        "all. Instructions: of the compiled program, for each leaf."
+    )
+    return Table(
+        "Compiling the step", note, ["float32", "leaves", *parts, "bar", "instructions"], rows
+    )
+
+
+def instructions(make: Make, like: Any) -> int:
+    """Return the number of instructions of the compiled step."""
+    return (compile_step(make(), like).as_text() or "").count(" = ")
 
 
 def importing(rounds: int) -> Table:
@@ -156,10 +200,11 @@ def importing(rounds: int) -> Table:
 
     lines = {name: program.format(name) for name in ("adamx", "optax")}
     candidates = {name: sample(line) for name, line in {**lines, "nothing": empty}.items()}
-    times = interleave(candidates, rounds=max(rounds, 11), seed=0)
+    times = interleave(candidates, rounds=rounds, seed=0)
     ours, theirs = (times[name] - np.median(times["nothing"]) for name in lines)
     row = ["import", f"{np.median(ours):.2f} / {np.median(theirs):.2f}", str(ratio(ours, theirs))]
-    return Table("Importing", "Seconds of the processor, adamx / Optax.", ["", "s", "ratio"], [row])
+    note = "Each in a process of its own, which takes `import jax` along; adamx / Optax."
+    return Table("Importing", note, ["", "s", "ratio"], [row])
 
 
 # ------------------------------------------------------------------------------------- growing
@@ -300,8 +345,9 @@ def growing(leaves: tuple[int, ...], only: str) -> Table:
             [name, *(f"{times[n]:.3g}" if n in times else "" for n in leaves), _growth(times)]
         )
         print(*rows[-1], flush=True)
-    heads = ["seconds of the processor", *map(str, leaves), "exponent"]
-    return Table("What grows with the leaves", "Each once, with empty caches.", heads, rows)
+    heads = ["seconds", *(f"{count} leaves" for count in leaves), "exponent"]
+    note = "Each once, with empty caches. The exponent is that between the last two sizes."
+    return Table("What grows with the leaves", note, heads, rows)
 
 
 def _growth(times: dict[int, float]) -> str:
@@ -318,20 +364,46 @@ def main() -> None:
     parser.add_argument("--leaves", default="")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="")
+    parser.add_argument("--quick", action="store_true", help="small and short")
+    parser.add_argument("--markdown", type=Path, help="write the report to this file too")
     given = parser.parse_args()
     every = not (given.compile or given.scale or given.imports)
     numbers = tuple(int(n) for n in given.leaves.split(",") if n)
+    short, long, rounds = (150, 300, 1000), (300, 1000, 2000, 6000, 20000), given.rounds
+    if given.quick:
+        short, long, rounds = (20,), (20, 40), 1
 
     def tables() -> Iterator[Table]:
         if given.imports or every:
-            yield importing(given.rounds)
+            yield importing(1 if given.quick else max(rounds, 11))
         if given.compile or every:
-            yield compiling(numbers or (150, 300, 1000), given.rounds, given.only)
+            yield compiling(numbers or short, rounds, given.only)
         if given.scale or every:
-            yield growing(numbers or (300, 1000, 2000, 6000, 20000), given.only)
+            yield growing(numbers or long, given.only)
 
-    for table in tables():
+    made = list(tables())
+    for table in made:
         Console(width=160).print(table.markdown())
+    if given.markdown:
+        given.markdown.write_text(page(made))
+
+
+def page(tables: Sequence[Table]) -> str:
+    """Return the report as a page."""
+    facts = "\n".join(f"- {name}: {value}" for name, value in environment().items())
+    return "\n".join(
+        [
+            "# What a large tree costs on the host",
+            "",
+            "Written by `python benchmarks/host.py --markdown docs/host-benchmarks.md`, not by "
+            "hand.",
+            "",
+            facts,
+            "",
+            TEXT,
+            *(table.markdown() for table in tables),
+        ]
+    )
 
 
 if __name__ == "__main__":

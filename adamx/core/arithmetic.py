@@ -7,6 +7,7 @@ Three dtypes have names: *compute* is float32, or wider for a wider leaf; *store
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import numbers
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ LIMIT = 2.0**60
 """The largest number that is squared in float32, and room for the correction of its average."""
 
 
+@functools.cache
 def compute_dtype(*dtypes: DTypeLike) -> np.dtype:
     """Return the dtype to compute in: float32 or wider, complex if one of the dtypes is complex.
 
@@ -59,6 +61,16 @@ def widen(x: Any, compute: DTypeLike) -> Any:
         return x
     real = not jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
     return jnp.asarray(x).astype(real_dtype(compute) if real else compute)
+
+
+def cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Return x.astype(dtype), which takes a while to trace even where nothing changes.
+
+    Example:
+        >>> cast(jnp.ones(1), jnp.bfloat16).dtype
+        dtype(bfloat16)
+    """
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def narrowed(x: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -289,9 +289,14 @@ def check_slots(path: str, slots: Mapping[str, Any], expected: Mapping[str, Any]
 
 def _as_wide(x: Any, start: Any) -> bool:
     """Say whether a slot has its dtype; without parameters, float64 gradients ask for float64."""
-    here, there = jnp.result_type(x), jnp.dtype(start.dtype)
-    wide = jnp.issubdtype(here, jnp.inexact) and min(jnp.finfo(here).bits, jnp.finfo(there).bits)
-    return here == there or wide >= 32
+    here, there = _dtype(x), start.dtype
+    if here == there:
+        return True
+    return jnp.issubdtype(here, jnp.inexact) and min(map(_bits, (here, there))) >= 32
+
+
+def _bits(dtype: Any) -> int:
+    return jnp.finfo(dtype).bits
 
 
 def check_foreign_leaves(name: str, state: Any, fresh: Any) -> None:
@@ -335,8 +340,16 @@ def _kind(x: Any) -> Any:
     """Return the kind of numbers that a leaf holds, None if it is no array and no number."""
     if not isinstance(x, (*_ARRAYS, jax.ShapeDtypeStruct, numbers.Number)):
         return None
+    return _kind_of(_dtype(x))
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+@functools.cache
+def _kind_of(dtype: Any) -> Any:
     kinds = (jnp.floating, jnp.complexfloating, jnp.integer)
-    dtype = jnp.result_type(x)
     return next((kind for kind in kinds if jnp.issubdtype(dtype, kind)), str(dtype))
 
 

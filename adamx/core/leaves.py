@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from adamx.core import errors
+from adamx.core.arithmetic import cast
 from adamx.core.paths import flatten
 from adamx.core.shard import WHOLE, Shard
 
@@ -69,7 +70,7 @@ class Leaves:
     def narrowed(self) -> Leaves:
         """Return the updates in their outgoing dtypes."""
         pairs = zip(self.values, self.emit, strict=True)
-        return self.with_values([u if u is None or d is None else u.astype(d) for u, d in pairs])
+        return self.with_values([u if u is None or d is None else cast(u, d) for u, d in pairs])
 
     def check_shapes(self) -> None:
         """Raise unless each update has the shape and kind of its parameter."""
