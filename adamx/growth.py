@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adamx.core.arithmetic import shared_axes
+from adamx.core.leaves import on_device
 from adamx.core.paths import check_all_used, check_pattern, leaves_by_path, matches, text
 
 Rows = Mapping[Any, int]
@@ -164,6 +165,7 @@ def with_new_rows(value: jax.Array, first: jax.Array, leaf: Grown) -> jax.Array:
     join = functools.partial(_joined, axis, leaf.kept)
     if isinstance(value, Tracer) or isinstance(first, Tracer):
         return join(value, first)
+    value, first = on_device((value, first))
     where, there = first.sharding, value.sharding
     if not isinstance(where, NamedSharding):
         return join(value, first)

@@ -21,7 +21,7 @@ from adamx.core import errors
 from adamx.core.concept import parts
 from adamx.core.foreign import named
 from adamx.core.leaves import take_apart
-from adamx.core.lifting import BEGAN, State, age, beginnings, committed_with
+from adamx.core.lifting import BEGAN, State, age, beginnings, committed_with, is_committed
 from adamx.core.paths import (
     Pattern,
     at,
@@ -108,10 +108,18 @@ def reset(
         column = leaves.column(name, errors.entry(state, name))
         first = leaves.column(name, errors.entry(start, name))
         for i in chosen:
-            column[i] = first[i]
+            column[i] = _put_where(column[i], first[i])
         new[name] = leaves.tree(column)
     again = [leaves.paths[i] for i in chosen]
     return begun(tx, params, new, again) if to is None else _aged(tx, params, new, again, to)
+
+
+def _put_where(old: Any, new: Any) -> Any:
+    """Return a slot in the place of another one, which may be offloaded or divided further."""
+    arrays = all(isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in (old, new))
+    if not arrays or not is_committed(old) or old.sharding.is_equivalent_to(new.sharding, new.ndim):
+        return new
+    return jax.device_put(new, old.sharding)
 
 
 def _aged(

@@ -129,9 +129,11 @@ def width_rules(base: Any, params: Any) -> WidthRules:
     """Return the factors of muP for a model, from its shapes and those of a narrow one.
 
     An axis is wide where the two models differ. Of two wide axes the first is the fan-in, as in
-    JAX's kernels [in, out], [in, heads, size] and [heads, size, out]. A leaf with one wide axis
-    leads from a finite size to a wide one, as embeddings, biases and scales do, if that is its last
-    axis, and from a wide to a finite one, as the last kernel of a network does, otherwise.
+    JAX's kernels [in, out], [in, heads, size] and [heads, size, out]; of three, two are the heads
+    and their size, and the fan-in grows as the third. A leaf with one wide axis leads from a finite
+    size to a wide one, as embeddings, biases and scales do, if that is its last axis or the leaf is
+    named "bias", as one for [heads, size] is; otherwise from a wide to a finite one, as the last
+    kernel of a network does.
 
     The factor of the start is against the narrow model's standard deviation: keep that, or start
     from a library's rule 1 / sqrt(fan_in), which already is right for all but the last kernel.
@@ -173,7 +175,10 @@ def _rules(path: str, base: tuple[int, ...], shape: tuple[int, ...]) -> tuple[fl
     axes = [i for i, (a, b) in enumerate(zip(base, shape, strict=True)) if a != b]
     if not axes:
         return 1.0, 1.0, 1.0
-    ratio = shape[axes[0]] / base[axes[0]]
+    ratios = [shape[i] / base[i] for i in axes]
+    ratio = ratios[0] if len(axes) < 3 else max(ratios, key=lambda x: abs(math.log(x)))
+    if path.rpartition("/")[2] == "bias":
+        return 1.0, math.prod(ratios), 1.0
     if len(axes) > 1:
         return 1 / ratio, 1.0, 1 / math.sqrt(ratio)
     if axes[0] == len(shape) - 1:

@@ -102,6 +102,12 @@ def adapt_state(
     decoded, carried over and encoded anew, rounded once, without bias. Leaves that `tx` would
     decode to the same numbers stay as they are, bit for bit.
 
+    A scalar that is recorded once for the whole tree and is now recorded for each of several
+    stacked layers, such as a learning rate, is that of each; new layers have the start value.
+
+    Every slot is where its parameter is. If slots are to be in the host's memory, or divided over
+    more devices, put the state there: `jax.device_put(state, state_sharding(tx, params, ...))`.
+
     Args:
         tx: the transformation to go on with.
         params: the parameters, as for `tx.init`.
@@ -165,9 +171,9 @@ def adapt_state(
     first = _start(tx if saved_by is None else saved_by, params, saved)
     grown = {} if rows is None else grown_leaves(rows, params, first, leaves_by_path(saved))
     if saved_by is None:
-        state, adaptation = _matched(first, saved, grown)
+        state, adaptation = _matched(tx, first, saved, grown)
         return _with_newcomers(tx, params, state, adaptation, leaves_by_path(state))
-    before, misfit = _matched(first, saved, grown)
+    before, misfit = _matched(saved_by, first, saved, grown)
     before = placed(before, saved_by, params)
     if misfit.filled or misfit.dropped:
         raise ValueError(
@@ -175,7 +181,8 @@ def adapt_state(
             f"not fit it: {_some(misfit.filled + misfit.dropped)}"
         )
     start = _start(tx, params, saved)
-    after, adaptation = _matched(_seen(start, tx, params), _seen(before, saved_by, params), grown)
+    seen_before = _seen(before, saved_by, params)
+    after, adaptation = _matched(tx, _seen(start, tx, params), seen_before, grown)
     leaves = take_apart(params, None)
     bound = tx.for_tree(params)
     columns = {name: leaves.column(name, start[name]) for name in tx.tree_names()}
@@ -249,10 +256,25 @@ def _seen(state: State, tx: Transformation, params: Any) -> State:
     return others | {name: leaves.tree(column) for name, column in slots.items()}
 
 
-def _matched(start: State, saved: Any, grown: Leaves) -> tuple[State, Adaptation]:
+def _of_each_layer(value: Any, first: jax.Array) -> Any:
+    """Return a recorded scalar with a number for each layer; new layers have the start value."""
+    shape = jnp.shape(value)
+    if shape == first.shape:
+        return value
+    if not shape:
+        return jnp.broadcast_to(value, first.shape)
+    if len(shape) != first.ndim or any(a > b for a, b in zip(shape, first.shape, strict=True)):
+        return value
+    return first.at[tuple(map(slice, shape))].set(value)
+
+
+def _matched(
+    tx: Transformation, start: State, saved: Any, grown: Leaves
+) -> tuple[State, Adaptation]:
     """Return a state with its leaves replaced by the saved ones, matched by path and cast.
 
     Args:
+        tx: the transformation.
         start: the first state.
         saved: the saved one; slots of leaves that grew may have the old rows or all.
         grown: which leaves grew.
@@ -263,7 +285,7 @@ def _matched(start: State, saved: Any, grown: Leaves) -> tuple[State, Adaptation
             "adapt_state: saved must be a state of adamx, with 'count' at the top, "
             f"got {describe(saved)}: {what_it_may_be(saved)}"
         )
-    filled, rounded, added, shared = {}, [], [], []
+    filled, rounded, added, shared, records = {}, [], [], [], {*tx.recorded_names}
 
     def carried(name: str, first: Any) -> Any:
         if first is None:
@@ -272,6 +294,9 @@ def _matched(start: State, saved: Any, grown: Leaves) -> tuple[State, Adaptation
             filled[name] = first
             return first
         value, leaf = old.pop(name), grown_leaf(name, grown)
+        top, *_, last = name.split("/") if "/" in name else (name, name)
+        if top in records or (top == BEGAN and last in records):
+            value = _of_each_layer(value, first)
         before = saved_shape(first.shape, leaf)
         if jnp.shape(value) not in (before, first.shape):
             raise ValueError(

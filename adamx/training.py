@@ -17,12 +17,12 @@ import optax
 from jax.core import Tracer
 
 from adamx.core import errors, lifting
-from adamx.core.arithmetic import cast, compute_dtype
+from adamx.core.arithmetic import cast, compute_dtype, resharded_like
 from adamx.core.foreign import as_transformation
-from adamx.core.leaves import take_apart
+from adamx.core.leaves import is_on_host, on_device, take_apart
 from adamx.core.lifting import Between
 from adamx.core.precision_warning import PrecisionWarning
-from adamx.core.rounding import mix, random_bits, round_stochastically, step_key
+from adamx.core.rounding import NARROW, mix, random_bits, round_stochastically, step_key
 from adamx.core.transformation import Transformation
 
 Params = TypeVar("Params")
@@ -76,9 +76,9 @@ def apply_updates(
 
 
 def _added(param: jax.Array, update: jax.Array, rounding: str, count: Any) -> jax.Array:
-    wide = compute_dtype(param.dtype, update.dtype)
+    wide, update = compute_dtype(param.dtype, update.dtype), resharded_like(update, param)
     total = jax.lax.add(cast(param, wide), cast(update, wide))
-    if rounding == "nearest" or total.dtype != jnp.float32 or param.dtype.itemsize > 2:
+    if rounding == "nearest" or total.dtype != jnp.float32 or param.dtype not in NARROW:
         return cast(total, param.dtype)
     place = jnp.zeros(param.shape, jnp.uint32)
     for axis, size in enumerate(param.shape):
@@ -124,8 +124,9 @@ def make_step(
     the host's memory are copied to the device for the step, and back (from JAX 0.10 on).
 
     An array that occurs twice, as tied weights do, or the first parameters that the first state of
-    a method such as `optax.contrib.prodigy` holds, is copied before it is donated. The step looks
-    for such arrays when params and state are not the ones that it returned last.
+    a method such as `optax.contrib.prodigy` holds, is copied before it is donated. For two arrays
+    that share their memory the step looks when params and state are not those that it returned
+    last.
 
     Args:
         tx: any adamx or Optax transformation.
@@ -196,7 +197,7 @@ class _Step:
             return self._tx.init(params)
 
     def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
-        if grads is params or not self._made(params, state):
+        if not self._made(params, state) or _repeated(params, state, grads, extra):
             errors.check_arrays(params)
             params, state = _apart((params, state), (grads, extra))
         numbers = self._numbers(state, extra)
@@ -228,7 +229,7 @@ class _Step:
         return sum(program._cache_size() for program in programs)
 
     def _made(self, params: Any, state: Any) -> bool:
-        """Say whether the last call made these, so that no array occurs twice in them."""
+        """Say whether the last call made these, so that no two arrays share their memory."""
         before = [ref and ref() for ref in self._last]
         now = [_first(params), _first(state)]
         return len(before) == 2 and all(a is b for a, b in zip(before, now, strict=True))
@@ -281,6 +282,12 @@ def _first(tree: Any) -> Any:
     return next((x for x in map(_first, level[0]) if x is not None), None)
 
 
+def _repeated(*trees: Any) -> bool:
+    """Say whether one array occurs twice in some trees."""
+    leaves = jax.tree.leaves(trees)
+    return len(set(map(id, leaves))) < len(leaves)
+
+
 def _apart(donated: Any, read: Any) -> Any:
     """Return the donated trees with a copy of each array that occurs in them, or in `read`, before.
 
@@ -306,7 +313,7 @@ def _step(tx: Any, rounding: str, moves: bool = True) -> Any:
     update = optax.with_extra_args_support(tx).update
 
     def step(params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
-        given, state = state, _on_device(state)
+        given, state = state, on_device(state)
         if rounding == "nearest" or not moves:
             updates, state = update(grads, state, params, **extra)
             params = apply_updates(params, updates) if moves else None
@@ -318,23 +325,12 @@ def _step(tx: Any, rounding: str, moves: bool = True) -> Any:
     return step
 
 
-def _on_device(tree: Any) -> Any:
-    """Return a tree of which the arrays in the host's memory are copied to the device."""
-    return jax.tree.map(
-        lambda x: jax.device_put(x, jax.memory.Space.Device) if _is_on_host(x) else x, tree
-    )
-
-
 def _in_memory_of(like: Any, tree: Any) -> Any:
     """Return a tree with its arrays in the host's memory where those of another are there."""
-    if not any(map(_is_on_host, jax.tree.leaves(like))):
+    if not any(map(is_on_host, jax.tree.leaves(like))):
         return tree
-    put = lambda old, x: jax.device_put(x, jax.memory.Space.Host) if _is_on_host(old) else x  # noqa: E731
+    put = lambda old, x: jax.device_put(x, jax.memory.Space.Host) if is_on_host(old) else x  # noqa: E731
     return jax.tree.map(put, like, tree)
-
-
-def _is_on_host(x: Any) -> bool:
-    return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def _program_apart(between: Between, rounding: str, out_shardings: Any) -> Any:

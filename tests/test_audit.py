@@ -89,6 +89,33 @@ def test_nothing_is_wrong_with_any_optimizer_in_the_right_order(tx):
     assert found.in_place == found.donated
 
 
+@pytest.mark.parametrize(
+    ("tx", "like"),
+    [
+        (adamx.adan(1e-3), LIKE),
+        (adamx.mars(1e-3), LIKE),
+        (adamx.master_weights(adamx.adan(1e-3)), HALF),
+    ],
+    ids=["adan", "mars", "masters"],
+)
+def test_a_slot_that_is_the_gradient_follows_the_slot_not_the_gradient(tx, like):
+    found = adamx.audit(adamx.make_step(tx), like, abstract(tx, like), like)
+    assert found.ok and found.advice == (), found.advice
+
+
+def test_parameters_that_were_those_before_follow_them():
+    tx = adamx.adamw(1e-3)
+
+    def step(params, state, grads):
+        grads = jax.tree.map(lambda g, p, q: g + 0.5 * (p - q), grads, params, state["before"])
+        updates, new = tx.update(grads, state["own"], params)
+        return adamx.apply_updates(params, updates), {"own": new, "before": params}
+
+    state = {"own": abstract(tx), "before": LIKE}
+    found = adamx.audit(jax.jit(step, donate_argnums=(0, 1)), LIKE, state, LIKE)
+    assert found.ok, found.advice
+
+
 def test_masters_of_16_bit_parameters_are_in_place():
     tx = adamx.master_weights(adamx.adamw(1e-3))
     found = adamx.audit(adamx.make_step(tx), HALF, abstract(tx, HALF), HALF)

@@ -231,3 +231,37 @@ def test_a_leaf_whose_path_ends_anothers_path_is_not_taken_for_it():
     np.testing.assert_array_equal(state["inner"]["trace"]["w"], [1.0, 1.0, 0.0])
     with pytest.raises(ValueError, match="'inner/trace/a/w' was saved with shape"):
         adamx.adapt_state(tx, large | {"a": {"w": jnp.ones(3)}}, saved, rows={"w": 0})
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA cannot compile it for devices")
+def test_rows_are_added_to_slots_in_the_memory_of_the_host():
+    def params(rows):
+        where = NamedSharding(mesh_of((2,), ("data",)), PartitionSpec(None, "data"))
+        return {"embed": jax.device_put(jnp.ones((rows, 2)), where)}
+
+    tx, few = adamx.adamw(0.1), params(3)
+    on_host = adamx.state_sharding(tx, few, memory_kind="pinned_host")
+    state = jax.jit(tx.init, out_shardings=on_host)(few)
+    state, adaptation = adamx.adapt_state(tx, params(5), state, rows={"embed": 0})
+    assert adaptation.grown == ("mu/embed", "nu/embed") and state["mu"]["embed"].shape == (5, 2)
+
+
+def test_a_rate_for_each_layer_may_come_in_the_middle_of_a_run_and_grow():
+    def rates(layers):
+        return adamx.stacked(adamx.adamw(0.1 * jnp.arange(1.0, layers + 1)), {"layers": 1})
+
+    def params(layers):
+        return {"layers": jnp.ones((layers, 2))}
+
+    one = adamx.adamw(0.1)
+    _, state = one.update(params(2), one.init(params(2)), params(2))
+    state = adamx.reset(one, state, params(2), "layers")  # it has records of its own, too
+    state, _ = adamx.adapt_state(rates(2), params(2), state)
+    _, state = rates(2).update(params(2), state, params(2))
+    np.testing.assert_allclose(state["learning_rate"], [0.1, 0.2])
+    state, _ = adamx.adapt_state(rates(3), params(3), state, rows={"layers": 0})
+    _, state = rates(3).update(params(3), state, params(3))
+    np.testing.assert_allclose(state["learning_rate"], [0.1, 0.2, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(
+        state["began"]["layers"]["learning_rate"], [0.1, 0.2, 0.3], rtol=1e-6
+    )

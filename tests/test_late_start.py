@@ -408,3 +408,22 @@ def test_late_leaves_of_any_ages_share_a_trace():
     ages = {"a": 3, "b": 2, "c": 1, "d": 4}
     for name, age in ages.items():
         np.testing.assert_allclose(updates[name], 0.5 / age + age, rtol=1e-6)
+
+
+@pytest.mark.parametrize("where", [{"memory_kind": "pinned_host"}, {"over": "data"}], ids=str)
+def test_slots_that_are_reset_stay_where_they_were(where):
+    if "memory_kind" in where and jax.__version_info__ < (0, 10):
+        pytest.skip("XLA cannot compile it for devices")
+    mesh = mesh_of((2,), ("data",))
+    params = {
+        "w": jax.device_put(jnp.ones((4, 2), jnp.bfloat16), NamedSharding(mesh, PartitionSpec()))
+    }
+    tx = adamx.master_weights(adamx.adamw(0.1))
+    wanted = adamx.state_sharding(tx, params, **where)
+    state = jax.jit(tx.init, out_shardings=wanted)(params)
+    assert adamx.masters(params, state)["w"].dtype == jnp.float32
+    state = adamx.reset(tx, state, params, "w")
+    jax.tree.map(
+        lambda x, there: x.sharding.is_equivalent_to(there, x.ndim) or pytest.fail(), state, wanted
+    )
+    assert state["mu"]["w"].sharding.memory_kind == wanted["mu"]["w"].memory_kind

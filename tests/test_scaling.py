@@ -283,3 +283,28 @@ def test_an_average_at_another_batch_forgets_in_as_many_tokens():
     """Two steps on batches of 1 and one on a batch of 2 leave the same of what was before."""
     b = adamx.half_life_rule(0.5, batch_size=2, new_batch_size=1)
     np.testing.assert_allclose(b * b, 0.5, rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("path", "base", "shape", "ratio"),
+    [
+        ("query/kernel", (64, 4, 16), (256, 16, 16), 4),
+        ("query/kernel", (64, 4, 16), (256, 8, 32), 4),
+        ("out/kernel", (4, 16, 64), (16, 16, 256), 4),
+        ("out/kernel", (4, 16, 64), (8, 32, 256), 4),
+    ],
+)
+def test_the_fan_in_of_attention_grows_with_heads_and_their_size(path, base, shape, ratio):
+    one, other = ({path: jax.ShapeDtypeStruct(x, jnp.float32)} for x in (base, shape))
+    rules = adamx.width_rules(one, other)
+    assert rules.adam[path] == 1 / ratio and rules.init[path] == 1 / ratio**0.5
+    assert rules.sgd[path] == 1
+
+
+@pytest.mark.parametrize(
+    ("base", "shape"), [((4, 16), (16, 16)), ((4, 16), (8, 32)), ((64,), (256,))]
+)
+def test_a_bias_of_attention_is_a_bias(base, shape):
+    one, other = ({"query/bias": jax.ShapeDtypeStruct(x, jnp.float32)} for x in (base, shape))
+    rules = adamx.width_rules(one, other)
+    assert (rules.adam, rules.sgd, rules.init) == tuple({"query/bias": x} for x in (1, 4, 1))

@@ -324,10 +324,15 @@ def test_zero1_divides_the_first_dimension_that_can_be():
 @pytest.mark.filterwarnings("ignore:state_sharding. over='data' divides no slot")
 @pytest.mark.usefixtures("quick_compiler", "promotion_of_foreign_stages")
 def test_a_step_keeps_the_slots_divided_on_a_mesh_of_either_kind(name, kind):
-    """Also a slot that is shorter than its parameter, which is whole along the divided axis."""
+    """Also a slot that is shorter than its parameter, which is whole along the divided axis.
+
+    And the slots of 16-bit parameters, and those along whose axis the parameter is divided too.
+    """
     mesh = mesh_of((4, 2), ("data", "model"), kind)
     tx, everywhere = TRANSFORMATIONS[name].make(), NamedSharding(mesh, P())
-    params = jax.device_put({"w": jnp.ones((16, 8)), "b": jnp.ones(8)}, everywhere)
+    params = {"w": jnp.ones((16, 8)), "b": jnp.ones(8), "h": jnp.ones((16, 8), jnp.bfloat16)}
+    params = jax.device_put(params, everywhere)
+    params["m"] = jax.device_put(jnp.ones(8), NamedSharding(mesh, P("model")))
     where = adamx.state_sharding(tx, params, over="data")
     state = jax.jit(tx.init, out_shardings=where)(params)
     step = adamx.make_step(tx, out_shardings=(jax.tree.map(lambda x: x.sharding, params), where))

@@ -556,3 +556,35 @@ def test_a_mistake_is_an_error_at_the_first_step(tx, axes, said):
     tx, params = adamx.stacked(tx, axes), example(head=True)
     with pytest.raises(ValueError, match=said):
         tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+@pytest.mark.usefixtures("quick_compiler")
+def test_statistics_of_divided_layers_are_measured_on_a_mesh_of_either_kind(kind, every):
+    mesh = mesh_of((4, 2), ("data", "model"), kind)
+    layers = jnp.arange(32.0).reshape(4, 8)
+    params = {"layers": {"w": jax.device_put(layers, NamedSharding(mesh, P("data", None)))}}
+    tx = adamx.monitor(adamx.stacked(adamx.adamw(1e-3), {"layers/*": 1}), every=every)
+    state = jax.jit(tx.init)(params)
+    for _ in range(every):
+        _, state = jax.jit(tx.update)(params, state, params)
+    norms = state["monitor"]["grad_norm"]["layers/w"]
+    np.testing.assert_allclose(norms, np.linalg.norm(layers, axis=1), rtol=1e-6)
+    _, state = adamx.make_step(tx)(params, state, jax.tree.map(jnp.copy, params))
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_statistics_of_divided_layers_are_divided_inside_shard_map():
+    mesh, spec = mesh_of((2,), ("data",)), {"layers": {"w": P("data")}}
+    layers = jnp.arange(32.0).reshape(4, 8)
+    params = {"layers": {"w": jax.device_put(layers, NamedSharding(mesh, P("data")))}}
+    tx = adamx.monitor(adamx.stacked(adamx.adamw(1e-3), {"layers/*": 1}), every=1)
+    tx = adamx.in_shard_map(tx, spec)
+    state = jax.jit(tx.init)(params)
+    of = jax.tree.map(lambda x: x.spec, adamx.state_sharding(tx, params))
+    update = jax.shard_map(
+        lambda g, s: tx.update(g, s, g)[1], mesh=mesh, in_specs=(spec, of), out_specs=of
+    )
+    norms = jax.jit(update)(params, state)["monitor"]["grad_norm"]["layers/w"]
+    np.testing.assert_allclose(norms, np.linalg.norm(layers, axis=1), rtol=1e-6)

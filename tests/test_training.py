@@ -49,6 +49,32 @@ def test_step_donates_params_and_state_and_leaves_the_gradients():
     assert not grads["w"].is_deleted()
 
 
+def test_an_array_that_occurs_twice_after_a_step_is_copied():
+    """A rate that is set by hand for two groups, and gradients that are the parameters."""
+    rate = adamx.adjustable
+    tx = adamx.by_path({"w": adamx.adam(rate(0.1))}, default=adamx.adam(rate(0.2)))
+    step = adamx.make_step(tx)
+    params, state = step(start(), tx.init(start()), GRADS[0])
+    copies = lambda *trees: jax.tree.map(jnp.copy, trees)  # noqa: E731
+
+    state["learning_rate"] = dict.fromkeys(state["learning_rate"], jnp.float32(0.05))
+    wanted = adamx.make_step(tx)(*copies(params, state, GRADS[1]))
+    params, state = step(params, state, GRADS[1])
+    jax.tree.map(np.testing.assert_array_equal, (params, state), wanted)
+
+    wanted = adamx.make_step(tx)(*copies(params, state, params))
+    got = step(params, state, dict(params))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_stochastic_rounding_leaves_formats_of_8_bits_to_the_nearest_number():
+    params = {"h": jnp.ones(3, jnp.bfloat16), "e": jnp.ones(3, jnp.float8_e4m3fn)}
+    updates = jax.tree.map(lambda x: jnp.full(x.shape, 0.25, jnp.float32), params)
+    got = adamx.apply_updates(params, updates, rounding="stochastic", count=1)
+    assert got["e"].dtype == jnp.float8_e4m3fn and (got["e"].astype(jnp.float32) == 1.25).all()
+    assert (got["h"].astype(jnp.float32) == 1.25).all()
+
+
 def test_every_donated_buffer_is_reused_for_the_result_at_its_place():
     tx = adamx.adamw(0.1)
     params, state = start(), tx.init(start())

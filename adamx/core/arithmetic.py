@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 LIMIT = 2.0**60
@@ -160,15 +161,17 @@ def divided_like(slots: Iterable[jax.Array], *arrays: Any) -> tuple[Any, ...]:
     return tuple(map(put, arrays))
 
 
-def resharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
+def resharded_like(x: jax.Array, like: jax.Array, whole: bool = False) -> jax.Array:
     """Return an array sharded like another one of its shape, where that is on an explicit mesh.
 
     An array that is on no mesh, such as the zeros of a state made before there was one, goes with
-    any: JAX's operations take the mesh of their other operands.
+    any: JAX's operations take the mesh of their other operands. Only as the other result of a
+    branch does it not: with `whole`, x is then not divided.
     """
-    where = jax.typeof(like).sharding
-    same = jax.typeof(x).sharding == where
-    return x if where.mesh.empty or same else jax.sharding.reshard(x, where)
+    here, where = (jax.typeof(a).sharding for a in (x, like))
+    if where.mesh.empty and whole:
+        where = here.update(spec=PartitionSpec(*[None] * x.ndim))
+    return x if where.mesh.empty or here == where else jax.sharding.reshard(x, where)
 
 
 def shared_axes(shape: tuple[int, ...], param: tuple[int, ...]) -> tuple[int | None, ...]:

@@ -104,6 +104,18 @@ def completed(updates: Any, like: Any) -> Any:
     return treedef.unflatten(new)
 
 
+def is_on_host(x: Any) -> bool:
+    """Say whether an array is in the host's memory, as offloaded slots are."""
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def on_device(tree: Any) -> Any:
+    """Return a tree of which the arrays in the host's memory are copied to the device."""
+    return jax.tree.map(
+        lambda x: jax.device_put(x, jax.memory.Space.Device) if is_on_host(x) else x, tree
+    )
+
+
 def take_apart(updates: Any, params: Any) -> Leaves:
     """Flatten the updates, and the parameters with them; raise if they do not fit."""
     paths, given, treedef = flatten(updates)

@@ -19,6 +19,7 @@ import jax
 import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.tree_util import DictKey
 
 from adamx.core.arithmetic import shared_axes
 from adamx.core.errors import describe
@@ -87,11 +88,14 @@ def state_sharding(
                 f"which has no {missing[0]!r}"
             )
         known[path] = param
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): path for path in known}
     everywhere = _on_all_devices([param.sharding for param in known.values()])
     slots: list[bool] = []  # whether each is divided over more axes than its parameter
 
     def of(path: tuple[Any, ...], leaf: Any) -> Sharding | None:
         param = with_path_of(path, known)
+        if param is None and isinstance(path[-1], DictKey):  # what monitor keeps for each layer
+            param = known.get(names.get(path[-1].key, ()))
         if param is None or leaf.ndim == 0:
             return everywhere
         where = alike(_divided(param.sharding, param.shape, axes), param.shape, leaf.shape)

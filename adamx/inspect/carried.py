@@ -15,6 +15,7 @@ import jax
 
 from adamx.inspect.text import Text
 
+_FAR = 1000
 _NEAR = 2  # operations between an array and its successor: w + u, b * m + (1 - b) * g
 
 
@@ -115,8 +116,16 @@ def _components(path: Sequence[Any]) -> tuple[str, ...]:
 def carry(arguments: list[Array], results: list[Array], text: Text) -> dict[int, int]:
     """Return the place of each argument's successor among the results, by the argument's place."""
     by_number = {x.number: x for x in arguments if x.number is not None}
+    donated: dict[Any, list[Array]] = {}
+    for x in arguments:
+        if x.donated and x.path:
+            donated.setdefault((x.path, x.aval.shape, x.aval.dtype), []).append(x)
     pairs = []
     for result in results:
+        # an array that makes room for another argument, as the gradient before does for the next
+        same = donated.get((result.path, result.aval.shape, result.aval.dtype), [])
+        if len(same) == 1:
+            pairs.append(((-len(result.path), False, _FAR, 0), same[0].place, result.place))
         near = [(by_number[i], distance) for i, distance in text.sources(result.place).items()]
         alike = [_alike(argument.path, result.path) for argument, _ in near]
         for (argument, distance), common in zip(near, alike, strict=True):

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from adamx.core import errors
 from adamx.core.arithmetic import compute_dtype, limit_finite, narrowed
 from adamx.core.concept import Slots
-from adamx.core.leaves import take_apart
+from adamx.core.leaves import on_device, take_apart
 from adamx.storage.remainder import join
 
 NAMES = ("remainder", "remainder8", "master")
@@ -92,7 +92,7 @@ def masters(params: Any, state: Mapping[str, Any]) -> Any:
     names = [name for name in NAMES if name in state]
     if not names:
         raise ValueError(f"masters: the state has no masters, only {sorted(state)}")
-    columns = [leaves.column(name, state[name]) for name in names]
+    columns = [leaves.column(name, on_device(state[name])) for name in names]
     found = []
     for param, *own in zip(leaves.values, *columns, strict=True):
         slots = {name: x for name, x in zip(names, own, strict=True) if x is not None}

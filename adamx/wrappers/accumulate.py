@@ -24,7 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamx.core import errors
-from adamx.core.arithmetic import is_inexact, real_dtype, real_times_complex, zeros
+from adamx.core.arithmetic import (
+    is_inexact,
+    real_dtype,
+    real_times_complex,
+    resharded_like,
+    zeros,
+)
 from adamx.core.concept import Slots
 from adamx.core.leaves import Leaves
 from adamx.core.lifting import Between, State
@@ -187,7 +193,8 @@ def _added(weighted: bool, leaves: Leaves, step: Step) -> tuple[list[Any], State
         # a tree, if the gradients have None in the place of a whole branch
         total[i] = jax.tree.map(lambda a: jnp.where(first, 0, a), before[i])
         if u is not None:
-            total[i] = total[i] + _times(weight, u.astype(total[i].dtype))
+            u = resharded_like(u.astype(total[i].dtype), total[i])
+            total[i] = total[i] + _times(weight, u)
     if weight is None:
         return step.select(total, before), {}
     weights = errors.scalar(step.state, WEIGHTS)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from adamx.core import errors
-from adamx.core.arithmetic import compute_dtype
+from adamx.core.arithmetic import compute_dtype, divided_like
 from adamx.core.concept import Slots, disjoint
 from adamx.core.leaves import Leaves
 from adamx.core.lifting import Between, State
@@ -112,13 +112,15 @@ class master_weights(Wrapper):
         columns = self.own(leaves, step)
         own = [{n: x[i] for n, x in columns.items() if x[i] is not None} for i in indices]
         values, wide, emit = list(leaves.values), list(params), list(leaves.emit)
+        halves = list(params)
         for i, slots in zip(indices, own, strict=True):
-            values[i], wide[i], emit[i] = _wide(values[i]), joined(params[i], slots), None
+            u, halves[i] = divided_like(slots.values(), values[i], params[i])
+            values[i], wide[i], emit[i] = _wide(u), joined(halves[i], slots), None
         inside = dataclasses.replace(leaves, values=values, params=wide, emit=emit)
         out, entries = self.run(inside, step)
         for i, slots in zip(indices, own, strict=True):
             if slots:
-                u, new = _close(self.keep, out.values[i], wide[i], params[i], step.count)
+                u, new = _close(self.keep, out.values[i], wide[i], halves[i], step.count)
                 out.values[i] = step.emitted(u)
                 for name, value in new.items():
                     columns[name][i] = value

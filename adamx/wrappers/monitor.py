@@ -25,7 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamx.core import errors, paths
-from adamx.core.arithmetic import compute_dtype, divide, squared_magnitude, widen
+from adamx.core.arithmetic import (
+    compute_dtype,
+    divide,
+    resharded_like,
+    squared_magnitude,
+    widen,
+)
 from adamx.core.concept import parts
 from adamx.core.kernel import slots_like
 from adamx.core.leaves import Leaves
@@ -162,7 +168,8 @@ class monitor(Wrapper):
                         "not `stacked` as they are now: delete state['monitor'], and "
                         "adapt_state(tx, params, state) starts the statistics anew"
                     )
-                found[name][group] = statistic(rows).astype(jnp.float32)
+                now = statistic(rows).astype(jnp.float32)
+                found[name][group] = resharded_like(now, before[name][group], whole=True)
         check_alike(STATISTICS, before, found)
         return found
 
