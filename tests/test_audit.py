@@ -713,3 +713,11 @@ def test_the_report_divides_by_what_may_be_the_parameters_whatever_their_name():
     assert found.params == ("weights_of_mine", 12)
     alone = adamx.audit(jax.jit(lambda s, g: tx.update(g, s, g)[1]), tx.init(w), w)
     assert alone.params == ("s", 26)
+
+
+def test_a_program_that_measures_is_counted_by_the_element_of_the_parameters():
+    tx = adamx.monitor(adamx.adamw(1e-3), every=2)
+    state = abstract(tx) | {"monitor_step": jnp.int32(1)}
+    found = adamx.audit(adamx.make_step(tx), LIKE, state, LIKE)
+    assert found.program == "jit_entries_apart"
+    assert found.params == ("params", sum(x.size for x in jax.tree.leaves(LIKE)))

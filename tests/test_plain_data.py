@@ -187,3 +187,40 @@ def test_only_transformations_of_adamx_are_written():
         adamx.to_dict(optax.adam(0.1))
     with pytest.raises(ValueError, match=r"learning_rate is float32\[\]"):
         jax.jit(lambda rate: adamx.to_dict(adamx.sgd(rate)) and 0)(0.1)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        optax.warmup_cosine_decay_schedule(0.0, 0.5, 0, 8),
+        optax.warmup_constant_schedule(0.0, 0.5, 0),
+        optax.linear_schedule(0.5, 0.25, 0),
+        optax.exponential_decay(0.5, 0, 0.5),
+        optax.sgdr_schedule(
+            [
+                {
+                    "init_value": 0.5,
+                    "peak_value": 0.5,
+                    "warmup_steps": 0,
+                    "decay_steps": n,
+                    "end_value": 0.0,
+                }
+                for n in (2, 4)
+            ]
+        ),
+    ],
+    ids=["cosine", "constant", "linear", "exponential", "restarts"],
+)
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_schedule_with_a_part_of_no_steps_is_written(schedule):
+    data = adamx.to_dict(adamx.sgd(schedule))
+    back = adamx.from_dict(json.loads(json.dumps(data)))
+    assert adamx.to_dict(back) == data
+    grads = jnp.ones(2)
+    states = [tx.init(grads) for tx in (adamx.sgd(schedule), back)]
+    for _ in range(6):
+        states = [
+            tx.update(grads, s)[1]
+            for tx, s in zip((adamx.sgd(schedule), back), states, strict=True)
+        ]
+        assert states[0]["learning_rate"] == states[1]["learning_rate"]

@@ -175,9 +175,11 @@ def counter(state: Mapping[str, Any], name: str) -> Any:
     """Return a counter of the state; raise TypeError unless it is one whole number, of 32 bits."""
     count = entry(state, name)
     if _kind(count) is not jnp.integer or jnp.shape(count):
+        remedy = "is it the state that init returned?"
+        if type(count).__module__.startswith("flax.nnx"):
+            remedy = "nnx.to_pure_dict(nnx.state(optimizer))['opt_state'] has arrays in their place"
         raise TypeError(
-            f"adamx: state[{name!r}] must be a whole number, got {describe(count)}: is it the "
-            "state that init returned?"
+            f"adamx: state[{name!r}] must be a whole number, got {describe(count)}: {remedy}"
         )
     if jnp.result_type(count).itemsize < 4:
         raise TypeError(

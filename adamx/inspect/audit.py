@@ -291,6 +291,8 @@ def _params(text: Text, arguments: list[Array], carried: dict[int, int]) -> tupl
     It is carried on, and holds no whole numbers, as the count in an optimizer's state.
     """
     found = sorted((x for x in arguments if x.place in carried), key=lambda x: carried[x.place])
+    if not any(x.aval.size > 1 for x in found):  # a program that measures, and moves nothing
+        found = [x for x in arguments if x.number is not None]
     if not found:
         return None
     for name in _NAMES:

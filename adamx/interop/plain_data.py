@@ -203,6 +203,9 @@ def _call_of_optax(x: Any) -> functools.partial[Any] | None:
     held: dict[str, Any] = {}
     for function in functions:
         held |= _free_variables(function)
+    if not is_tx and held.keys() == {"init_value"}:  # of no step at all, such as no warm-up
+        if all(np.array_equal(x(step), held["init_value"]) for step in (0, 10**6)):
+            return functools.partial(optax.constant_schedule, value=held["init_value"])
     try:
         read = _HELD[name](held) if name in _HELD else None
         names = inspect.signature(maker).parameters
