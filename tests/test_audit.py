@@ -721,3 +721,11 @@ def test_a_program_that_measures_is_counted_by_the_element_of_the_parameters():
     found = adamx.audit(adamx.make_step(tx), LIKE, state, LIKE)
     assert found.program == "jit_entries_apart"
     assert found.params == ("params", sum(x.size for x in jax.tree.leaves(LIKE)))
+
+
+def test_an_argument_that_is_passed_and_not_read_is_no_part_of_the_floor():
+    tx, other = adamx.adamw(1e-3), jax.ShapeDtypeStruct((4096,), jnp.float32)
+    step = jax.jit(lambda p, s, g, _: tx.update(g, s, p), keep_unused=True)
+    without = adamx.audit(jax.jit(tx.update), LIKE, abstract(tx), LIKE)
+    found = adamx.audit(step, LIKE, abstract(tx), LIKE, other)
+    assert found.floor_bytes == without.floor_bytes

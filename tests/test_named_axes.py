@@ -473,3 +473,22 @@ def test_it_stands_around_the_whole_optimizer():
         adamx.chain(adamx.in_shard_map(CLIP(), P()), adamx.sgd(0.1))
     with pytest.raises(TypeError, match="in_shard_map: tx must be an adamx or Optax"):
         adamx.in_shard_map(P("data"), CLIP())  # pyright: ignore
+
+
+@pytest.mark.parametrize("spec", [P("data"), P("data", "model"), P(("data", "model"))], ids=str)
+@pytest.mark.usefixtures("quick_compiler")
+def test_factors_for_each_layer_or_element_are_divided_like_the_leaf(spec):
+    numbers = jnp.arange(32.0).reshape(4, 8)
+    for factor in (numbers, numbers[:, :1], numbers[:1]):
+        tx = adamx.chain(adamx.sgd(1.0), adamx.scale_by_path({"w": factor}))
+        inside, specs = adamx.in_shard_map(tx, {"w": spec}), {"w": spec}
+        update = jax.shard_map(
+            lambda g, tx=inside: tx.update(g, tx.init(g))[0],
+            mesh=grid(),
+            in_specs=(specs,),
+            out_specs=specs,
+        )
+        got = jax.jit(update)({"w": numbers})["w"]
+        np.testing.assert_array_equal(
+            got, tx.update({"w": numbers}, tx.init({"w": numbers}))[0]["w"]
+        )

@@ -548,7 +548,7 @@ def test_a_mistake_is_an_error_at_construction(tx: Any, axes: Any, kind, said):
         (
             adamx.by_path({"head": None}, default=adamx.sgd(lambda _: jnp.ones(3))),
             {"layers/*": 1},
-            r"a schedule gave an array of shape \[3\] .* stacked axes are \[2\]",
+            r"is an array of shape \[3\] .* stacked axes are \[2\]",
         ),
     ],
 )

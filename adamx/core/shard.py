@@ -115,6 +115,21 @@ class Shard:
         dims = self.dims[max(len(self.dims) - number, 0) :]
         return Shard(self.names, dims)
 
+    def own(self, x: Any, like: Any) -> Any:
+        """Return the part of an array that belongs to this shard.
+
+        Args:
+            x: an array that broadcasts to the whole one, or a number.
+            like: the shard.
+        """
+        for back in range(1, 1 + min(jnp.ndim(x), len(like.shape)) if self.names else 1):
+            size = like.shape[-back]
+            if x.shape[-back] not in (1, size):
+                names = self.along(like, (len(like.shape) - back,))
+                start = jax.lax.axis_index(names) * size
+                x = jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim - back)
+        return x
+
     def of_slot(self, slot: Any, whole: Any) -> Shard:
         """Return which shard of a slot belongs to this one of its parameter.
 

@@ -283,9 +283,10 @@ def each_layer(
         if jnp.ndim(x):
             if not _broadcasts(jnp.shape(x), leading):
                 raise ValueError(
-                    f"stacked: a schedule gave an array of shape {list(jnp.shape(x))} to a leaf "
-                    f"whose stacked axes are {list(leading)}: it may give a number, or an array "
-                    "with one for each layer"
+                    f"stacked: a hyperparameter or schedule is an array of shape "
+                    f"{list(jnp.shape(x))} for a leaf whose stacked axes are {list(leading)}: it "
+                    "may be a number, or an array with one for each layer. Inside shard_map layers "
+                    "with numbers of their own cannot be divided among devices"
                 )
             vectors[i] = jnp.broadcast_to(x, leading)
 

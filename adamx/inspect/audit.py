@@ -274,7 +274,9 @@ def _copies(
 
 
 def _floor(text: Text, by_number: dict[int, Array], placed: dict[int, int]) -> int:
-    read = sum(text.parameters[number].bytes for number in by_number)
+    used = {name for x in text.instructions.values() for name in x.operands}
+    used |= {name for name, _ in text.results}
+    read = sum(x.bytes for i in by_number if (x := text.parameters[i]).name in used)
     written = sum(text.bytes_of(value) for value in text.results)
     through = sum(
         2 * text.parameters[number].bytes

@@ -111,7 +111,7 @@ class orthogonalized(Transformation):
         flat = moved.reshape(*moved.shape[: len(others)], math.prod(x.shape[i] for i in rows), -1)
         found = self._iterated(flat).astype(u.dtype).reshape(moved.shape)
         back = found.transpose(sorted(range(x.ndim), key=lambda i: order[i]))
-        return _own_part(resharded_like(back, u), rows + columns, step.shard, u)
+        return step.shard.own(resharded_like(back, u), u)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         if self.axes == ():
@@ -206,16 +206,6 @@ def _gathered(x: jax.Array, axes: tuple[int, ...], shard: Shard) -> jax.Array:
     for axis in axes:
         if names := shard.along(x, (axis,)):
             x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
-    return x
-
-
-def _own_part(x: jax.Array, axes: tuple[int, ...], shard: Shard, like: jax.Array) -> jax.Array:
-    """Return a device's shard of whole matrices."""
-    for axis in axes:
-        if names := shard.along(x, (axis,)):
-            size = like.shape[axis]
-            start = jax.lax.axis_index(names) * size
-            x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
     return x
 
 

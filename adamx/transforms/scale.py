@@ -43,7 +43,7 @@ class scale(Transformation):
         return scheduled(self, "step_size", step.count)
 
     def emit(self, u: jax.Array, slots: Slots, step: LeafStep) -> jax.Array:
-        return jnp.multiply(step.scalars, u)
+        return jnp.multiply(step.shard.own(step.scalars, u), u)
 
     def formula(self, u: Expr, symbols: Symbols) -> Expr:
         return symbols.number("c", self.step_size) * u
