@@ -124,9 +124,9 @@ def make_step(
     the host's memory are copied to the device for the step, and back (from JAX 0.10 on).
 
     An array that occurs twice, as tied weights do, or the first parameters that the first state of
-    a method such as `optax.contrib.prodigy` holds, is copied before it is donated. For two arrays
-    that share their memory the step looks when params and state are not those that it returned
-    last.
+    a method such as `optax.contrib.prodigy` holds, is copied before it is donated. The step looks
+    for such arrays when params and state are not the ones that it returned last, and when JAX
+    refuses them.
 
     Args:
         tx: any adamx or Optax transformation.
@@ -197,13 +197,20 @@ class _Step:
             return self._tx.init(params)
 
     def __call__(self, params: Any, state: Any, grads: Any, **extra: Any) -> tuple[Any, Any]:
-        if not self._made(params, state) or _repeated(params, state, grads, extra):
+        if grads is params or not self._made(params, state):
             errors.check_arrays(params)
             params, state = _apart((params, state), (grads, extra))
         numbers = self._numbers(state, extra)
         first, chosen = self._choose(numbers)
         apart = [self._apart[i](params, state, grads, **extra) for i in first]
-        params, state = self._programs[chosen](params, state, grads, **extra)
+        program = self._programs[chosen]
+        try:
+            params, state = program(params, state, grads, **extra)
+        except (ValueError, RuntimeError):  # perhaps of an array that was put in twice since then
+            given, (params, state) = (params, state), _apart((params, state), (grads, extra))
+            if _same(given, (params, state)):
+                raise
+            params, state = program(params, state, grads, **extra)
         for entries in apart:
             state = state | entries
         for i, (found, number) in enumerate(zip(self._between, numbers, strict=True)):
@@ -282,10 +289,9 @@ def _first(tree: Any) -> Any:
     return next((x for x in map(_first, level[0]) if x is not None), None)
 
 
-def _repeated(*trees: Any) -> bool:
-    """Say whether one array occurs twice in some trees."""
-    leaves = jax.tree.leaves(trees)
-    return len(set(map(id, leaves))) < len(leaves)
+def _same(a: Any, b: Any) -> bool:
+    """Say whether two trees have the same arrays."""
+    return all(x is y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def _apart(donated: Any, read: Any) -> Any:

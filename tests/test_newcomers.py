@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import adamx as library
 
@@ -250,3 +252,15 @@ def test_summary_warns_of_a_stage_in_the_wrong_place(name):
 def test_summary_does_not_warn_of_the_right_order(tx):
     said = " ".join(adamx.summary(tx, params()).warnings)
     assert not any(text in said for _, text in MISPLACED.values())
+
+
+def test_the_variables_of_flax_are_told_how_to_become_arrays():
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, adamx.monitor(adamx.adamw(0.1), every=1), wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda m: (m(jnp.ones((1, 2))) ** 2).sum())(model))
+    with pytest.raises(
+        TypeError, match=r"nnx\.to_pure_dict\(nnx\.state\(optimizer\)\)\['opt_state'\]"
+    ):
+        adamx.statistics(optimizer.opt_state)
+    state = nnx.to_pure_dict(nnx.state(optimizer))["opt_state"]
+    assert adamx.statistics(state)["learning_rate"] == np.float32(0.1)

@@ -65,7 +65,7 @@ def widen(x: Any, compute: DTypeLike) -> Any:
 
 
 def cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Return x.astype(dtype), which takes a while to trace even where nothing changes.
+    """Return x in a dtype: x itself where it has it, since `astype` takes a while to trace.
 
     Example:
         >>> cast(jnp.ones(1), jnp.bfloat16).dtype
@@ -165,8 +165,8 @@ def resharded_like(x: jax.Array, like: jax.Array, whole: bool = False) -> jax.Ar
     """Return an array sharded like another one of its shape, where that is on an explicit mesh.
 
     An array that is on no mesh, such as the zeros of a state made before there was one, goes with
-    any: JAX's operations take the mesh of their other operands. Only as the other result of a
-    branch does it not: with `whole`, x is then not divided.
+    any: JAX's operations take the mesh of their other operands. But the two results of a branch
+    have to agree: with `whole`, x is replicated where the other array is on no mesh.
     """
     here, where = (jax.typeof(a).sharding for a in (x, like))
     if where.mesh.empty and whole:
@@ -334,8 +334,8 @@ def limit_for_squares(u: jax.Array, dtype: DTypeLike) -> jax.Array:
 def limit_finite(x: jax.Array, largest: float) -> jax.Array:
     """Limit finite numbers to |x| <= largest; NaN and inf stay.
 
-    These two operations are a third of what `jnp.where(jnp.isinf(x), x, jnp.clip(...))` makes, and
-    the time to compile a step is that of its operations.
+    `jnp.where(jnp.isinf(x), x, jnp.clip(...))` makes twice as many operations, to which the time to
+    compile a step is proportional.
 
     Example:
         >>> limit_finite(jnp.array([5.0, -2.0, -jnp.inf]), 3.0)
