@@ -342,6 +342,51 @@ def test_a_step_keeps_the_slots_divided_on_a_mesh_of_either_kind(name, kind):
     assert params["w"].sharding.is_fully_replicated
 
 
+WHOLE_RUNS = {
+    "guard, clip and sum": lambda: adamx.accumulate(
+        adamx.skip_nonfinite(adamx.chain(adamx.clip_by_global_norm(1.0), adamx.adamw(1e-2))), 2
+    ),
+    "statistics of masters": lambda: adamx.monitor(
+        adamx.master_weights(adamx.adamw(1e-2), "remainder8"), every=2
+    ),
+    "a sum of masters": lambda: adamx.accumulate(adamx.master_weights(adamx.adamw(1e-2)), 2),
+    "averages": lambda: adamx.chain(adamx.adamw(1e-2), adamx.ema_of_params(0.5)),
+    "schedule-free masters": lambda: adamx.master_weights(adamx.schedule_free_adamw(1e-2)),
+}
+
+
+@pytest.mark.parametrize("name", thinned(WHOLE_RUNS))
+@pytest.mark.usefixtures("quick_compiler")
+def test_on_a_mesh_with_explicit_axes_divided_slots_serve_everything_around_a_step(name):
+    """Steps, masters, a reset, an adaptation: where slots are divided further than parameters."""
+    mesh = mesh_of((4, 2), ("data", "model"), AxisType.Explicit)
+    where = {"v": NamedSharding(mesh, P("model")), "w": NamedSharding(mesh, P(None, "model"))}
+    tx, one = WHOLE_RUNS[name](), {n: jnp.ones((16, 8), jnp.bfloat16) for n in where}
+    params = jax.device_put(one, where)
+    over = adamx.state_sharding(tx, params, over="data")
+    state = jax.jit(tx.init, out_shardings=over)(params)
+    step, alone = adamx.make_step(tx, out_shardings=(where, over)), adamx.make_step(tx)
+    kept = tx.init(one)
+    for t in range(3):
+        grads = jax.tree.map(lambda x, t=t: (x * (t + 0.5)).astype(x.dtype), one)
+        params, state = step(params, state, jax.device_put(grads, where))
+        one, kept = alone(one, kept, grads)
+    for n in one:
+        np.testing.assert_allclose(
+            np.asarray(params[n], np.float32), np.asarray(one[n], np.float32), rtol=2.0**-8
+        )
+    if "master" in state:
+        masters = adamx.masters(params, state)
+        assert {x.dtype for x in jax.tree.leaves(masters)} == {np.dtype(jnp.float32)}
+    again = adamx.reset(tx, state, params, "w")
+    assert int(again["began"]["w"]["count"]) == int(state["count"])
+    adapted, said = adamx.adapt_state(tx, params, state)
+    assert said.filled == said.dropped == ()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), adapted, state
+    )
+
+
 def updates_of(tx, params, grads):
     """Two steps from zeros; the gradients are moved between meshes inside jit, if at all."""
     _, state = tx.update(grads, tx.init(params), params)

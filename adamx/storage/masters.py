@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from adamx.core import errors
-from adamx.core.arithmetic import compute_dtype, limit_finite, narrowed
+from adamx.core.arithmetic import compute_dtype, divided_like, limit_finite, narrowed
 from adamx.core.concept import Slots
 from adamx.core.leaves import on_device, take_apart
 from adamx.storage.remainder import join
@@ -44,6 +44,7 @@ def start(keep: str, param: jax.Array) -> Slots:
 @jax.jit
 def joined(param: jax.Array, slots: Slots) -> jax.Array:
     """Return one parameter's master; a copy counts only where it still rounds to the parameter."""
+    (param,) = divided_like(slots.values(), param)
     for name in ("remainder", "remainder8"):
         if name in slots:
             return join(param, slots[name])

@@ -183,7 +183,9 @@ class monitor(Wrapper):
         ]
         columns: dict[str, Column] = {"g": leaves.values, "u": updates}
         if leaves.params is not None:
-            columns["w"] = leaves.params
+            pairs = zip(updates, leaves.params, strict=True)
+            beside = [u if u is None or w is None else resharded_like(u, w) for u, w in pairs]
+            columns |= {"u": beside, "w": leaves.params}
         of_kind = {kind: slot_of_kind(kind, slots) for kind in ("mu", "nu")}
         columns |= {kind: slots[name] for kind, name in of_kind.items() if name}
         shards = {key: leaves.shards for key in columns}
