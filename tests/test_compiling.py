@@ -1,7 +1,9 @@
 """What is traced and compiled on the host: once, and no more than it has to be."""
 
 import logging
+import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -249,6 +251,61 @@ def test_a_monitors_statistics_are_traced_once_a_shape(monkeypatch):
     calls.clear()
     jax.eval_shape(tx.update, params, state, params)
     assert len(calls) == 2  # the norms of gradients, updates and parameters, of two shapes
+
+
+def lines_of_adamx(run):
+    """Return how many lines of the library run: a clock that every machine reads alike."""
+    home, count = os.path.dirname(adamx.__file__), 0
+
+    def line(frame, event, arg):
+        nonlocal count
+        count += event == "line"
+        return line
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: line if frame.f_code.co_filename.startswith(home) else None)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def lines_of_a_step(tx, layers):
+    """Return how many lines `init` and `update` run for a tree of so many matrices and vectors."""
+    spec = jax.ShapeDtypeStruct
+    layer = {"w": spec((4, 3), jnp.bfloat16), "b": spec((3,), jnp.float32)}
+    params = {f"layer{i}": layer for i in range(layers)}
+    jax.clear_caches()
+    first = lines_of_adamx(lambda: jax.eval_shape(tx.init, params))
+    state = jax.eval_shape(tx.init, params)
+    jax.clear_caches()
+    return first, lines_of_adamx(lambda: jax.eval_shape(tx.update, params, state, params))
+
+
+def wrapped():
+    inner = adamx.chain(adamx.clip_by_global_norm(1.0), adamx.adamw(0.1, mask=adamx.all_but("*b")))
+    guarded = adamx.skip_nonfinite(adamx.stacked(inner, {"layer7/*": 1}))
+    return adamx.monitor(adamx.accumulate(adamx.master_weights(guarded), 2), every=3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(wrapped, id="wrapped")]
+    + [
+        pytest.param(case.make, id=name, marks=pytest.mark.slow)
+        for name, case in TRANSFORMATIONS.items()
+        if case.kind
+    ],
+)
+def test_no_more_lines_run_for_each_leaf_of_a_larger_tree(make):
+    """From 100 leaves to 200 twice as many lines run at most: some run once for the whole tree.
+
+    A loop over the leaves inside another one runs four times as often. The bound of 2.1 finds it
+    as soon as it has a twentieth of the lines.
+    """
+    few, many = (lines_of_a_step(make(), layers) for layers in (50, 100))
+    assert all(b < 2.1 * a for a, b in zip(few, many, strict=True)), (few, many)
 
 
 def test_slots_are_paired_in_linear_time():

@@ -129,10 +129,9 @@ class master_weights(Wrapper):
 
     def own(self, leaves: Leaves, step: Step) -> dict[str, list[Any]]:
         columns = {n: leaves.column(n, errors.entry(step.state, n)) for n in self.slot_names()}
-        for i, path in enumerate(leaves.paths):
+        for i, (path, param) in enumerate(zip(leaves.paths, leaves.like(), strict=True)):
             if leaves.values[i] is None:
                 continue
-            param = leaves.like()[i]
             wanted = {n: x.dtype for n, x in jax.eval_shape(self.slots, param).items()}
             found = {n: x[i].dtype for n, x in columns.items() if hasattr(x[i], "dtype")}
             if found != wanted:

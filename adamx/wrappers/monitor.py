@@ -200,8 +200,9 @@ class monitor(Wrapper):
         kinds, decay = _statistics(self.inner)
         if decay is not None:
             columns["weight"] = self._weights(leaves, decay, state)
+        layers = self._layers(leaves)
         for group, members in groups.items():
-            shape = self._layers(leaves, members[0])
+            shape = layers[members[0]]
             for name, (needed, chosen, statistic) in kinds.items():
                 if all(key in columns for key in needed):
                     rows = [
@@ -227,17 +228,18 @@ class monitor(Wrapper):
         ages = {path: age(state, path) for path in state.get(BEGAN, {})}
         weights = {path: one_minus_power(decay, t) for path, t in ages.items()}
         others = one_minus_power(decay, state["count"])
-        return [
-            jnp.broadcast_to(weights.get(path, others), self._layers(leaves, i))
-            for i, path in enumerate(leaves.paths)
-        ]
+        pairs = zip(leaves.paths, self._layers(leaves), strict=True)
+        return [jnp.broadcast_to(weights.get(path, others), layers) for path, layers in pairs]
 
-    def _layers(self, leaves: Leaves, i: int) -> tuple[int, ...]:
-        """Return the sizes of a leaf's stacked axes, () if it is a part of a larger group."""
-        leaf = leaves.like()[i]
-        if self.groups is not None or leaf is None:
-            return ()
-        return leaf.shape[: stacked_axes(self.inner.for_leaf(leaves.paths[i], leaves.whole()[i]))]
+    def _layers(self, leaves: Leaves) -> list[tuple[int, ...]]:
+        """Return the sizes of each leaf's stacked axes, () if it is a part of a larger group."""
+        if self.groups is not None:
+            return [()] * len(leaves.paths)
+        each = zip(leaves.paths, leaves.like(), leaves.whole(), strict=True)
+        return [
+            () if leaf is None else leaf.shape[: stacked_axes(self.inner.for_leaf(path, whole))]
+            for path, leaf, whole in each
+        ]
 
     def _group(self, path: str) -> str:
         if self.groups is None:
