@@ -177,7 +177,7 @@ def compiling(leaves: tuple[int, ...], rounds: int, only: str) -> Table:
         f"{part}, {x}" for part in ("trace", "lower", "compile", "all") for x in ("s", "ratio")
     ]
     note = (
-        "The in-place step; adamx / Optax unless the row says more. The bar is one of the ratio of "
+        "The in-place step; adamx / Optax unless the row says more. The bar is for the ratio of "
         "all. Instructions: of the compiled program, for each leaf."
     )
     return Table(
