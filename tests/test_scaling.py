@@ -292,6 +292,7 @@ def test_an_average_at_another_batch_forgets_in_as_many_tokens():
         ("query/kernel", (64, 4, 16), (256, 8, 32), 4),
         ("out/kernel", (4, 16, 64), (16, 16, 256), 4),
         ("out/kernel", (4, 16, 64), (8, 32, 256), 4),
+        ("out/kernel", (8, 32, 256), (4, 16, 64), 1 / 4),
     ],
 )
 def test_the_fan_in_of_attention_grows_with_heads_and_their_size(path, base, shape, ratio):
