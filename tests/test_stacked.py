@@ -571,7 +571,10 @@ def test_statistics_of_divided_layers_are_measured_on_a_mesh_of_either_kind(kind
         _, state = jax.jit(tx.update)(params, state, params)
     norms = state["monitor"]["grad_norm"]["layers/w"]
     np.testing.assert_allclose(norms, np.linalg.norm(layers, axis=1), rtol=1e-6)
-    _, state = adamx.make_step(tx)(params, state, jax.tree.map(jnp.copy, params))
+    grads = jax.tree.map(jnp.copy, params)
+    elsewhere = jax.eval_shape(tx.update, grads, tx.init({"layers": {"w": layers}}), params)[1]
+    assert elsewhere["monitor"]["grad_norm"]["layers/w"].shape == (4,)
+    _, state = adamx.make_step(tx)(params, state, grads)
 
 
 @pytest.mark.usefixtures("quick_compiler")

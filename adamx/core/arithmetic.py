@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 LIMIT = 2.0**60
@@ -161,16 +160,13 @@ def divided_like(slots: Iterable[jax.Array], *arrays: Any) -> tuple[Any, ...]:
     return tuple(map(put, arrays))
 
 
-def resharded_like(x: jax.Array, like: jax.Array, whole: bool = False) -> jax.Array:
+def resharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
     """Return an array sharded like another one of its shape, where that is on an explicit mesh.
 
     An array that is on no mesh, such as the zeros of a state made before there was one, goes with
-    any: JAX's operations take the mesh of their other operands. But the two results of a branch
-    have to agree: with `whole`, x is replicated where the other array is on no mesh.
+    any: JAX's operations take the mesh of their other operands.
     """
     here, where = (jax.typeof(a).sharding for a in (x, like))
-    if where.mesh.empty and whole:
-        where = here.update(spec=PartitionSpec(*[None] * x.ndim))
     return x if where.mesh.empty or here == where else jax.sharding.reshard(x, where)
 
 

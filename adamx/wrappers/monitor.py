@@ -169,7 +169,7 @@ class monitor(Wrapper):
                         "adapt_state(tx, params, state) starts the statistics anew"
                     )
                 now = statistic(rows).astype(jnp.float32)
-                found[name][group] = resharded_like(now, before[name][group], whole=True)
+                found[name][group] = resharded_like(now, before[name][group])
         check_alike(STATISTICS, before, found)
         return found
 
